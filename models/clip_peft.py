@@ -1,0 +1,147 @@
+"""CLIP with one LoRA or (IA)3 adapter a group, through Hugging Face peft."""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from models.item_encoder import ItemEncoder
+
+
+def lora_config(rank: int = 4, dropout: float = 0.1) -> LoraConfig:
+    """LoRA on the query and value projections of both towers, alpha twice the rank (the paper's setting)."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, bias="none")
+
+
+def ia3_config() -> IA3Config:
+    """(IA)3 on keys, values and the first feed-forward layer of both towers (the paper's setting)."""
+    return IA3Config(target_modules=["k_proj", "v_proj", "fc1"], feedforward_modules=["fc1"])
+
+
+def channel_statistics(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift, [1, 3, 1, 1] each, by which pixel * scale + shift is what an image processor's rescaling and
+    normalisation give."""
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    mean, std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+    return factor / std, -mean / std
+
+
+class ClipPeftEncoder(ItemEncoder):
+    """A frozen CLIPModel whose towers carry one peft adapter a group.
+
+    Item features are CLIP's L2-normalised picture and title embeddings side by side, [items, 2 * projection_dim].
+
+    Args:
+        clip: the foundation model; it is frozen and its linear layers are wrapped in place.
+        config: what kind of adapter, from `lora_config` or `ia3_config`.
+        processor: CLIP's image processor, for the channel statistics that pictures are normalised with.
+    """
+
+    def __init__(self, clip: CLIPModel, config: PeftConfig, processor: BaseImageProcessor):
+        super().__init__()
+        self.foundation_parameters = sum(parameter.numel() for parameter in clip.parameters())
+        self.feature_dim = 2 * clip.config.projection_dim
+        config.base_model_name_or_path = clip.config._name_or_path or None
+        self._config = config
+        self._peft = get_peft_model(clip, config)  # its first adapter is called "default"
+        self._clip = clip
+        self._num_groups = 1
+        self._adapted_layers = [module for module in self._peft.modules() if isinstance(module, BaseTunerLayer)]
+        scale, shift = channel_statistics(processor)
+        self.register_buffer("_scale", scale, persistent=False)
+        self.register_buffer("_shift", shift, persistent=False)
+        self._release_all_groups()
+
+    @staticmethod
+    def _adapter_name(group: int) -> str:
+        return "default" if group == 0 else f"group_{group}"
+
+    def _release_all_groups(self) -> None:
+        # peft freezes every adapter but the active one; here all stay trainable, and whichever did not act in a step has no
+        # gradient, so the optimizer skips it. This also makes switching groups a matter of microseconds.
+        for parameter in self.adapter_parameters():
+            parameter.requires_grad_(True)
+
+    @property
+    def num_groups(self) -> int:
+        """How many adapters there are."""
+        return self._num_groups
+
+    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Encode items.
+
+        Args:
+            pixels: pictures resized and cropped but not rescaled, uint8 [items, 3, height, width].
+            tokens: token ids of the titles, each with its end-of-text token, [items, length].
+        Returns:
+            [items, 2 * projection_dim]
+        """
+        pictures = torch.addcmul(self._shift, pixels.float(), self._scale)  # [items, 3, height, width]
+        pooled_picture = self._clip.vision_model(pixel_values=pictures).pooler_output  # [items, vision hidden]
+        # No attention mask: the tower is causal and pools the end-of-text token, so what follows it cannot matter.
+        pooled_title = self._clip.text_model(input_ids=tokens).pooler_output  # [items, text hidden]
+        picture = F.normalize(self._clip.visual_projection(pooled_picture).float(), dim=-1)  # [items, projection]
+        title = F.normalize(self._clip.text_projection(pooled_title).float(), dim=-1)  # [items, projection]
+        return torch.cat([picture, title], dim=-1)
+
+    def clone_groups(self, num_groups: int) -> None:
+        """Make `num_groups` adapters, every one a copy of the present group 0."""
+        weights = {name: tensor.detach().clone() for name, tensor in self._adapter_state(0).items()}
+        for group in range(self._num_groups, num_groups):
+            self._peft.add_adapter(self._adapter_name(group), self._config)
+        self._num_groups = num_groups
+        for group in range(1, num_groups):
+            self._load_state(weights, group)
+        self.use_group(0)
+        self._release_all_groups()
+
+    def use_group(self, group: int) -> None:
+        """Let group `group`'s adapter act from now on."""
+        name = self._adapter_name(group)
+        for layer in self._adapted_layers:
+            # What layer.set_adapter does, less its walk over every other adapter's requires_grad.
+            layer._active_adapter = [name]
+
+    def group_parameters(self, group: int) -> dict[str, nn.Parameter]:
+        """The trainable parameters of one group's adapter, by the name they have in a saved adapter."""
+        name = self._adapter_name(group)
+        marker = f".{name}"
+        return {
+            key.replace(marker, ""): parameter
+            for key, parameter in self._peft.named_parameters()
+            if key.endswith(marker) or f"{marker}." in key
+        }
+
+    def _adapter_state(self, group: int) -> dict[str, torch.Tensor]:
+        return get_peft_model_state_dict(self._peft, adapter_name=self._adapter_name(group), save_embedding_layers=False)
+
+    def _load_state(self, weights: dict[str, torch.Tensor], group: int) -> None:
+        outcome = set_peft_model_state_dict(self._peft, weights, adapter_name=self._adapter_name(group))
+        expected = set(self._adapter_state(group))
+        if set(weights) != expected or outcome.unexpected_keys:
+            difference = sorted(set(weights) ^ expected)[:3]
+            raise ValueError(f"these adapter weights are of another model or kind: they differ in {', '.join(difference)}")
+
+    def save_group(self, folder: Path, group: int) -> None:
+        """Write `folder/adapter`, which `peft.PeftModel.from_pretrained(clip, folder / "adapter")` opens."""
+        adapter = Path(folder) / "adapter"
+        adapter.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self._adapter_state(group).items()}
+        save_file(weights, str(adapter / "adapter_model.safetensors"), metadata={"format": "pt"})
+        inference_mode, self._config.inference_mode = self._config.inference_mode, True
+        self._config.save_pretrained(str(adapter))
+        self._config.inference_mode = inference_mode
+
+    def load_group(self, folder: Path, group: int) -> None:
+        """Read `folder/adapter` into group `group`'s adapter.
+
+        Raises:
+            ValueError: the weights are of another kind of adapter or another CLIP.
+        """
+        self._load_state(load_file(str(Path(folder) / "adapter" / "adapter_model.safetensors")), group)

@@ -1,0 +1,117 @@
+"""IISAN: side adapters over a frozen foundation model's cached hidden states."""
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.item_encoder import ItemEncoder
+
+
+def _side_block(width: int, bottleneck: int) -> nn.Sequential:
+    """Down, GELU, Up; every weight and bias starts near zero, so that the block starts as no change."""
+    block = nn.Sequential(nn.Linear(width, bottleneck), nn.GELU(), nn.Linear(bottleneck, width))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=1e-4)
+    return block
+
+
+class IISAN(nn.Module):
+    """Intra- and inter-modal side adapted network (Fu et al., SIGIR 2024).
+
+    Three streams (title, picture, both) climb the cached layers of CLIP; learned gates weigh each layer against what the
+    stream holds so far. Submodule names are those of the authors' weights.
+
+    Args:
+        image_dim: width of the picture tower's hidden states.
+        text_dim: width of the text tower's hidden states.
+        num_states: S, the number of cached layers.
+        bottleneck: inner width of the side blocks.
+    """
+
+    def __init__(self, image_dim: int = 768, text_dim: int = 512, num_states: int = 7, bottleneck: int = 32):
+        super().__init__()
+        self.num_states = num_states
+        self.weight_scalar = nn.Parameter(torch.zeros(3, num_states))  # gates before the sigmoid: text, picture, both
+        self.ImgBlocks = nn.ModuleList(_side_block(image_dim, bottleneck) for _ in range(num_states))
+        self.TextBlocks = nn.ModuleList(_side_block(text_dim, bottleneck) for _ in range(num_states))
+        self.InterBlocks = nn.ModuleList(_side_block(text_dim, bottleneck) for _ in range(num_states))
+        self.CombProj = nn.ModuleList(nn.Sequential(nn.Linear(image_dim, text_dim)) for _ in range(num_states))
+        self.out_dim = text_dim + image_dim + text_dim
+
+    def forward(self, image_states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
+        """Item features from cached states.
+
+        Args:
+            image_states: the picture's CLS token after each cached layer, [items, S, image_dim].
+            text_states: the title's end-of-text token after each cached layer, [items, S, text_dim].
+        Returns:
+            title, picture and joint stream side by side, [items, text_dim + image_dim + text_dim].
+        """
+        gates = torch.sigmoid(self.weight_scalar)  # [3, S]
+        image_layers, text_layers = image_states.transpose(0, 1), text_states.transpose(0, 1)  # [S, items, width]
+        # All CombProj layers in one batched product.
+        weights = torch.stack([projection[0].weight for projection in self.CombProj])  # [S, text_dim, image_dim]
+        biases = torch.stack([projection[0].bias for projection in self.CombProj]).unsqueeze(1)  # [S, 1, text_dim]
+        projected = torch.baddbmm(biases, image_layers, weights.transpose(1, 2))  # [S, items, text_dim]
+        gate = gates[2].view(-1, 1, 1)
+        joint_layers = gate * text_layers + (1 - gate) * projected  # [S, items, text_dim]
+
+        text, picture, joint = text_layers[0], image_layers[0], joint_layers[0]
+        for layer in range(self.num_states):
+            if layer > 0:
+                text = gates[0, layer] * text + (1 - gates[0, layer]) * text_layers[layer]
+                picture = gates[1, layer] * picture + (1 - gates[1, layer]) * image_layers[layer]
+                joint = joint_layers[layer] + joint
+            text = self.TextBlocks[layer](text) + text
+            picture = self.ImgBlocks[layer](picture) + picture
+            joint = self.InterBlocks[layer](joint) + joint
+        return torch.cat([text, picture, joint], dim=-1)
+
+
+class IISANEncoder(ItemEncoder):
+    """One IISAN a group behind the item-encoder interface; the foundation model itself is not needed.
+
+    Args:
+        iisan: the global side network.
+        foundation_parameters: parameters of the CLIP that the states came from, for the reported share, if known.
+    """
+
+    def __init__(self, iisan: IISAN, foundation_parameters: int | None = None):
+        super().__init__()
+        self.feature_dim = iisan.out_dim
+        self.foundation_parameters = foundation_parameters
+        self._groups = nn.ModuleList([iisan])
+        self._active = 0
+
+    @property
+    def num_groups(self) -> int:
+        """How many adapters there are."""
+        return len(self._groups)
+
+    def forward(self, image_states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
+        """Features by the active group's side network; shapes as in `IISAN.forward`."""
+        return self._groups[self._active](image_states, text_states)
+
+    def clone_groups(self, num_groups: int) -> None:
+        """Make `num_groups` side networks, every one a copy of the present group 0."""
+        self._groups = nn.ModuleList([self._groups[0], *(copy.deepcopy(self._groups[0]) for _ in range(num_groups - 1))])
+        self._active = 0
+
+    def use_group(self, group: int) -> None:
+        """Let group `group`'s side network act from now on."""
+        self._active = group
+
+    def group_parameters(self, group: int) -> dict[str, nn.Parameter]:
+        """The parameters of one group's side network."""
+        return dict(self._groups[group].named_parameters())
+
+    def save_group(self, folder: Path, group: int) -> None:
+        """Write `folder/iisan.pth`, a plain state_dict under the authors' names."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(self._groups[group].state_dict(), Path(folder) / "iisan.pth")
+
+    def load_group(self, folder: Path, group: int) -> None:
+        """Read `folder/iisan.pth` into group `group`'s side network."""
+        weights = torch.load(Path(folder) / "iisan.pth", map_location="cpu", weights_only=True)
+        self._groups[group].load_state_dict(weights)

@@ -1,0 +1,28 @@
+"""The projector: a foundation model's item features to the recommender's width."""
+import torch
+from torch import nn
+
+
+class MMProjector(nn.Module):
+    """Linear, LayerNorm, ReLU, Linear, LayerNorm (PerPEFT, WWW 2026, the multimodal projector).
+
+    The padding item is an all-zero feature row, so its vector is `projector(0)`, not zero.
+
+    Args:
+        in_dim: width of the item features, e.g. 1024 for CLIP ViT-B/32's picture and title embeddings side by side.
+        hidden_units: the recommender's width d.
+    """
+
+    def __init__(self, in_dim: int, hidden_units: int = 32):
+        super().__init__()
+        self.projector = nn.Sequential(
+            nn.Linear(in_dim, 2 * hidden_units),
+            nn.LayerNorm(2 * hidden_units, eps=1e-8),
+            nn.ReLU(),
+            nn.Linear(2 * hidden_units, hidden_units),
+        )
+        self.last_layernorm = nn.LayerNorm(hidden_units, eps=1e-8)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Project item features, [items, in_dim] -> [items, hidden_units]."""
+        return self.last_layernorm(self.projector(features))

@@ -1,0 +1,6 @@
+"""Write perpeft_hyperparameter.pickle from the table of the paper's settings in utils/hyperparameters.py."""
+from utils.hyperparameters import HYPERPARAMETER_FILE, write_hyperparameters
+
+if __name__ == "__main__":
+    write_hyperparameters()
+    print(f"wrote {HYPERPARAMETER_FILE}")

@@ -1,0 +1,90 @@
+"""What is kept on disk of a model: the best weights in open formats, and the state that continuing needs."""
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import PerPEFT
+from utils.errors import PerPEFTError
+from utils.files import folder_written_atomically, write_atomically
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise PerPEFTError(f"{path} is missing; train first, or start over with --restart") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PerPEFTError(f"{path} cannot be read ({reason}); delete it, or start over with --restart") from error
+
+
+def save_global(model: PerPEFT, folder: Path) -> None:
+    """Write `sasrec.pth`, `projector.pth` and the adapter of a model with one group; the folder is replaced as a whole."""
+    with folder_written_atomically(folder) as temporary:
+        torch.save(model.sasrec.state_dict(), temporary / "sasrec.pth")
+        torch.save(model.projectors[0].state_dict(), temporary / "projector.pth")
+        model.encoder.save_group(temporary, 0)
+
+
+def save_personalized(model: PerPEFT, folder: Path) -> None:
+    """Write `sasrec.pth` and, in `group_{g}/`, every group's `projector.pth` and adapter; the folder is replaced as a whole."""
+    with folder_written_atomically(folder) as temporary:
+        torch.save(model.sasrec.state_dict(), temporary / "sasrec.pth")
+        for group, projector in enumerate(model.projectors):
+            own = temporary / f"group_{group}"
+            own.mkdir()
+            torch.save(projector.state_dict(), own / "projector.pth")
+            model.encoder.save_group(own, group)
+
+
+def _load_group(model: PerPEFT, folder: Path, group: int) -> None:
+    try:
+        model.projectors[group].load_state_dict(_read(folder / "projector.pth"))
+        model.encoder.load_group(folder, group)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
+
+
+def _load_sasrec(model: PerPEFT, folder: Path) -> None:
+    try:
+        model.sasrec.load_state_dict(_read(folder / "sasrec.pth"))
+    except RuntimeError as error:
+        raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
+
+
+def load_global(model: PerPEFT, folder: Path) -> None:
+    """Read what `save_global` wrote into a model with one group.
+
+    Raises:
+        PerPEFTError: a file is missing, damaged, or of a model of another shape.
+    """
+    _load_sasrec(model, folder)
+    _load_group(model, folder, 0)
+
+
+def load_personalized(model: PerPEFT, folder: Path) -> None:
+    """Read what `save_personalized` wrote into a model with as many groups.
+
+    Raises:
+        PerPEFTError: a file is missing, damaged, or of a model of another shape.
+    """
+    _load_sasrec(model, folder)
+    for group in range(model.num_groups):
+        _load_group(model, folder / f"group_{group}", group)
+
+
+class ResumeState:
+    """The state of one stage in one file, replaced as a whole."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last; None before the first save."""
+        return _read(self._path) if self._path.is_file() else None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace what was saved; plain values and tensors only."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, lambda temporary: torch.save(state, temporary))

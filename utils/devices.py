@@ -1,0 +1,42 @@
+"""Devices: which one to use, its arithmetic, and the seed of its random numbers."""
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+from utils.errors import PerPEFTError
+
+
+def choose_device(name: str | None) -> str:
+    """The device by that name, or the best there is.
+
+    Raises:
+        PerPEFTError: this machine has none of that name.
+    """
+    if name is None:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+    except RuntimeError:
+        raise PerPEFTError(f"--device {name} is none of cuda:N, cpu and mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PerPEFTError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu or a CUDA build"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise PerPEFTError("--device mps: torch sees no Apple GPU here; use --device cpu")
+    return str(device)
+
+
+def autocast_for(device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+    """fp16 autocast on CUDA, nothing elsewhere."""
+    if device.type == "cuda":
+        return lambda: torch.autocast("cuda", dtype=torch.float16)
+    return contextlib.nullcontext
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators, on every device; numpy's are made from seeds where they are used."""
+    torch.manual_seed(seed)

@@ -1,0 +1,145 @@
+"""The one place that knows the kinds of adapters: builds an item encoder and the item source it reads from."""
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers.utils import logging as transformers_logging
+
+from models import IISAN, ClipPeftEncoder, IISANEncoder, ItemEncoder
+from models.clip_peft import ia3_config, lora_config
+from utils.data import Dataset
+from utils.errors import PerPEFTError
+from utils.evaluation import ItemSource
+from utils.hidden_states import HiddenStateStore, extract_hidden_states, states_path
+from utils.items import PictureTitleStore
+from utils.small_clip import demo_clip
+
+DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+
+
+@dataclass
+class Foundation:
+    """A CLIP with the processors that prepare its inputs."""
+
+    clip: CLIPModel
+    image_processor: object
+    tokenizer: object
+
+    @property
+    def max_tokens(self) -> int:
+        """The text tower's longest input."""
+        return self.clip.config.text_config.max_position_embeddings
+
+    def store(self, dataset: Dataset, missing_images: str = "error") -> PictureTitleStore:
+        """A data set's pictures and titles as this CLIP reads them."""
+        return PictureTitleStore.open(dataset, self.image_processor, self.tokenizer, self.max_tokens, missing_images)
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def load_foundation(clip_model: str) -> Foundation:
+    """Load a CLIPModel and its processors from a folder or the model hub.
+
+    Args:
+        clip_model: a folder as `save_pretrained` writes it, or a name on the hub.
+    Raises:
+        PerPEFTError: it is neither, or not a CLIP.
+    """
+    is_folder = Path(clip_model).is_dir()
+    try:
+        with _quiet_transformers():
+            clip = CLIPModel.from_pretrained(clip_model, local_files_only=is_folder)
+            image_processor = AutoImageProcessor.from_pretrained(clip_model, use_fast=False, local_files_only=is_folder)
+            tokenizer = AutoTokenizer.from_pretrained(clip_model, local_files_only=is_folder)
+    except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "the folder is no complete CLIPModel folder" if is_folder else "there is no such folder and the hub gave none"
+        raise PerPEFTError(
+            f"CLIP weights '{clip_model}' cannot be loaded: {what} ({reason}). Run once with network access so that they are "
+            "downloaded, or name a CLIPModel folder by --clip_model DIR, or train a small one on your data with "
+            "python3 -m scripts.make_small_clip --dataset NAME and pass its folder."
+        ) from error
+    return Foundation(clip, image_processor, tokenizer)
+
+
+def known_config(clip_model: str) -> CLIPConfig | None:
+    """The configuration of a CLIP without its weights, from a folder or what the hub's client has kept; else None."""
+    with _quiet_transformers(), contextlib.suppress(Exception):
+        return CLIPConfig.from_pretrained(clip_model, local_files_only=True)
+    return CLIPConfig() if clip_model == DEFAULT_CLIP else None  # the library's defaults are ViT-B/32
+
+
+def needs_contents(peft_type: str, train_dir: str | Path, name: str) -> bool:
+    """Whether pictures, titles and CLIP's weights are needed: not by IISAN once the hidden states are there."""
+    return peft_type != "iisan" or not states_path(train_dir, name).is_file()
+
+
+def _build_clip_peft(
+    config: PeftConfig, dataset: Dataset, clip_model: str, missing_images: str
+) -> tuple[ItemEncoder, ItemSource]:
+    foundation = load_foundation(clip_model)
+    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor), foundation.store(dataset, missing_images)
+
+
+def ensure_hidden_states(dataset: Dataset, clip_model: str, device: torch.device, missing_images: str = "error") -> Path:
+    """The path of a data set's hidden states, which are computed first if they are not there."""
+    path = states_path(dataset.folder, dataset.name)
+    if not path.is_file():
+        foundation = load_foundation(clip_model)
+        processors = (foundation.image_processor, foundation.tokenizer)
+        store = foundation.store(dataset, missing_images)
+        extract_hidden_states(dataset, foundation.clip, *processors, store, device, clip_model)
+    return path
+
+
+def _build_iisan(dataset: Dataset, clip_model: str, device: torch.device, missing_images: str) -> tuple[ItemEncoder, ItemSource]:
+    ensure_hidden_states(dataset, clip_model, device, missing_images)
+    config = known_config(clip_model)
+    store = HiddenStateStore.open(dataset, config, clip_model)
+    _, num_states, image_dim = store.image_states.shape
+    with torch.device("meta"):  # counts parameters without making them
+        size = sum(parameter.numel() for parameter in CLIPModel(config).parameters()) if config else None
+    return IISANEncoder(IISAN(image_dim, store.text_states.shape[2], num_states), size), store
+
+
+def build_encoder(
+    peft_type: str, dataset: Dataset, clip_model: str, device: torch.device, rank: int = 4, missing_images: str = "error"
+) -> tuple[ItemEncoder, ItemSource]:
+    """The item encoder of one kind of adapter, and the source of its inputs.
+
+    Args:
+        peft_type: lora, ia3 or iisan.
+        dataset: whose items are encoded.
+        clip_model: as in `load_foundation`, or "demo" for the demo's own.
+        device: where hidden states are computed if they have to be.
+        rank: LoRA's rank.
+        missing_images: "error" or "blank", as in `PictureTitleStore.open`.
+    """
+    if clip_model == "demo":
+        clip_model = str(demo_clip(dataset.folder))
+    if peft_type == "iisan":
+        return _build_iisan(dataset, clip_model, device, missing_images)
+    config = lora_config(rank) if peft_type == "lora" else ia3_config()
+    return _build_clip_peft(config, dataset, clip_model, missing_images)
+
+
+def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:
+    """Parameters of one group's adapter, of all, and one's share of the foundation model (None where its size is unknown)."""
+    one = sum(parameter.numel() for parameter in encoder.group_parameters(0).values())
+    return {
+        "adapter_of_one_group": one,
+        "adapters": one * encoder.num_groups,
+        "foundation_model": encoder.foundation_parameters,
+        "adapter_share_of_foundation_model": one / encoder.foundation_parameters if encoder.foundation_parameters else None,
+    }

@@ -1,0 +1,30 @@
+"""Stage 2: users with like tastes into C groups, by k-means on the global model's user vectors."""
+import warnings
+
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+
+from utils.errors import PerPEFTError
+
+
+def kmeans_groups(user_vectors: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
+    """Group users (k-means, at most 100 iterations, best of 10 seeded starts).
+
+    Args:
+        user_vectors: one row a real user, [users, hidden].
+        num_groups: C.
+        seed: of the starts.
+    Returns:
+        each user's group, 0..C-1, [users]
+    Raises:
+        PerPEFTError: fewer users than groups.
+    """
+    if len(user_vectors) < num_groups:
+        raise PerPEFTError(f"{len(user_vectors)} users cannot be put into --C {num_groups} groups; choose a smaller --C")
+    kmeans = KMeans(num_groups, max_iter=100, n_init=10, random_state=seed)
+    # One thread: several add up in the order in which they finish, and the last bits would differ from run to run.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct users than groups: some groups stay empty
+        return kmeans.fit_predict(user_vectors.astype(np.float64)).astype(np.int64)

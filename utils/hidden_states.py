@@ -1,0 +1,221 @@
+"""CLIP's cached hidden states for IISAN: computed once, kept in `{name}_preX.pt`, read by item number."""
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel
+
+from models.clip_peft import channel_statistics
+from utils.data import Dataset, Problems
+from utils.errors import PerPEFTError
+from utils.files import write_atomically, write_text_atomically
+from utils.items import DEVICE_SHARE, PictureTitleStore
+
+PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
+ROWS_AT_ONCE = 4096
+
+
+def cached_layers(config: CLIPConfig) -> tuple[list[int], list[int]]:
+    """Which hidden states are cached, 0 being the embedding output: every second layer of the shallower tower, and as many
+    of the deeper one, evenly spaced. For ViT-B/32: 0, 2, ..., 12 of both.
+
+    Returns:
+        layers of the picture tower, layers of the text tower, S each.
+    """
+    image_depth, text_depth = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+    intervals = max(1, min(image_depth, text_depth) // 2)
+    return tuple([depth // intervals * step for step in range(intervals + 1)] for depth in (image_depth, text_depth))
+
+
+def state_shapes(config: CLIPConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """[S, width] of an item's picture states and of its title states."""
+    image_layers, text_layers = cached_layers(config)
+    return (len(image_layers), config.vision_config.hidden_size), (len(text_layers), config.text_config.hidden_size)
+
+
+@torch.no_grad()
+def hidden_states(
+    clip: CLIPModel, pictures: torch.Tensor, tokens: torch.Tensor, end_of_text: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cached states of some items.
+
+    Args:
+        clip: in eval mode.
+        pictures: normalised, [items, 3, height, width].
+        tokens: titles, each with its end-of-text token, [items, length].
+        end_of_text: that token's id; the state is taken at its first place, as CLIP pools.
+    Returns:
+        picture states (CLS) [items, S, image width], title states (end of text) [items, S, text width]
+    """
+    image_layers, text_layers = cached_layers(clip.config)
+    picture = clip.vision_model(pixel_values=pictures, output_hidden_states=True).hidden_states
+    title = clip.text_model(input_ids=tokens, output_hidden_states=True).hidden_states
+    place = (tokens == end_of_text).int().argmax(-1)  # [items]
+    rows = torch.arange(len(tokens), device=tokens.device)
+    image_states = torch.stack([picture[layer][:, 0] for layer in image_layers], dim=1)  # [items, S, image width]
+    text_states = torch.stack([title[layer][rows, place] for layer in text_layers], dim=1)  # [items, S, text width]
+    return image_states.float(), text_states.float()
+
+
+def states_path(train_dir: str | Path, name: str) -> Path:
+    """Where a data set's states lie."""
+    return Path(train_dir) / f"{name}_preX.pt"
+
+
+def extract_hidden_states(
+    dataset: Dataset,
+    clip: CLIPModel,
+    processor: Any,
+    tokenizer: Any,
+    store: PictureTitleStore,
+    device: torch.device,
+    clip_name: str,
+    items_at_once: int = 64,
+) -> Path:
+    """Compute all items' states and save them as published: (picture states, title states, raw ids).
+
+    Beside the file, `{name}_preX.json` notes which CLIP it came from.
+
+    Args:
+        dataset: whose items.
+        clip, processor, tokenizer: the foundation model and its processors.
+        store: the items' pictures and titles.
+        device: where to compute.
+        clip_name: as on the command line.
+        items_at_once: items a forward pass.
+    Returns:
+        the file's path
+    """
+    clip = clip.eval().to(device)
+    image_shape, text_shape = state_shapes(clip.config)
+    all_image_states = torch.empty(dataset.num_items, *image_shape)
+    all_text_states = torch.empty(dataset.num_items, *text_shape)
+    scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
+    order = store.reading_order()
+    for start in tqdm(range(0, len(order), items_at_once), "hidden states", unit="batch", disable=None):
+        items = order[start : start + items_at_once]
+        pixels, tokens = store.fetch(items, device)
+        pictures = torch.addcmul(shift, pixels.float(), scale)  # [items, 3, height, width]
+        image_states, text_states = hidden_states(clip, pictures, tokens, tokenizer.eos_token_id)
+        rows = torch.from_numpy(items - 1)
+        all_image_states[rows], all_text_states[rows] = image_states.cpu(), text_states.cpu()
+    path = states_path(dataset.folder, dataset.name)
+    content = (all_image_states, all_text_states, list(dataset.raw_ids))
+    note = json.dumps({"clip_model": clip_name})
+    try:
+        write_text_atomically(path.with_suffix(".json"), note + "\n")
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+    except OSError as error:
+        raise PerPEFTError(f"the hidden states {path} cannot be written ({error}); make room or choose another folder") from error
+    return path
+
+
+def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
+    again = "delete it and start again to compute it anew, or fetch it again"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PerPEFTError(f"{path} cannot be read ({reason[:200]}); {again}") from error
+    if not (isinstance(content, (tuple, list)) and len(content) == 3):
+        raise PerPEFTError(f"{path} holds no (picture states, title states, ids); {again}")
+    image_states, text_states, ids = content
+    if isinstance(ids, torch.Tensor):
+        ids = ids.tolist()
+    tensors = all(
+        isinstance(states, torch.Tensor) and states.dim() == 3 and states.is_floating_point()
+        for states in (image_states, text_states)
+    )
+    if not tensors or not isinstance(ids, (list, tuple)):
+        raise PerPEFTError(f"{path} holds no two float tensors [items, layers, width] and a list of ids; {again}")
+    if not len(image_states) == len(text_states) == len(ids) or image_states.shape[1] != text_states.shape[1]:
+        raise PerPEFTError(
+            f"{path} does not fit together: picture states {list(image_states.shape)}, title states {list(text_states.shape)}, "
+            f"{len(ids)} ids; {again}"
+        )
+    return image_states, text_states, list(ids)
+
+
+def _rows_with_numbers_missing(states: torch.Tensor, rows: np.ndarray) -> set[int]:
+    """Those of `rows` that hold a NaN or an infinity."""
+    wrong: set[int] = set()
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        portion = rows[start : start + ROWS_AT_ONCE]
+        finite = torch.isfinite(states[torch.from_numpy(portion)]).flatten(1).all(1).numpy()
+        wrong.update(portion[~finite].tolist())
+    return wrong
+
+
+class HiddenStateStore:
+    """Cached states of all items, for IISAN.
+
+    Attributes:
+        image_states: [rows, S, image width], float32 or float16, memory-mapped or on the device.
+        text_states: [rows, S, text width].
+    """
+
+    def __init__(self, image_states: torch.Tensor, text_states: torch.Tensor, rows: np.ndarray):
+        self.image_states = image_states
+        self.text_states = text_states
+        self._rows = torch.from_numpy(rows)  # [num_items], where item i + 1 lies
+        self.num_items = len(rows)
+
+    @classmethod
+    def open(cls, dataset: Dataset, config: CLIPConfig | None, clip_name: str | None = None) -> "HiddenStateStore":
+        """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
+
+        Args:
+            dataset: whose items.
+            config: of the CLIP that the states must come from; None where it is not known.
+            clip_name: as on the command line.
+        Raises:
+            PerPEFTError: unreadable, of another CLIP, items missing, or states that are not finite, with their ids.
+        """
+        path = states_path(dataset.folder, dataset.name)
+        image_states, text_states, ids = _read(path)
+        note = path.with_suffix(".json")
+        if clip_name is not None and note.is_file():
+            made_by = json.loads(note.read_text(encoding="utf-8")).get("clip_model")
+            if made_by != clip_name:
+                raise PerPEFTError(
+                    f"{path} was computed by CLIP '{made_by}', not '{clip_name}'; pass --clip_model {made_by}, or delete it "
+                    "and start again to compute it anew"
+                )
+        if config is not None:
+            found = (tuple(image_states.shape[1:]), tuple(text_states.shape[1:]))
+            if found != state_shapes(config):
+                raise PerPEFTError(
+                    f"{path} holds states of another CLIP: layers and widths {found}, where {clip_name or 'this one'} has "
+                    f"{state_shapes(config)}; pass the right --clip_model, or delete the file and start again to compute it anew"
+                )
+        place = {raw_id: row for row, raw_id in enumerate(ids)}
+        problems = Problems()
+        problems.add("items without states", [raw_id for raw_id in dataset.raw_ids if raw_id not in place])
+        repeated = {raw_id for row, raw_id in enumerate(ids) if place[raw_id] != row and raw_id not in PADDING_IDS}
+        problems.add("ids that stand twice", sorted(map(str, repeated)))
+        if not problems:
+            rows = np.array([place[raw_id] for raw_id in dataset.raw_ids], dtype=np.int64)
+            wrong = _rows_with_numbers_missing(image_states, rows) | _rows_with_numbers_missing(text_states, rows)
+            problems.add("items whose states hold NaN or infinity", [ids[row] for row in sorted(wrong)])
+        problems.raise_any(f"{path} cannot be used; delete it and start again to compute it anew, or fetch it again:")
+        return cls(image_states, text_states, rows)
+
+    def place_on(self, device: torch.device) -> None:
+        """Keep all states on a GPU if they fit there with room to spare; elsewhere they stay memory-mapped."""
+        size = self.image_states.nbytes + self.text_states.nbytes
+        if device.type == "cuda" and size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self.image_states, self.text_states = self.image_states.to(device), self.text_states.to(device)
+            self._rows = self._rows.to(device)
+
+    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """States of some items (numbers from 1): [items, S, image width] and [items, S, text width], float32."""
+        rows = self._rows[torch.from_numpy(items - 1).to(self._rows.device)]
+        image_states, text_states = self.image_states.index_select(0, rows), self.text_states.index_select(0, rows)
+        return image_states.to(device).float(), text_states.to(device).float()
+
+    def reading_order(self) -> np.ndarray:
+        """All items, in the order of the file."""
+        return torch.argsort(self._rows).cpu().numpy() + 1

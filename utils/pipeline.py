@@ -1,0 +1,319 @@
+"""The paper's three stages over one run folder; the training scripts call them one after another."""
+import argparse
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from models import MMProjector, PerPEFT, SASRec
+from utils import reporting
+from utils.checkpoints import ResumeState, load_global, load_personalized, save_global, save_personalized
+from utils.data import Dataset, leave_last_out, read_dataset
+from utils.demo import make_demo
+from utils.devices import autocast_for, choose_device, seed_everything
+from utils.errors import PerPEFTError
+from utils.evaluation import ItemSource, encode_all_items, last_states, metrics_of, rank_all_users
+from utils.foundation import build_encoder, needs_contents, trainable_counts
+from utils.grouping import kmeans_groups
+from utils.sampling import Sampler, group_items
+from utils.training import Trainer, best_row, train_stage
+
+# Options that may differ between the start of a run and its continuation: they change no figure.
+FREE_OPTIONS = {"device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "debug"}
+
+
+def run_name(options: argparse.Namespace) -> str:
+    """The run folder's name: data set, adapter, learning rate, weight decay, seed."""
+    return f"{options.dataset}_{options.peft_type}_lr{options.lr:g}_wd{options.wdecay:g}_seed{options.trial}"
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """A hash of histories and raw ids: a run continues only on the data that it began with."""
+    digest = hashlib.sha256()
+    for array in (dataset.user_ids, dataset.histories.items, dataset.histories.offsets):
+        digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    digest.update("\0".join(dataset.raw_ids).encode())
+    return digest.hexdigest()[:16]
+
+
+class Run:
+    """One training run: its data, its model, its folder, and the three stages as methods, to be called in order.
+
+    Args:
+        options: as parsed by `utils.cli`.
+        dataset: what is recommended to whom.
+        model: with one group, freshly initialised.
+        source: item inputs for the model's encoder.
+        folder: the run folder.
+    """
+
+    def __init__(self, options: argparse.Namespace, dataset: Dataset, model: PerPEFT, source: ItemSource, folder: Path):
+        self.options = options
+        self.dataset = dataset
+        self.model = model
+        self.source = source
+        self.folder = folder
+        self.split = leave_last_out(dataset.histories)
+        self.device = torch.device(options.device)
+        self.groups = np.zeros(dataset.num_users, dtype=np.int64)  # before stage 2, everyone is in group 0
+        self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
+        self._seconds: dict[str, float] = {}
+
+    def train_global(self) -> None:
+        """Stage 1: one adapter and one projector for all users, negatives from all items."""
+        all_items = np.arange(1, self.dataset.num_items + 1)
+        self._train("global", self.options.global_epochs, [all_items], save_global)
+        load_global(self.model, self.folder / "global")
+
+    def group_users(self) -> None:
+        """Stage 2: users into C groups by the global model's last state over their train and valid purchases."""
+        begun = time.monotonic()
+        path = self.folder / "groups.csv"
+        if not path.is_file():
+            self.model.eval()
+            inputs = self.model.sasrec.item_inputs(self._encode(0)).detach()  # [num_items + 1, hidden]
+            everyone = np.arange(self.dataset.num_users)
+            user_vectors = last_states(self.model.sasrec, inputs, self.split.train_and_valid, everyone)
+            groups = kmeans_groups(user_vectors.cpu().numpy(), self.options.C, self.options.trial)
+            reporting.write_groups(path, self.dataset.user_ids, groups)
+        self.groups = reporting.read_groups(path)
+        self._seconds["grouping"] = time.monotonic() - begun
+        reporting.draw_groups(self.folder / "groups.png", self.group_sizes())
+        print(f"groups of {', '.join(map(str, self.group_sizes()))} users", flush=True)
+
+    def train_personalized(self) -> None:
+        """Stage 3: an adapter and a projector a group, warm-started from stage 1, negatives from the group's own items."""
+        self.model.clone_groups(self.options.C)
+        candidates = group_items(self.split.train, self.groups, self.options.C)
+        self._train("personalized", self.options.num_epochs, candidates, save_personalized)
+        load_personalized(self.model, self.folder / "personalized")
+
+    def report(self) -> dict[str, Any]:
+        """Write summary.json, print the closing table, and clear away what only a continuation needs."""
+        summary = self._summary()
+        reporting.write_json(self.folder / "summary.json", summary)
+        shutil.rmtree(self.folder / "resume", ignore_errors=True)
+        print_results(summary, self.folder)
+        return summary
+
+    def group_sizes(self) -> list[int]:
+        """Users in each group."""
+        return np.bincount(self.groups, minlength=self.options.C).tolist()
+
+    def _encode(self, group: int) -> torch.Tensor:
+        return encode_all_items(self.model, group, self.source, self.device, autocast=autocast_for(self.device))
+
+    def evaluate(self) -> dict[str, float]:
+        """Valid and test metrics of the present model, over all evaluated users, each in their own group."""
+        self.model.eval()
+        ranks = rank_all_users(self.model, self.split, self.groups, self._encode)
+        return {
+            f"{split}_{name}": value for split in ("valid", "test") for name, value in metrics_of(ranks[split]).items()
+        }
+
+    def _train(
+        self, stage: str, epochs: int, candidates: list[np.ndarray], save_best: Callable[[PerPEFT, Path], None]
+    ) -> None:
+        options = self.options
+        number = 1 if stage == "global" else 3
+        seed_everything(options.trial * 10 + number)
+        sampler = Sampler(
+            self.split.train,
+            self.dataset.num_items,
+            self.groups,
+            candidates,
+            options.batch_size,
+            options.maxlen,
+            seed=(options.trial, number),
+        )
+
+        def report(rows: list[dict[str, Any]]) -> None:
+            self._rows[stage] = rows
+            self._report_epoch(stage, epochs)
+
+        self._rows[stage] = train_stage(
+            stage,
+            Trainer(self.model, options.lr, options.wdecay, options.l2_emb, self.device),
+            sampler,
+            self.source,
+            epochs,
+            self.evaluate,
+            lambda: save_best(self.model, self.folder / stage),
+            report,
+            ResumeState(self.folder / "resume" / f"{stage}.pt"),
+            options.save_every,
+        )
+
+    def _report_epoch(self, stage: str, epochs: int) -> None:
+        rows = self._rows["global"] + self._rows["personalized"]
+        reporting.write_metrics(self.folder / "metrics.csv", rows)
+        reporting.draw_curves(self.folder / "curves.png", rows)
+        row = rows[-1]
+        mark = " (best so far)" if best_row(self._rows[stage]) is row else ""
+        print(
+            f"{stage} epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, "
+            f"valid HR@20 {100 * row['valid_HR@20']:.2f} NDCG@20 {100 * row['valid_NDCG@20']:.2f}{mark}, {row['seconds']:.1f} s",
+            flush=True,
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        sasrec = sum(parameter.numel() for parameter in self.model.sasrec.parameters())
+        projectors = sum(parameter.numel() for parameter in self.model.projectors.parameters())
+        return {
+            "config": fixed_options(self.options),
+            "versions": reporting.versions(),
+            "device": str(self.device),
+            "dataset": {**self.dataset.counts(), "evaluated_users": len(self.split.evaluated_users)},
+            "dataset_fingerprint": dataset_fingerprint(self.dataset),
+            "group_sizes": self.group_sizes(),
+            "trainable_parameters": {"sasrec": sasrec, "projectors": projectors, **trainable_counts(self.model.encoder)},
+            "seconds": {
+                "global": sum(row["seconds"] for row in self._rows["global"]),
+                "grouping": self._seconds.get("grouping", 0.0),
+                "personalized": sum(row["seconds"] for row in self._rows["personalized"]),
+            },
+            **{stage: reporting.stage_summary(rows) for stage, rows in self._rows.items()},
+        }
+
+    def evaluate_saved(self) -> dict[str, Any]:
+        """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
+        load_global(self.model, self.folder / "global")
+        results = {"global": self.evaluate()}
+        self.groups = reporting.read_groups(self.folder / "groups.csv")
+        self.model.clone_groups(self.options.C)
+        load_personalized(self.model, self.folder / "personalized")
+        results["personalized"] = self.evaluate()
+        saved = reporting.read_metrics(self.folder / "metrics.csv")
+        best = {stage: best_row([row for row in saved if row["stage"] == stage])["epoch"] for stage in results}
+        summary = {stage: reporting.stage_summary([{"epoch": best[stage], **metrics}]) for stage, metrics in results.items()}
+        print_results(summary, self.folder)
+        return summary
+
+
+def print_results(summary: dict[str, Any], folder: Path) -> None:
+    """Print the closing table and where everything lies."""
+    print(f"\n{reporting.results_table(summary)}\n(percent) {folder}", flush=True)
+
+
+def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run's figures follow from."""
+    return {name: value for name, value in sorted(vars(options).items()) if name not in FREE_OPTIONS}
+
+
+def _refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    differing = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+    if differing:
+        differences = "; ".join(f"{name} was {found.get(name)}, is now {wanted.get(name)}" for name in differing)
+        raise PerPEFTError(
+            f"{folder} holds a run with other settings: {differences}. Use the same settings to continue it, --restart to "
+            "throw it away, or another --output_dir or --trial beside it."
+        )
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name == ".lock":
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)  # held by the operating system: a process that dies lets go of it
+    except Timeout:
+        raise PerPEFTError(f"another process is training in {folder}; wait for it, or give another --output_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
+    """Read the data, build the model, and open or create the run folder, which is locked meanwhile.
+
+    Args:
+        options: as parsed by `utils.cli`.
+    Yields:
+        The run; None when the folder holds this run already finished (its table is printed again).
+    Raises:
+        PerPEFTError: bad data, missing weights, a folder of other settings or one that another process trains in.
+    """
+    if options.dataset == "demo":
+        make_demo(options.train_dir)
+    contents = needs_contents(options.peft_type, options.train_dir, options.dataset)
+    dataset = read_dataset(options.train_dir, options.dataset, contents, options.missing_images)
+    options.device = choose_device(options.device)
+    wanted = json.loads(json.dumps({**fixed_options(options), "dataset_fingerprint": dataset_fingerprint(dataset)}))
+    folder = Path(options.output_dir) / run_name(options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PerPEFTError(f"the run folder {folder} cannot be made ({error}); choose another --output_dir") from error
+    with _locked(folder):
+        if options.restart and not options.inference_only:
+            _clear(folder)
+        config, finished = folder / "resume" / "config.json", folder / "summary.json"
+        if finished.is_file():
+            summary = json.loads(finished.read_text(encoding="utf-8"))
+            found = {**summary["config"], "dataset_fingerprint": summary["dataset_fingerprint"]}
+            _refuse_other_settings(found, wanted, folder)
+            if not options.inference_only:
+                print(f"{folder} is finished; --restart trains it anew")
+                print_results(summary, folder)
+                yield None
+                return
+        elif config.is_file() and any(config.parent.glob("*.pt")):  # without a saved state there is nothing to lose
+            _refuse_other_settings(json.loads(config.read_text(encoding="utf-8")), wanted, folder)
+            print(f"continuing {folder}", flush=True)
+        elif options.inference_only:
+            raise PerPEFTError(f"{folder} holds no trained run; train it first by the same command without --inference_only")
+        else:
+            config.parent.mkdir(exist_ok=True)
+            reporting.write_json(config, wanted)
+        yield Run(options, dataset, *build_model(options, dataset), folder)
+
+
+def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT, ItemSource]:
+    """The model with one group, on its device, and the source of its item inputs."""
+    device = torch.device(options.device)
+    seed_everything(options.trial)
+    encoder, source = build_encoder(
+        options.peft_type, dataset, options.clip_model, device, options.rank, options.missing_images
+    )
+    projector = MMProjector(encoder.feature_dim, options.hidden_units)
+    sasrec = SASRec(
+        dataset.num_items,
+        options.hidden_units,
+        options.maxlen,
+        options.num_blocks,
+        options.num_heads,
+        options.dropout_rate,
+        options.weight_scalar,
+    )
+    model = PerPEFT(encoder, projector, sasrec).to(device)
+    source.place_on(device)
+    counts = trainable_counts(encoder)
+    share = counts["adapter_share_of_foundation_model"]
+    share_told = "" if share is None else f", {100 * share:.2f}% of the foundation model"
+    print(
+        f"{options.dataset}: {dataset.num_users} users, {dataset.num_items} items, {len(dataset.histories.items)} purchases; "
+        f"{options.peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{share_told}; on {device}",
+        flush=True,
+    )
+    return model, source
+
+

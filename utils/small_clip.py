@@ -1,0 +1,325 @@
+"""A small CLIP of one's own: trained on pictures and titles in about a minute, saved as an ordinary CLIPModel folder."""
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+
+from utils.demo import draw_caption_pairs
+from utils.errors import PerPEFTError
+from utils.files import folder_written_atomically
+from utils.items import read_picture
+
+IMAGE_SIZE = 48  # pixels a side; in patches of 16 these are 9, so that a picture costs no more than its title
+PATCH_SIZE = 16
+WIDTH = 64  # of both towers, fc1 twice as wide
+LAYERS = 4
+HEADS = 4
+PROJECTION_DIM = 64
+MAX_TITLE_TOKENS = 32  # longer titles are cut; a batch is padded only to its longest title, so short ones stay cheap
+VOCAB_SIZE = 4096  # at most; a few hundred titles make far fewer
+STEPS = 800  # about a minute on 2 CPU cores
+BATCH_SIZE = 128
+LEARNING_RATE = 2e-3  # a model this small stands a high rate, and in so few steps needs it
+WARM_UP_SHARE = 0.1  # of the steps, before the rate falls in a half cosine
+WEIGHT_DECAY = 0.1
+LARGEST_LOGIT_SCALE = 4.6052  # ln 100, as in CLIP: beyond it the loss becomes unstable
+HELD_OUT = 100  # pairs kept from training to measure retrieval (a tenth, of fewer than 1,000)
+DEMO_PAIRS = 6000  # drawn pictures with captions that the demo's CLIP learns from
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # CLIP's own; EOS also pads, as in CLIP
+
+
+# ---------------------------------------------------------------- what goes in: titles as tokens, pictures as pixels
+
+
+def train_tokenizer(titles: Sequence[str], vocab_size: int = VOCAB_SIZE, max_tokens: int = MAX_TITLE_TOKENS) -> CLIPTokenizerFast:
+    """Train CLIP's kind of tokenizer (lower case, byte-level BPE, words end in `</w>`) on titles.
+
+    Every byte is in the vocabulary, so no text is unknown to it. BOS and EOS come last, as in CLIP.
+
+    Args:
+        titles: the texts to learn merges from.
+        vocab_size: the most tokens there may be; 514 are the bytes, BOS and EOS.
+        max_tokens: the tokenizer's model_max_length.
+    Returns:
+        The tokenizer; the same titles give the same one.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last_letters = [letter + "</w>" for letter in letters]
+    untrained = _clip_tokenizer([*letters, *last_letters, BOS, EOS], [], max_tokens).backend_tokenizer
+    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        initial_alphabet=letters,
+        special_tokens=last_letters,  # numbered beforehand: numbered as met, their chance order would decide between merges
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(titles, trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merged = dict.fromkeys("".join(pair) for pair in merges)  # without repeats, in order
+    return _clip_tokenizer([*letters, *last_letters, *merged, BOS, EOS], merges, max_tokens)
+
+
+def _clip_tokenizer(tokens: list[str], merges: list[tuple[str, str]], max_tokens: int) -> CLIPTokenizerFast:
+    """CLIP's tokenizer from its two files, which is the one way in that sets up all of its text handling."""
+    with tempfile.TemporaryDirectory() as folder:
+        vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab_file.write_text(json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        merges_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return CLIPTokenizerFast(str(vocab_file), str(merges_file), model_max_length=max_tokens)
+
+
+def image_processor(image_size: int = IMAGE_SIZE) -> CLIPImageProcessor:
+    """CLIP's own picture preparation (bicubic, centre crop, CLIP's mean and deviation) at another size."""
+    return CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
+
+
+def read_pictures(paths: Sequence[Path], image_size: int = IMAGE_SIZE) -> torch.Tensor:
+    """Read pictures, resized and cropped as the small CLIP's own processor does.
+
+    Args:
+        paths: picture files.
+        image_size: pixels a side.
+    Returns:
+        uint8 [pictures, 3, image_size, image_size]
+    Raises:
+        PerPEFTError: a picture cannot be read.
+    """
+    processor = image_processor(image_size)
+
+    def read(path: Path) -> np.ndarray:
+        try:
+            return read_picture(path, processor)
+        except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
+            raise PerPEFTError(f"{path} cannot be read as a picture ({error}); mend it or leave its item out") from error
+
+    pictures = np.empty((len(paths), 3, image_size, image_size), dtype=np.uint8)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = tqdm(pool.map(read, paths), "Reading pictures", len(paths), unit="picture", leave=False, disable=None)
+        for row, picture in enumerate(found):
+            pictures[row] = picture
+    return torch.from_numpy(pictures)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_small_clip(
+    pictures: torch.Tensor,
+    titles: Sequence[str],
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    image_size: int = IMAGE_SIZE,
+    patch_size: int = PATCH_SIZE,
+    width: int = WIDTH,
+    layers: int = LAYERS,
+    heads: int = HEADS,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train a small CLIPModel contrastively on pictures and their titles, and save it with its tokenizer and processor.
+
+    The folder is one that `CLIPModel`, `CLIPImageProcessor` and `AutoTokenizer` open by from_pretrained. It appears when
+    training is done, in place of what was there. The same arguments on the same machine give the same weights.
+
+    Args:
+        pictures: uint8 [pairs, 3, image_size, image_size], from `read_pictures`.
+        titles: one a picture; the same title may stand at many.
+        folder: where to save.
+        seed: of the weights, the batches and the pairs held out.
+        image_size, patch_size: pixels a side, of a picture and of a patch.
+        width, layers, heads: of both towers.
+        steps, batch_size, learning_rate: of AdamW, with warm-up and a half cosine.
+        progress: whether to show a bar and print the result.
+    Returns:
+        `picture_to_title` and `title_to_picture`, the shares of `held_out` unseen pairs whose partner comes first among all of
+        theirs, `chance`, the share that guessing finds, `first_loss`, `last_loss`, `parameters` and `seconds`.
+    Raises:
+        PerPEFTError: the pairs are too few, or the sizes do not fit each other.
+    """
+    _check_sizes(pictures, titles, image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads,
+                 steps=steps, batch_size=batch_size)  # fmt: skip
+    start = time.monotonic()
+    tokenizer = train_tokenizer(titles)
+    encoded = tokenizer(list(titles), truncation=True, padding=True, return_tensors="pt")
+    tokens = encoded["input_ids"]  # [pairs, longest title]
+    lengths = encoded["attention_mask"].sum(1)  # [pairs]
+    _, title_numbers = torch.unique(tokens, dim=0, return_inverse=True)  # [pairs]: the same number, the same title
+
+    model = _new_model(tokenizer, seed, image_size, patch_size, width, layers, heads)
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(titles), generator=random)
+    num_held_out = min(HELD_OUT, len(titles) // 10)
+    held_out, training = order[:num_held_out], order[num_held_out:]
+
+    optimizer = _optimizer(model, learning_rate)
+    losses = []
+    bar = tqdm(range(steps), "Training a small CLIP", unit="step", leave=False, disable=None if progress else True)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _rate_share(step, steps)
+        rows = training[torch.randperm(len(training), generator=random)[:batch_size]]  # [batch]
+        similarity = _similarity(model, pictures[rows], tokens[rows, : lengths[rows].max()])  # [batch pictures, batch titles]
+        loss = contrastive_loss(model.logit_scale.exp() * similarity, title_numbers[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
+
+    with torch.inference_mode():
+        similarity = _similarity(model, pictures[held_out], tokens[held_out])  # [held-out pictures, held-out titles]
+    result = retrieval(similarity, title_numbers[held_out])
+    result |= {"held_out": num_held_out, "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
+    result |= {"parameters": model.num_parameters(), "seconds": time.monotonic() - start}
+    with folder_written_atomically(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        image_processor(image_size).save_pretrained(temporary)
+    if progress:
+        print(
+            f"Small CLIP, {result['parameters']:,} parameters, {result['seconds']:.0f} s: among {num_held_out} unseen pairs it finds"
+            f" the title of {result['picture_to_title']:.0%} of the pictures and the picture of {result['title_to_picture']:.0%}"
+            f" of the titles (chance {result['chance']:.0%}); saved in {folder}"
+        )
+    return result
+
+
+def _check_sizes(pictures: torch.Tensor, titles: Sequence[str], **sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise PerPEFTError(f"{name} is {value}; it must be at least 1")
+    if sizes["image_size"] % sizes["patch_size"]:
+        raise PerPEFTError(f"image_size {sizes['image_size']} is no multiple of patch_size {sizes['patch_size']}")
+    if sizes["width"] % sizes["heads"]:
+        raise PerPEFTError(f"width {sizes['width']} is no multiple of heads {sizes['heads']}")
+    if len(titles) < 20:
+        raise PerPEFTError(f"{len(titles)} pairs of picture and title are too few to train a CLIP on; it takes at least 20")
+    expected = (len(titles), 3, sizes["image_size"], sizes["image_size"])
+    if pictures.dtype != torch.uint8 or tuple(pictures.shape) != expected:
+        raise PerPEFTError(f"the pictures are {pictures.dtype} {list(pictures.shape)}; uint8 {list(expected)} is needed")
+
+
+def _new_model(
+    tokenizer: CLIPTokenizerFast, seed: int, image_size: int, patch_size: int, width: int, layers: int, heads: int
+) -> CLIPModel:
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,  # 4 times is usual; half of it spares a quarter of a step and costs no accuracy here
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": PROJECTION_DIM,
+        "hidden_act": "gelu",  # one operation, where CLIP's quick_gelu is three
+    }
+    # The EOS id tells CLIPModel which token to pool; left out, it would be 2, which means "the largest id" to transformers.
+    specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**tower, **specials, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length},
+        vision_config={**tower, "image_size": image_size, "patch_size": patch_size},
+        projection_dim=PROJECTION_DIM,
+    )
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator; the caller's goes on
+        torch.manual_seed(seed)
+        return CLIPModel(config).train()
+
+
+def _optimizer(model: CLIPModel, learning_rate: float) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]  # biases, norms, the logit scale
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+
+
+def _rate_share(step: int, steps: int) -> float:
+    """The share of the highest learning rate to use in a step: rising in a line, then falling in a half cosine to 0."""
+    warm_up = max(1, round(WARM_UP_SHARE * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
+
+
+def _similarity(model: CLIPModel, pictures: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Cosine of every picture [p, 3, size, size] with every title [t, length]: [p, t]."""
+    processor = CLIPImageProcessor()
+    mean = 255 * torch.tensor(processor.image_mean).view(1, 3, 1, 1)
+    deviation = 255 * torch.tensor(processor.image_std).view(1, 3, 1, 1)
+    picture = model.get_image_features(pixel_values=(pictures.float() - mean) / deviation)  # [p, projection]
+    title = model.get_text_features(input_ids=tokens)  # [t, projection]; causal and pooled at EOS: padding needs no mask
+    return F.normalize(picture, dim=-1) @ F.normalize(title, dim=-1).T
+
+
+def contrastive_loss(logits: torch.Tensor, title_numbers: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric InfoNCE, in which every pair with the same title counts as a match, so that none is a false negative.
+
+    Args:
+        logits: scaled cosines, [batch pictures, batch titles].
+        title_numbers: the same number for the same title, [batch].
+    Returns:
+        The mean of both directions' cross-entropies, a scalar.
+    """
+    same = (title_numbers[:, None] == title_numbers[None, :]).float()  # [batch, batch], symmetric
+    target = same / same.sum(1, keepdim=True)  # each row a distribution over its matches
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def retrieval(similarity: torch.Tensor, title_numbers: torch.Tensor) -> dict[str, float]:
+    """Top-1 retrieval in both directions; a pair with the same title as the asked one is right too.
+
+    Args:
+        similarity: [pictures, titles], pair i at (i, i).
+        title_numbers: the same number for the same title, [pairs].
+    Returns:
+        `picture_to_title`, `title_to_picture` and `chance`, as shares of the pairs.
+    """
+    same = (title_numbers[:, None] == title_numbers[None, :]).float()  # [pairs, pairs]
+    return {
+        "picture_to_title": same.gather(1, similarity.argmax(1, keepdim=True)).mean().item(),
+        "title_to_picture": same.gather(1, similarity.T.argmax(1, keepdim=True)).mean().item(),
+        "chance": same.mean().item(),
+    }
+
+
+# ---------------------------------------------------------------- the demo's CLIP
+
+
+def demo_pairs(image_size: int = IMAGE_SIZE, seed: int = 0, num: int = DEMO_PAIRS) -> tuple[torch.Tensor, list[str]]:
+    """Draw what the demo's CLIP learns from: uint8 [num, 3, image_size, image_size] and as many captions."""
+    pictures, captions = draw_caption_pairs(num, seed)  # [num, 3, drawn size, drawn size]
+    resample = image_processor().resample
+    small = [Image.fromarray(picture.transpose(1, 2, 0)).resize((image_size, image_size), resample) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in small]).transpose(0, 3, 1, 2).copy()), captions
+
+
+def demo_clip(cache_folder: str | Path, seed: int = 0) -> Path:
+    """Give the folder of the demo's CLIP; on first use it is trained, which takes a minute or two.
+
+    Args:
+        cache_folder: where it lies, or is to lie.
+        seed: of its training data and its training.
+    Returns:
+        `cache_folder/demo_small_clip`, or `demo_small_clip_seed{seed}` for a seed other than 0.
+    """
+    folder = Path(cache_folder) / ("demo_small_clip" if seed == 0 else f"demo_small_clip_seed{seed}")
+    if not (folder / "config.json").exists():
+        print("Making the demo's CLIP: drawing pictures with captions and training on them, a minute or two on 2 CPU cores")
+        pictures, captions = demo_pairs(seed=seed)
+        train_small_clip(pictures, captions, folder, seed=seed)
+    return folder
