@@ -16,6 +16,57 @@ def _side_block(width: int, bottleneck: int) -> nn.Sequential:
     return block
 
 
+class _LayerwiseProduct(torch.autograd.Function):
+    """[S, items, in] times [S, out, in] transposed, plus [S, out].
+
+    The weights' gradient comes out in the weights' own layout, where bmm's backward gives its transpose and a copy follows;
+    the cached states need no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias):
+        ctx.save_for_backward(states)
+        return torch.baddbmm(bias.unsqueeze(1), states, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (states,) = ctx.saved_tensors
+        return None, torch.bmm(gradient.transpose(1, 2), states), gradient.sum(1)
+
+
+class _LayerwiseLinear(nn.Module):
+    """S linear layers as one batched product; saved and loaded as `{i}.0.weight` and `{i}.0.bias`, like a list of layers."""
+
+    def __init__(self, num_states: int, in_dim: int, out_dim: int):
+        super().__init__()
+        layers = [nn.Linear(in_dim, out_dim) for _ in range(num_states)]
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))  # [S, out, in]
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))  # [S, out]
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[S, items, in] -> [S, items, out], layer i by the i-th weights."""
+        return _LayerwiseProduct.apply(states, self.weight, self.bias)
+
+    def _named_slices(self, prefix: str) -> dict[str, torch.Tensor]:
+        names = {"weight": self.weight, "bias": self.bias}
+        return {f"{prefix}{i}.0.{name}": stacked[i] for i in range(len(self.weight)) for name, stacked in names.items()}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for key, part in self._named_slices(prefix).items():
+            destination[key] = part if keep_vars else part.detach().clone()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        slices = self._named_slices(prefix)
+        missing_keys.extend(key for key in slices if key not in state_dict)
+        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in slices)
+        with torch.no_grad():
+            for key, part in slices.items():
+                if key in state_dict and state_dict[key].shape != part.shape:
+                    error_msgs.append(f"{key} has shape {tuple(state_dict[key].shape)}, not {tuple(part.shape)}")
+                elif key in state_dict:
+                    part.copy_(state_dict[key])
+
+
 class IISAN(nn.Module):
     """Intra- and inter-modal side adapted network (Fu et al., SIGIR 2024).
 
@@ -36,7 +87,7 @@ class IISAN(nn.Module):
         self.ImgBlocks = nn.ModuleList(_side_block(image_dim, bottleneck) for _ in range(num_states))
         self.TextBlocks = nn.ModuleList(_side_block(text_dim, bottleneck) for _ in range(num_states))
         self.InterBlocks = nn.ModuleList(_side_block(text_dim, bottleneck) for _ in range(num_states))
-        self.CombProj = nn.ModuleList(nn.Sequential(nn.Linear(image_dim, text_dim)) for _ in range(num_states))
+        self.CombProj = _LayerwiseLinear(num_states, image_dim, text_dim)
         self.out_dim = text_dim + image_dim + text_dim
 
     def forward(self, image_states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
@@ -50,18 +101,16 @@ class IISAN(nn.Module):
         """
         gates = torch.sigmoid(self.weight_scalar)  # [3, S]
         image_layers, text_layers = image_states.transpose(0, 1), text_states.transpose(0, 1)  # [S, items, width]
-        # All CombProj layers in one batched product.
-        weights = torch.stack([projection[0].weight for projection in self.CombProj])  # [S, text_dim, image_dim]
-        biases = torch.stack([projection[0].bias for projection in self.CombProj]).unsqueeze(1)  # [S, 1, text_dim]
-        projected = torch.baddbmm(biases, image_layers, weights.transpose(1, 2))  # [S, items, text_dim]
-        gate = gates[2].view(-1, 1, 1)
-        joint_layers = gate * text_layers + (1 - gate) * projected  # [S, items, text_dim]
+        # w * text + (1 - w) * projection, all layers in one batched product
+        joint_layers = torch.lerp(self.CombProj(image_layers), text_layers, gates[2].view(-1, 1, 1))  # [S, items, text_dim]
 
+        # unbind, not indexing: its backward is one stack, where every index would fill a whole table with zeros
+        joint_layers, gates = joint_layers.unbind(), [row.unbind() for row in gates]
         text, picture, joint = text_layers[0], image_layers[0], joint_layers[0]
         for layer in range(self.num_states):
             if layer > 0:
-                text = gates[0, layer] * text + (1 - gates[0, layer]) * text_layers[layer]
-                picture = gates[1, layer] * picture + (1 - gates[1, layer]) * image_layers[layer]
+                text = torch.lerp(text_layers[layer], text, gates[0][layer])  # w * text + (1 - w) * this layer
+                picture = torch.lerp(image_layers[layer], picture, gates[1][layer])
                 joint = joint_layers[layer] + joint
             text = self.TextBlocks[layer](text) + text
             picture = self.ImgBlocks[layer](picture) + picture

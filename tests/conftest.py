@@ -1,0 +1,149 @@
+"""Shared by all tests: a tiny data set in the documented files, a tiny random CLIP, and one full run on them."""
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+import perpeft_lora_ia3
+from utils.cli import parse_options
+from utils.small_clip import train_tokenizer
+
+torch.set_num_threads(1)
+
+SHORT_USERS = {3: 1, 11: 2, 17: 3}  # user: purchases; the first two are never evaluated, the third has one training item
+NUM_USERS, NUM_ITEMS = 40, 30
+SHAPES = ("ellipse", "rectangle", "line")
+
+
+def write_dataset(folder, name, histories, titles, raw_ids=None, draw=True):
+    """Write the four files of DESIGN.md section 2; `histories` maps user to items, `titles` belong to items 1, 2, ..."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw_ids = raw_ids or [f"B{item:03d}" for item in range(1, len(titles) + 1)]
+    lines = [f"{user} {item}\n" for user, items in histories.items() for item in items]
+    (folder / f"{name}_final.txt").write_text("".join(lines))
+    with (folder / f"{name}_item2id_final.pickle").open("wb") as file:
+        pickle.dump(dict(enumerate(raw_ids, 1)), file)
+    with (folder / f"{name}_texts_final.pickle").open("wb") as file:
+        pickle.dump({raw_id: title for raw_id, title in zip(raw_ids, titles) if title is not None}, file)
+    images = folder / f"{name}_images"
+    images.mkdir(exist_ok=True)
+    if draw:
+        for item, raw_id in enumerate(raw_ids, 1):
+            draw_picture(item).save(images / f"{raw_id}.jpg", quality=90)
+    return folder
+
+
+def draw_picture(item):
+    """One of three shapes in a colour of its own on a picture of an odd size."""
+    colour = tuple(int(value) for value in np.random.default_rng(item).integers(0, 256, 3))
+    picture = Image.new("RGB", (37 + item % 5, 41 + item % 7), tuple(255 - value for value in colour))
+    getattr(ImageDraw.Draw(picture), SHAPES[item % 3])((6, 8, 30, 33), fill=colour)
+    return picture
+
+
+def tiny_histories():
+    """40 users with gaps between their numbers, in three interest clusters of ten items each, some purchases elsewhere."""
+    random = np.random.default_rng(7)
+    histories = {}
+    for user in range(1, NUM_USERS + 1):
+        own = 10 * (user % 3) + random.permutation(10) + 1
+        other = random.integers(1, NUM_ITEMS + 1, size=3)
+        items = np.concatenate([own, other])[random.permutation(13)]
+        histories[2 * user] = items[: SHORT_USERS.get(user, random.integers(5, 14))].tolist()
+    return histories
+
+
+def tiny_titles():
+    """A title an item; the fifth item has none, the sixth's is longer than the tiny CLIP reads."""
+    colours, things = ("red", "green", "blue", "pale"), ("lamp", "mug", "chair", "clock", "bag")
+    titles = [f"{colours[item % 4]} {things[item % 5]} number {item}" for item in range(1, NUM_ITEMS + 1)]
+    titles[4], titles[5] = None, "one very long title " * 10
+    return titles
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory):
+    """A data set `tiny` on disk: train_dir, name, histories by user number, titles."""
+    histories, titles = tiny_histories(), tiny_titles()
+    folder = write_dataset(tmp_path_factory.mktemp("data") / "dataset", "tiny", histories, titles)
+    return SimpleNamespace(train_dir=folder, name="tiny", histories=histories, titles=titles)
+
+
+def save_tiny_clip(folder, titles, seed=0):
+    """Save a random two-layer CLIPModel with a tokenizer that knows the titles and an image processor."""
+    tokenizer = train_tokenizer([title for title in titles if title], vocab_size=600, max_tokens=16)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16}
+    specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**tower, **specials, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        vision_config={**tower, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A folder with a random tiny CLIPModel: pictures 32 x 32 in patches of 16, width 32, 2 layers, projection 16."""
+    return save_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny_clip", tiny_titles())
+
+
+def tiny_arguments(tiny_dataset, tiny_clip, output_dir, peft_type="lora", **changes):
+    """The command line of a tiny run: 2 + 2 epochs, 3 groups, a rate at which so few steps learn something."""
+    options = {
+        "dataset": tiny_dataset.name, "train_dir": tiny_dataset.train_dir, "clip_model": tiny_clip, "output_dir": output_dir,
+        "peft_type": peft_type, "device": "cpu", "C": 3, "global_epochs": 2, "num_epochs": 2, "lr": 1e-3, "wdecay": 1e-4,
+    }  # fmt: skip
+    options.update(changes)
+    flags = {name for name, value in options.items() if value is True}
+    pairs = [part for name, value in options.items() if name not in flags for part in (f"--{name}", str(value))]
+    return pairs + [f"--{name}" for name in sorted(flags)]
+
+
+def tiny_options(*args, **changes):
+    """`tiny_arguments`, parsed."""
+    changes_of_arguments = tiny_arguments(*args, **changes)
+    return parse_options("", ("lora", "ia3"), changes_of_arguments)
+
+
+def run_script(arguments):
+    """Run perpeft_lora_ia3.py's main in this process."""
+    before = sys.argv
+    sys.argv = ["perpeft_lora_ia3.py", *arguments]
+    try:
+        perpeft_lora_ia3.main()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_dataset, tiny_clip, tmp_path_factory):
+    """A finished LoRA run: its folder, its parsed options and its arguments. Read only: tests that write copy the folder."""
+    output_dir = tmp_path_factory.mktemp("runs")
+    arguments = tiny_arguments(tiny_dataset, tiny_clip, output_dir)
+    run_script(arguments)
+    folder = output_dir / "tiny_lora_lr0.001_wd0.0001_seed0"
+    return SimpleNamespace(folder=folder, options=parse_options("", ("lora", "ia3"), arguments), arguments=arguments)
+
+
+@pytest.fixture
+def copied_run(tiny_run, tmp_path):
+    """The finished run copied to a folder of the test's own, and the arguments that name it."""
+    output_dir = tmp_path / "runs"
+    shutil.copytree(tiny_run.folder, output_dir / tiny_run.folder.name)
+    arguments = list(tiny_run.arguments)
+    arguments[arguments.index("--output_dir") + 1] = str(output_dir)
+    return SimpleNamespace(folder=output_dir / tiny_run.folder.name, arguments=arguments)
