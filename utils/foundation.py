@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 from transformers.utils import logging as transformers_logging
 
 from models import IISAN, ClipPeftEncoder, IISANEncoder, ItemEncoder
@@ -13,9 +12,9 @@ from models.clip_peft import ia3_config, lora_config
 from utils.data import Dataset
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
-from utils.hidden_states import HiddenStateStore, extract_hidden_states, states_path
+from utils.hidden_states import HiddenStateStore, compute_hidden_states, save_hidden_states, states_path
 from utils.items import PictureTitleStore
-from utils.small_clip import demo_clip
+from utils.small_clip import demo_clip, train_tokenizer
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 
@@ -73,6 +72,14 @@ def load_foundation(clip_model: str) -> Foundation:
     return Foundation(clip, image_processor, tokenizer)
 
 
+def random_foundation(dataset: Dataset) -> Foundation:
+    """CLIP ViT-B/32 with random weights, and a tokenizer trained on the data set's titles: for sizes and speed."""
+    tokenizer = train_tokenizer(dataset.titles, max_tokens=77)
+    config = CLIPConfig()
+    config.text_config.eos_token_id = tokenizer.eos_token_id
+    return Foundation(CLIPModel(config).eval(), CLIPImageProcessor(), tokenizer)
+
+
 def known_config(clip_model: str) -> CLIPConfig | None:
     """The configuration of a CLIP without its weights, from a folder or what the hub's client has kept; else None."""
     with _quiet_transformers(), contextlib.suppress(Exception):
@@ -85,11 +92,25 @@ def needs_contents(peft_type: str, train_dir: str | Path, name: str) -> bool:
     return peft_type != "iisan" or not states_path(train_dir, name).is_file()
 
 
-def _build_clip_peft(
-    config: PeftConfig, dataset: Dataset, clip_model: str, missing_images: str
+def encoder_and_source(
+    peft_type: str, foundation: Foundation, dataset: Dataset, device: torch.device, rank: int = 4, missing_images: str = "error"
 ) -> tuple[ItemEncoder, ItemSource]:
-    foundation = load_foundation(clip_model)
-    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor), foundation.store(dataset, missing_images)
+    """The item encoder of one kind of adapter on a CLIP that is at hand, and the source of its inputs.
+
+    Args:
+        peft_type: lora, ia3 or iisan.
+        foundation: the CLIP.
+        dataset: whose items are encoded.
+        device: where IISAN's hidden states are computed; they are not kept.
+        rank: LoRA's rank.
+        missing_images: "error" or "blank", as in `PictureTitleStore.open`.
+    """
+    store = foundation.store(dataset, missing_images)
+    if peft_type == "iisan":
+        states = compute_hidden_states(foundation.clip, foundation.image_processor, foundation.tokenizer, store, device)
+        return _iisan_encoder(HiddenStateStore(*states), foundation.clip.config)
+    config = lora_config(rank) if peft_type == "lora" else ia3_config()
+    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor), store
 
 
 def ensure_hidden_states(dataset: Dataset, clip_model: str, device: torch.device, missing_images: str = "error") -> Path:
@@ -97,16 +118,13 @@ def ensure_hidden_states(dataset: Dataset, clip_model: str, device: torch.device
     path = states_path(dataset.folder, dataset.name)
     if not path.is_file():
         foundation = load_foundation(clip_model)
-        processors = (foundation.image_processor, foundation.tokenizer)
         store = foundation.store(dataset, missing_images)
-        extract_hidden_states(dataset, foundation.clip, *processors, store, device, clip_model)
+        states = compute_hidden_states(foundation.clip, foundation.image_processor, foundation.tokenizer, store, device)
+        save_hidden_states(path, *states, dataset.raw_ids, clip_model)
     return path
 
 
-def _build_iisan(dataset: Dataset, clip_model: str, device: torch.device, missing_images: str) -> tuple[ItemEncoder, ItemSource]:
-    ensure_hidden_states(dataset, clip_model, device, missing_images)
-    config = known_config(clip_model)
-    store = HiddenStateStore.open(dataset, config, clip_model)
+def _iisan_encoder(store: HiddenStateStore, config: CLIPConfig | None) -> tuple[ItemEncoder, ItemSource]:
     _, num_states, image_dim = store.image_states.shape
     with torch.device("meta"):  # counts parameters without making them
         size = sum(parameter.numel() for parameter in CLIPModel(config).parameters()) if config else None
@@ -116,22 +134,19 @@ def _build_iisan(dataset: Dataset, clip_model: str, device: torch.device, missin
 def build_encoder(
     peft_type: str, dataset: Dataset, clip_model: str, device: torch.device, rank: int = 4, missing_images: str = "error"
 ) -> tuple[ItemEncoder, ItemSource]:
-    """The item encoder of one kind of adapter, and the source of its inputs.
+    """The item encoder of one kind of adapter, and the source of its inputs; IISAN's hidden states are kept on disk.
 
     Args:
-        peft_type: lora, ia3 or iisan.
-        dataset: whose items are encoded.
         clip_model: as in `load_foundation`, or "demo" for the demo's own.
-        device: where hidden states are computed if they have to be.
-        rank: LoRA's rank.
-        missing_images: "error" or "blank", as in `PictureTitleStore.open`.
+        peft_type, dataset, device, rank, missing_images: as in `encoder_and_source`.
     """
     if clip_model == "demo":
         clip_model = str(demo_clip(dataset.folder))
     if peft_type == "iisan":
-        return _build_iisan(dataset, clip_model, device, missing_images)
-    config = lora_config(rank) if peft_type == "lora" else ia3_config()
-    return _build_clip_peft(config, dataset, clip_model, missing_images)
+        ensure_hidden_states(dataset, clip_model, device, missing_images)
+        config = known_config(clip_model)
+        return _iisan_encoder(HiddenStateStore.open(dataset, config, clip_model), config)
+    return encoder_and_source(peft_type, load_foundation(clip_model), dataset, device, rank, missing_images)
 
 
 def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:

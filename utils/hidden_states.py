@@ -65,34 +65,23 @@ def states_path(train_dir: str | Path, name: str) -> Path:
     return Path(train_dir) / f"{name}_preX.pt"
 
 
-def extract_hidden_states(
-    dataset: Dataset,
-    clip: CLIPModel,
-    processor: Any,
-    tokenizer: Any,
-    store: PictureTitleStore,
-    device: torch.device,
-    clip_name: str,
-    items_at_once: int = 64,
-) -> Path:
-    """Compute all items' states and save them as published: (picture states, title states, raw ids).
-
-    Beside the file, `{name}_preX.json` notes which CLIP it came from.
+def compute_hidden_states(
+    clip: CLIPModel, processor: Any, tokenizer: Any, store: PictureTitleStore, device: torch.device, items_at_once: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All items' states, row i of item i + 1.
 
     Args:
-        dataset: whose items.
         clip, processor, tokenizer: the foundation model and its processors.
         store: the items' pictures and titles.
         device: where to compute.
-        clip_name: as on the command line.
         items_at_once: items a forward pass.
     Returns:
-        the file's path
+        picture states [items, S, image width], title states [items, S, text width], on the CPU
     """
     clip = clip.eval().to(device)
     image_shape, text_shape = state_shapes(clip.config)
-    all_image_states = torch.empty(dataset.num_items, *image_shape)
-    all_text_states = torch.empty(dataset.num_items, *text_shape)
+    all_image_states = torch.empty(store.num_items, *image_shape)
+    all_text_states = torch.empty(store.num_items, *text_shape)
     scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
     order = store.reading_order()
     for start in tqdm(range(0, len(order), items_at_once), "hidden states", unit="batch", disable=None):
@@ -102,15 +91,22 @@ def extract_hidden_states(
         image_states, text_states = hidden_states(clip, pictures, tokens, tokenizer.eos_token_id)
         rows = torch.from_numpy(items - 1)
         all_image_states[rows], all_text_states[rows] = image_states.cpu(), text_states.cpu()
-    path = states_path(dataset.folder, dataset.name)
-    content = (all_image_states, all_text_states, list(dataset.raw_ids))
-    note = json.dumps({"clip_model": clip_name})
+    return all_image_states, all_text_states
+
+
+def save_hidden_states(
+    path: Path, image_states: torch.Tensor, text_states: torch.Tensor, raw_ids: list[str], clip_name: str
+) -> None:
+    """Save states as they are published, and beside them, in `{name}_preX.json`, which CLIP they came from.
+
+    Raises:
+        PerPEFTError: no room or right to write there.
+    """
     try:
-        write_text_atomically(path.with_suffix(".json"), note + "\n")
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
+        write_text_atomically(path.with_suffix(".json"), json.dumps({"clip_model": clip_name}) + "\n")
+        write_atomically(path, lambda temporary: torch.save((image_states, text_states, list(raw_ids)), temporary))
     except OSError as error:
         raise PerPEFTError(f"the hidden states {path} cannot be written ({error}); make room or choose another folder") from error
-    return path
 
 
 def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
@@ -157,9 +153,10 @@ class HiddenStateStore:
         text_states: [rows, S, text width].
     """
 
-    def __init__(self, image_states: torch.Tensor, text_states: torch.Tensor, rows: np.ndarray):
+    def __init__(self, image_states: torch.Tensor, text_states: torch.Tensor, rows: np.ndarray | None = None):
         self.image_states = image_states
         self.text_states = text_states
+        rows = np.arange(len(image_states)) if rows is None else rows
         self._rows = torch.from_numpy(rows)  # [num_items], where item i + 1 lies
         self.num_items = len(rows)
 

@@ -81,6 +81,10 @@ class Trainer:
     def update(self, loss: torch.Tensor) -> None:
         """Backward pass and one step of both optimizers."""
         self.scaler.scale(loss).backward()
+        self.apply_gradients()
+
+    def apply_gradients(self) -> None:
+        """One step of both optimizers with the gradients that are there, which are then cleared."""
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()

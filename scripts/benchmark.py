@@ -1,0 +1,113 @@
+"""Measure what a training step, evaluation, the store and large catalogues cost, each beside the plain way."""
+import argparse
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from utils import benchmark
+from utils.cli import number, run_main
+from utils.data import Dataset, read_dataset
+from utils.demo import make_demo
+from utils.devices import choose_device, seed_everything
+from utils.files import write_text_atomically
+from utils.foundation import Foundation, encoder_and_source, load_foundation, random_foundation
+from utils.small_clip import demo_clip
+
+RANDOM_CLIP = "random-vit-b32"
+CATALOGUE_ITEMS = 15_701  # the size at which ranking is compared with the plain loop
+
+
+def foundation_for(clip_model: str, dataset: Dataset) -> Foundation:
+    """The CLIP to measure: a folder, a hub name, the demo's, or ViT-B/32 with random weights."""
+    if clip_model == RANDOM_CLIP:
+        return random_foundation(dataset)
+    return load_foundation(str(demo_clip(dataset.folder)) if clip_model == "demo" else clip_model)
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """All figures, by the names of the JSON file."""
+    if options.dataset == "demo":
+        make_demo(options.train_dir)
+    dataset = read_dataset(options.train_dir, options.dataset)
+    clip_model = options.clip_model or ("demo" if options.dataset == "demo" else RANDOM_CLIP)
+    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(device)}
+    figures: dict[str, Any] = {"date": date.today().isoformat(), **machine, "dataset": options.dataset, "clip": clip_model}
+    for peft_type in tqdm(options.peft, "adapters", unit="adapter", disable=None):
+        seed_everything(0)
+        foundation = foundation_for(clip_model, dataset)
+        encoder, source = encoder_and_source(peft_type, foundation, dataset, device)
+        figures[peft_type] = benchmark.encoding_costs(encoder.to(device), source, dataset, device, options.repeats)
+        for stage, num_groups in (("global", 1), ("personalized", 8)):
+            arguments = (source, dataset, device, num_groups, options.batch_size, options.repeats)
+            found = benchmark.step_costs(encoder, *arguments)
+            figures[peft_type] |= found if stage == "global" else {f"personalized_{name}": value for name, value in found.items()}
+    if not options.steps_only:
+        figures["store"] = measure_store(clip_model, dataset, options.batch_size)
+        figures |= measure_scale(device, options.repeats)
+    figures["peak_memory_mib"] = benchmark.peak_memory_mib()
+    return figures
+
+
+def measure_store(clip_model: str, dataset: Dataset, batch_size: int) -> dict[str, float]:
+    """The picture store beside decoding in every step."""
+    foundation = foundation_for(clip_model, dataset)
+    sampler = benchmark.stage_sampler(dataset, 1, batch_size, 10)
+    return benchmark.store_costs(foundation, dataset, foundation.store(dataset), sampler.batch(1, 0), sampler.num_batches)
+
+
+def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:
+    """How sampling, grouping, ranking and the item table grow at 1x, 4x and 16x, up to a million users and items."""
+    figures: dict[str, Any] = {"ranking": {}, "sampling": {}, "grouping": {}, "item_table": {}}
+    for size in tqdm((62_500, 250_000, 1_000_000), "sizes", unit="size", disable=None):
+        figures["ranking"][f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
+        figures["ranking"][f"{size}_items"] = benchmark.ranking_costs(64, size, device)
+        figures["sampling"][f"{size}_users_and_items"] = benchmark.sampling_costs(size, size, repeats=50)
+        figures["grouping"][f"{size}_users"] = benchmark.grouping_costs(size)
+        figures["item_table"][f"{size}_items"] = benchmark.catalogue_costs(size, device, repeats)
+    plain = benchmark.ranking_costs(2048, CATALOGUE_ITEMS, device, plain_users=24)
+    figures["ranking"]["beside_plain_loop"] = plain
+    figures["ranking_over_plain_loop"] = plain["over_plain_loop"]
+    sampling = figures["sampling"]["1000000_users_and_items"]
+    figures["sampling_ms_at_1m_users"] = max(sampling["global_ms"], sampling["personalized_ms"])
+    return figures
+
+
+def lines_of(figures: dict[str, Any], prefix: str = "") -> list[str]:
+    """Figures as the rows of a Markdown table."""
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            lines += lines_of(value, f"{prefix}{name}: ")
+        else:
+            lines.append(f"| {prefix}{name} | {f'{value:,.3f}' if isinstance(value, float) else value} |")
+    return lines
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", default="demo", help="whose pictures, titles and histories")
+    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
+    parser.add_argument("--clip_model", default=None, help=f"folder, hub name or {RANDOM_CLIP} (default; the demo: its own)")
+    parser.add_argument("--peft", nargs="+", choices=("lora", "ia3", "iisan"), default=["lora", "ia3", "iisan"])
+    parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
+    parser.add_argument("--batch_size", type=number(int, 1), default=16, help="users a batch")
+    parser.add_argument("--repeats", type=number(int, 1), default=15, help="each figure is a median over so many")
+    parser.add_argument("--steps_only", action="store_true", help="leave out the store and the large sizes")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures there")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args()
+    figures = measure(options, torch.device(choose_device(options.device)))
+    print("\n".join(["| figure | value |", "|---|---|", *lines_of(figures)]))
+    if options.json:
+        write_text_atomically(options.json, json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
