@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from transformers import CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -41,9 +42,13 @@ class ClipPeftEncoder(ItemEncoder):
         clip: the foundation model; it is frozen and its linear layers are wrapped in place.
         config: what kind of adapter, from `lora_config` or `ia3_config`.
         processor: CLIP's image processor, for the channel statistics that pictures are normalised with.
+        gradient_checkpointing: keep no layer's inner values for the backward pass but compute them again: a fraction of the
+            memory, a third more time, the same gradients.
     """
 
-    def __init__(self, clip: CLIPModel, config: PeftConfig, processor: BaseImageProcessor):
+    def __init__(
+        self, clip: CLIPModel, config: PeftConfig, processor: BaseImageProcessor, gradient_checkpointing: bool = False
+    ):
         super().__init__()
         self.foundation_parameters = sum(parameter.numel() for parameter in clip.parameters())
         self.feature_dim = 2 * clip.config.projection_dim
@@ -51,6 +56,8 @@ class ClipPeftEncoder(ItemEncoder):
         self._config = config
         self._peft = get_peft_model(clip, config)  # its first adapter is called "default"
         self._clip = clip
+        if gradient_checkpointing:  # non-reentrant: the first layer's input needs no gradient, its adapter does
+            clip.gradient_checkpointing_enable({"use_reentrant": False})
         self._num_groups = 1
         self._adapted_layers = [module for module in self._peft.modules() if isinstance(module, BaseTunerLayer)]
         scale, shift = channel_statistics(processor)
@@ -125,7 +132,7 @@ class ClipPeftEncoder(ItemEncoder):
             name for name in own if name in weights and weights[name].shape != own[name].shape
         ]
         if differing:
-            raise ValueError(f"these adapter weights are of another CLIP, kind or rank: they differ in {', '.join(differing[:3])}")
+            raise ValueError(f"these adapter weights are of another CLIP, kind or rank: see {', '.join(differing[:3])}")
         for name, parameter in own.items():
             parameter.copy_(weights[name])
 
@@ -134,7 +141,8 @@ class ClipPeftEncoder(ItemEncoder):
         adapter = Path(folder) / "adapter"
         adapter.mkdir(parents=True, exist_ok=True)
         weights = {name: parameter.detach().cpu() for name, parameter in self.group_parameters(group).items()}
-        save_file(weights, str(adapter / "adapter_model.safetensors"), metadata={"format": "pt"})
+        # As bytes, so that a full disk is an OSError as anywhere else, and not one of safetensors' own.
+        (adapter / "adapter_model.safetensors").write_bytes(safetensors_bytes(weights, metadata={"format": "pt"}))
         inference_mode, self._config.inference_mode = self._config.inference_mode, True
         self._config.save_pretrained(str(adapter))
         self._config.inference_mode = inference_mode

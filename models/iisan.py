@@ -1,5 +1,6 @@
 """IISAN: side adapters over a frozen foundation model's cached hidden states."""
 import copy
+import io
 from pathlib import Path
 
 import torch
@@ -26,12 +27,14 @@ class _LayerwiseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias):
         ctx.save_for_backward(states)
+        ctx.weight_dtype = weight.dtype
         return torch.baddbmm(bias.unsqueeze(1), states, weight.transpose(1, 2))
 
     @staticmethod
     def backward(ctx, gradient):
         (states,) = ctx.saved_tensors
-        return None, torch.bmm(gradient.transpose(1, 2), states), gradient.sum(1)
+        weight_gradient = torch.bmm(gradient.transpose(1, 2), states.to(gradient.dtype))  # fp16 under autocast
+        return None, weight_gradient.to(ctx.weight_dtype), gradient.sum(1).to(ctx.weight_dtype)
 
 
 class _LayerwiseLinear(nn.Module):
@@ -158,7 +161,9 @@ class IISANEncoder(ItemEncoder):
     def save_group(self, folder: Path, group: int) -> None:
         """Write `folder/iisan.pth`, a plain state_dict under the authors' names."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        torch.save(self._groups[group].state_dict(), Path(folder) / "iisan.pth")
+        content = io.BytesIO()  # so that a full disk is an OSError as anywhere else, where torch's own writer hides the reason
+        torch.save(self._groups[group].state_dict(), content)
+        (Path(folder) / "iisan.pth").write_bytes(content.getvalue())
 
     def load_group(self, folder: Path, group: int) -> None:
         """Read `folder/iisan.pth` into group `group`'s side network."""

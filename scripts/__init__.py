@@ -1,0 +1,1 @@
+"""Short programs that a person runs as `python3 -m scripts.NAME`: parse, call, print."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -16,6 +17,9 @@ from utils.cli import parse_options
 from utils.small_clip import train_tokenizer
 
 torch.set_num_threads(1)
+# the same examples every time, no time limit on a busy machine, nothing written beside the code
+settings.register_profile("perpeft", derandomize=True, deadline=None, database=None)
+settings.load_profile("perpeft")
 
 SHORT_USERS = {3: 1, 11: 2, 17: 3}  # user: purchases; the first two are never evaluated, the third has one training item
 NUM_USERS, NUM_ITEMS = 40, 30

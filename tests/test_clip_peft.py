@@ -184,6 +184,15 @@ def test_clone_groups_makes_separate_copies(tiny_clip, processors, inputs, kind)
     assert (encoder_features(encoder, inputs, 1) - before).abs().max() > 1e-3
 
 
+def test_cloning_keeps_the_model_in_the_mode_it_is_in(tiny_clip, processors):
+    """A fresh adapter in training mode would drop out in the evaluation of a model that was put into eval mode before."""
+    encoder = make_encoder(tiny_clip, processors)
+    for training in (False, True):
+        encoder.train(training)
+        encoder.clone_groups(encoder.num_groups + 1)
+        assert {module.training for module in encoder.modules()} == {training}
+
+
 def test_eleven_groups_do_not_mix_up_group_1_and_group_10(tiny_clip, processors):
     encoder = make_encoder(tiny_clip, processors)
     encoder.clone_groups(11)

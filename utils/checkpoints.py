@@ -6,7 +6,7 @@ import torch
 
 from models import PerPEFT
 from utils.errors import PerPEFTError
-from utils.files import folder_written_atomically, write_atomically
+from utils.files import folder_written_atomically, save_tensors, write_atomically
 
 
 def _read(path: Path) -> Any:
@@ -22,19 +22,19 @@ def _read(path: Path) -> Any:
 def save_global(model: PerPEFT, folder: Path) -> None:
     """Write `sasrec.pth`, `projector.pth` and the adapter of a model with one group; the folder is replaced as a whole."""
     with folder_written_atomically(folder) as temporary:
-        torch.save(model.sasrec.state_dict(), temporary / "sasrec.pth")
-        torch.save(model.projectors[0].state_dict(), temporary / "projector.pth")
+        save_tensors(model.sasrec.state_dict(), temporary / "sasrec.pth")
+        save_tensors(model.projectors[0].state_dict(), temporary / "projector.pth")
         model.encoder.save_group(temporary, 0)
 
 
 def save_personalized(model: PerPEFT, folder: Path) -> None:
     """Write `sasrec.pth` and, in `group_{g}/`, every group's `projector.pth` and adapter; the folder is replaced as a whole."""
     with folder_written_atomically(folder) as temporary:
-        torch.save(model.sasrec.state_dict(), temporary / "sasrec.pth")
+        save_tensors(model.sasrec.state_dict(), temporary / "sasrec.pth")
         for group, projector in enumerate(model.projectors):
             own = temporary / f"group_{group}"
             own.mkdir()
-            torch.save(projector.state_dict(), own / "projector.pth")
+            save_tensors(projector.state_dict(), own / "projector.pth")
             model.encoder.save_group(own, group)
 
 
@@ -42,14 +42,16 @@ def _load_group(model: PerPEFT, folder: Path, group: int) -> None:
     try:
         model.projectors[group].load_state_dict(_read(folder / "projector.pth"))
         model.encoder.load_group(folder, group)
-    except (OSError, RuntimeError, ValueError) as error:
+    except PerPEFTError:
+        raise
+    except Exception as error:  # a damaged file raises what its format's library likes
         raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
 
 
 def _load_sasrec(model: PerPEFT, folder: Path) -> None:
     try:
         model.sasrec.load_state_dict(_read(folder / "sasrec.pth"))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
 
 
@@ -75,16 +77,30 @@ def load_personalized(model: PerPEFT, folder: Path) -> None:
 
 
 class ResumeState:
-    """The state of one stage in one file, replaced as a whole."""
+    """The state of one stage in one file, replaced as a whole.
+
+    Attributes:
+        path: the file, named for the stage.
+        saved: how far the state in it has come, in words; None as long as there is none.
+    """
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
+        self.saved: str | None = None
 
     def load(self) -> dict[str, Any] | None:
         """What was saved last; None before the first save."""
-        return _read(self._path) if self._path.is_file() else None
+        if not self.path.is_file():
+            return None
+        state = _read(self.path)
+        self._note(state)
+        return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace what was saved; plain values and tensors only."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, lambda temporary: torch.save(state, temporary))
+        """Replace what was saved; plain values and tensors only, "epoch" and "step" among them."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, lambda temporary: save_tensors(state, temporary))
+        self._note(state)
+
+    def _note(self, state: dict[str, Any]) -> None:
+        self.saved = f"{self.path.stem} epoch {state['epoch']}, step {state['step']}"

@@ -1,6 +1,6 @@
 """Options of the training scripts, and the way every script of this project ends."""
 import argparse
-import math
+import errno
 import signal
 import sys
 import traceback
@@ -9,33 +9,38 @@ from pathlib import Path
 
 import torch
 
+from utils.devices import is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.foundation import DEFAULT_CLIP
 from utils.hyperparameters import DEMO, FALLBACK, read_hyperparameters
 
 
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 1_000_000, *, above: bool = False) -> Callable[[str], float]:
     """A checked option type: a number of `kind` in [low, high], or in (low, high] with `above`."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is no {'whole ' if kind is int else ''}number") from None
-        if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
-            upper = "" if high == math.inf else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low:g}{upper}")
+            raise argparse.ArgumentTypeError(f"'{text[:40]}' is no {'whole ' if kind is int else ''}number") from None
+        if not (low < value if above else low <= value) or not value <= high:  # so written, NaN is refused too
+            lowest = f"above {low:g}" if above else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {lowest} and at most {high:g}")
         return value
 
     return parse
 
 
+COUNT = number(int, 1)
+SIZE = number(int, 1, 10_000)  # of layers and tables: what is beyond would not fit into any memory
+RATE, WEIGHT, SHARE = number(float, 0, 10, above=True), number(float, 0, 1000), number(float, 0, 0.99)
+
+
 def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of a training script for some kinds of adapter; those that only one kind needs are left out for others."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    count, positive = number(int, 1), number(float, 0, above=True)
-    weight, probability = number(float, 0), number(float, 0, 0.99)
-
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
     run.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
@@ -44,34 +49,39 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     run.add_argument("--trial", type=number(int, 0, 2**31), default=0, help="the seed")
     run.add_argument("--restart", action="store_true", help="start over instead of continuing")
     run.add_argument("--inference_only", action="store_true", help="evaluate a finished run's saved weights")
-    run.add_argument("--save_every", type=count, default=500, help="steps between saves of the state to continue from")
+    run.add_argument("--save_every", type=COUNT, default=500, help="steps between saves of the state to continue from")
     run.add_argument("--debug", action="store_true", help="show tracebacks")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=positive, default=None, help="learning rate (default: perpeft_hyperparameter.pickle's)")
-    training.add_argument("--wdecay", type=weight, default=None, help="weight decay (default: perpeft_hyperparameter.pickle's)")
-    training.add_argument("--batch_size", type=count, default=16, help="users a batch")
-    training.add_argument("--global_epochs", type=count, default=10, help="epochs of stage 1, global PEFT")
-    training.add_argument("--num_epochs", type=count, default=20, help="epochs of stage 3, personalized PEFT")
-    training.add_argument("--l2_emb", type=weight, default=1e-6, help="weight of the L2 norm of the item embeddings")
+    training.add_argument("--lr", type=RATE, default=None, help="learning rate (default: perpeft_hyperparameter.pickle's)")
+    training.add_argument("--wdecay", type=WEIGHT, default=None, help="weight decay (default: perpeft_hyperparameter.pickle's)")
+    training.add_argument("--batch_size", type=COUNT, default=16, help="users a batch")
+    training.add_argument("--global_epochs", type=COUNT, default=10, help="epochs of stage 1, global PEFT")
+    training.add_argument("--num_epochs", type=COUNT, default=20, help="epochs of stage 3, personalized PEFT")
+    training.add_argument("--l2_emb", type=WEIGHT, default=1e-6, help="weight of the L2 norm of the item embeddings")
 
     recommender = parser.add_argument_group("recommender")
-    recommender.add_argument("--maxlen", type=count, default=10, help="longest history that is read")
-    recommender.add_argument("--hidden_units", type=count, default=32, help="width")
-    recommender.add_argument("--num_blocks", type=count, default=2, help="attention blocks")
-    recommender.add_argument("--num_heads", type=count, default=4, help="attention heads a block")
-    recommender.add_argument("--dropout_rate", type=probability, default=0.3, help="dropout")
-    recommender.add_argument("--weight_scalar", type=weight, default=0.5, help="weight of the multimodal item vector")
+    recommender.add_argument("--maxlen", type=SIZE, default=10, help="longest history that is read")
+    recommender.add_argument("--hidden_units", type=SIZE, default=32, help="width")
+    recommender.add_argument("--num_blocks", type=number(int, 1, 1000), default=2, help="attention blocks")
+    recommender.add_argument("--num_heads", type=SIZE, default=4, help="attention heads a block")
+    recommender.add_argument("--dropout_rate", type=SHARE, default=0.3, help="dropout")
+    recommender.add_argument("--weight_scalar", type=WEIGHT, default=0.5, help="weight of the multimodal item vector")
 
     adapters = parser.add_argument_group("foundation model and adapters")
     if len(peft_types) > 1:
         adapters.add_argument("--peft_type", choices=peft_types, default=peft_types[0], help="kind of adapter")
     adapters.add_argument("--clip_model", default=None, help=f"CLIPModel folder or hub name (default: {DEFAULT_CLIP})")
     if "lora" in peft_types:
-        adapters.add_argument("--rank", type=count, default=4, help="LoRA's rank")
+        adapters.add_argument("--rank", type=SIZE, default=4, help="LoRA's rank")
+        adapters.add_argument(
+            "--gradient_checkpointing",
+            action="store_true",
+            help="compute CLIP's layers twice instead of keeping them for the backward pass: less memory, the same result",
+        )
     else:
-        parser.set_defaults(rank=None)
-    adapters.add_argument("--C", type=count, default=None, help="user groups (default: 8; demo: 4)")
+        parser.set_defaults(rank=None, gradient_checkpointing=False)
+    adapters.add_argument("--C", type=COUNT, default=None, help="user groups (default: 8; demo: 4)")
     adapters.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without a picture")
     if len(peft_types) == 1:
         parser.set_defaults(peft_type=peft_types[0])
@@ -97,7 +107,10 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     for name, value in (known or FALLBACK).items():
         given = getattr(options, name) is not None
         if not given:
-            setattr(options, name, value)
+            try:
+                setattr(options, name, {"lr": RATE, "wdecay": WEIGHT}[name](str(value)))
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"perpeft_hyperparameter.pickle's {name} for {options.dataset} and {options.peft_type}: {error}")
         origins.append(f"{name} {getattr(options, name):g} ({'given' if given else source})")
     print(", ".join(origins), flush=True)
     options.C = options.C or (4 if is_demo else 8)
@@ -105,35 +118,56 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     return options
 
 
-def _raise_interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
+def _raise_interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence that an error ends a script with; None for what only a mistake in the code can raise."""
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"
+    if isinstance(error, PerPEFTError):
+        return 2, f"error: {error}"
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if is_out_of_memory(error):
+        return 1, (
+            f"error: the memory is full ({reason}). Try --gradient_checkpointing, with which a run goes on as it would without, "
+            "or a smaller --batch_size, which begins anew and therefore needs --restart or another --output_dir"
+        )
+    if isinstance(error, torch.AcceleratorError):
+        return 1, f"error: the device failed ({reason})"
+    if isinstance(error, OSError):
+        hint = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = ". Make room on that disk"
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            hint = ". Allow access to it, or choose another folder (--output_dir, --train_dir)"
+        return 1, f"error: {error}{hint}"
+    return None
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main` and end the process: a user's mistake in one sentence with code 2, never a traceback."""
+    """Run a script's `main` and end the process at an error with a sentence that says what happened and how to go on.
+
+    Exit codes: 2 for a mistake that the user can mend, 1 for trouble of the machine, 130 and 143 after SIGINT and SIGTERM. A
+    traceback comes with --debug alone, or from a mistake in the code.
+    """
     signal.signal(signal.SIGTERM, _raise_interrupt)
-    debug = "--debug" in sys.argv
     try:
         main()
-    except PerPEFTError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        ending = _ending(error)
+        if ending is None:
+            raise
+        if "--debug" in sys.argv:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        if debug:
-            traceback.print_exc()
-        print(
-            f"error: the device's memory is full ({str(error).splitlines()[0]}). What was saved before is kept; try a smaller "
-            "--batch_size, then start the same command again.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}. What was saved before is kept; start the same command again to continue.", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what was trained is saved; the same command continues from there", file=sys.stderr)
-        sys.exit(130)
+        code, sentence = ending
+        again = "the same command" + (" without --restart" if "--restart" in sys.argv else "")
+        saved = getattr(error, "saved", None)  # set by utils.pipeline.open_run
+        print(sentence, file=sys.stderr)
+        if saved:
+            print(f"{saved}; {again} continues from there", file=sys.stderr)
+        elif code != 2:
+            print(f"{again} starts again", file=sys.stderr)
+        sys.exit(code)

@@ -1,18 +1,29 @@
 """A data set from its files: purchase histories, raw ids, titles, picture paths, and the leave-last-out split."""
+import itertools
+import math
 import os
+import re
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from utils.errors import PerPEFTError
+from utils.pictures import on_all_cores, try_picture
 from utils.safe_pickle import load_pickle
 
 MISSING_TITLE = "No description available."
 PAPER_DATASETS = ("sports_outdoors", "toys_games", "beauty_care", "arts")
 SHOWN_PROBLEMS = 10
+LONGEST_RAW_ID = 251  # bytes: with .jpg, the longest name that file systems take
+LARGEST_NUMBER = np.iinfo(np.int64).max
+UNREADABLE_PICTURES = "unreadable pictures (mend them, or go on without by --missing_images blank)"
+BLANK_PICTURES = "pictures that are missing or cannot be read, for which black ones stand in"
 
 
 @dataclass(frozen=True)
@@ -142,26 +153,50 @@ class Dataset:
         return {"users": self.num_users, "items": self.num_items, "interactions": len(self.histories.items)}
 
 
+def _told(value: Any) -> str:
+    """A value out of a data file, in few characters whatever it is: a nested list's repr could fill the memory."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    if value is None or (isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER):
+        return repr(value)
+    return f"<{type(value).__name__}>"
+
+
+def told_picture(path: Path, item: int, error: Exception) -> str:
+    """A picture that cannot be read, as all reports name it."""
+    return f"{path.name} (item {item}: {error or type(error).__name__})"
+
+
 class Problems:
     """Everything wrong with a data set, gathered so that it is reported at once."""
 
     def __init__(self):
-        self._kinds: dict[str, list[str]] = {}
+        self._kinds: dict[str, tuple[list[str], int]] = {}  # the first few examples, and how many there are
 
-    def add(self, kind: str, examples: Iterable[object]) -> None:
-        """Note that something is wrong in one way with each of `examples`; no examples, no problem."""
-        examples = [str(example) for example in examples]
+    def add(self, kind: str, examples: Iterable[object], count: int | None = None) -> None:
+        """Note that something is wrong in one way with each of `examples`; no examples, no problem.
+
+        Args:
+            kind: what is wrong.
+            examples: where, in few words each; only the first ten are told.
+            count: how often it occurs, where that is not the number of examples.
+        """
+        examples = list(examples)
         if examples:
-            self._kinds.setdefault(kind, []).extend(examples)
+            shown, before = self._kinds.get(kind, ([], 0))
+            shown = shown + [str(example) for example in examples[: SHOWN_PROBLEMS - len(shown)]]
+            self._kinds[kind] = (shown, before + (len(examples) if count is None else count))
 
     def __bool__(self) -> bool:
         return bool(self._kinds)
 
     def __str__(self) -> str:
         lines = []
-        for kind, examples in self._kinds.items():
-            more = f" and {len(examples) - SHOWN_PROBLEMS} more" if len(examples) > SHOWN_PROBLEMS else ""
-            lines.append(f"  {kind} ({len(examples)}): {', '.join(examples[:SHOWN_PROBLEMS])}{more}")
+        for kind, (shown, count) in self._kinds.items():
+            more = f" and {count - len(shown)} more" if count > len(shown) else ""
+            line = f"  {kind} ({count}): {', '.join(shown)}{more}"
+            # Names come from the data: what could steer a terminal is shown as its code.
+            lines.append("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line))
         return "\n".join(lines)
 
     def raise_any(self, heading: str) -> None:
@@ -190,23 +225,26 @@ def _read_pairs(path: Path, problems: Problems) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an empty file, or numbers that are no integers, are only warned about
         try:
-            pairs = np.loadtxt(path, dtype=np.int64, comments=None, ndmin=2, encoding="utf-8")
+            with path.open(encoding="utf-8-sig") as file:  # which leaves out the mark that some editors begin a file with
+                pairs = np.loadtxt(file, dtype=np.int64, comments=None, ndmin=2)
             if pairs.shape[1] == 2 and (pairs >= 1).all():
                 return pairs
         except (ValueError, OverflowError, Warning):
             pass  # the slow reading below says which lines are wrong
     pairs, malformed, below_one = [], [], []
-    with path.open("rb") as file:
+    with path.open(encoding="utf-8-sig", errors="backslashreplace") as file:
         for number, line in enumerate(file, 1):
             fields = line.split()
             if not fields:
                 continue
-            if len(fields) != 2 or not all(field.lstrip(b"-").isdigit() and len(field) < 19 for field in fields):
-                malformed.append(f"line {number} {line.strip()[:60].decode('utf-8', 'backslashreplace')!r}")
-            elif int(fields[0]) < 1 or int(fields[1]) < 1:
-                below_one.append(f"line {number} {line.strip()[:60].decode()!r}")
+            whole = len(fields) == 2 and all(re.fullmatch("[-+]?[0-9]{1,30}", field) for field in fields)
+            user, item = map(int, fields) if whole else (0, 0)
+            if not whole or max(user, item) > LARGEST_NUMBER:
+                malformed.append(f"line {number} {line.strip()[:60]!r}")
+            elif min(user, item) < 1:
+                below_one.append(f"line {number} {line.strip()[:60]!r}")
             else:
-                pairs.append((int(fields[0]), int(fields[1])))
+                pairs.append((user, item))
     problems.add(f"lines of {path.name} that are not two integers", malformed)
     problems.add(f"lines of {path.name} with a number below 1", below_one)
     if not pairs and not problems:
@@ -214,101 +252,223 @@ def _read_pairs(path: Path, problems: Problems) -> np.ndarray:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def _read_dict(path: Path, problems: Problems) -> dict:
+def _read_dict(path: Path, problems: Problems) -> dict | None:
+    """The dict in a pickle; None where there is none, which is noted."""
     try:
         value = load_pickle(path)
     except PerPEFTError as error:
         problems.add("unreadable file", [error])
-        return {}
+        return None
     if not isinstance(value, dict):
         problems.add("file that holds no dict", [f"{path.name} (a {type(value).__name__})"])
-        return {}
+        return None
     return value
 
 
-def _read_raw_ids(path: Path, bought: np.ndarray, problems: Problems) -> list[str]:
+def _is_encodable(text: str) -> bool:
+    """Whether a text can be written at all: half of a surrogate pair, as careless cutting leaves it, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _can_name_a_picture(raw_id: str) -> bool:
+    """Whether `{raw_id}.jpg` is a file name, and cannot lead into another folder."""
+    if not raw_id or set(raw_id) & set("/\\\0") or not _is_encodable(raw_id):
+        return False
+    return len(raw_id.encode()) <= LONGEST_RAW_ID
+
+
+def _read_raw_ids(path: Path, bought: np.ndarray, problems: Problems) -> dict[int, str]:
+    """Item numbers from 1, in order, and their raw ids."""
     table = _read_dict(path, problems)
     if not table:
-        if not problems:
-            problems.add("empty file", [path.name])
-        return []
+        problems.add("empty file", [path.name] if table == {} else [])
+        return {}
     usable = {}
     wrong = []
     for item, raw_id in table.items():
-        plain_item = isinstance(item, int) and not isinstance(item, bool) and item >= 0
-        # A raw id becomes a file name, so it must not be able to name another folder.
-        if plain_item and isinstance(raw_id, str) and raw_id and not set(raw_id) & set("/\\\0"):
+        plain_item = type(item) is int and 0 <= item <= LARGEST_NUMBER
+        if plain_item and isinstance(raw_id, str) and _can_name_a_picture(raw_id):
             usable[item] = raw_id
         else:
-            wrong.append(f"{item!r}: {raw_id!r}"[:80])
+            wrong.append(f"{_told(item)}: {_told(raw_id)}")
     problems.add(f"entries of {path.name} that are not item number: raw id", wrong)
     usable.pop(0, None)  # some files name the padding item
+    usable = dict(sorted(usable.items()))
     num_items = max(usable, default=0)
-    if num_items > 2 * len(usable) + int(bought.max(initial=0)):  # a stray huge index must not make a huge table
-        problems.add(f"item numbers of {path.name} far above the number of its items", [num_items])
-        return []
-    problems.add(f"gaps in the item numbers of {path.name}", sorted(set(range(1, num_items + 1)) - usable.keys()))
+    # One stray huge number must not make a huge table, so no more gaps are looked for than are told.
+    gaps = (item for item in itertools.count(1) if item not in usable)
+    num_gaps = num_items - len(usable)
+    told_gaps = itertools.islice(gaps, min(num_gaps, SHOWN_PROBLEMS))
+    problems.add(f"gaps in the item numbers of {path.name}, which go up to {num_items}", told_gaps, num_gaps)
     problems.add(f"bought items without raw id in {path.name}", np.setdiff1d(bought, np.fromiter(usable, np.int64, len(usable))))
     seen: dict[str, int] = {}
     problems.add(
         f"duplicate raw ids in {path.name}",
         [f"{name} (items {seen[name]} and {item})" for item, name in usable.items() if seen.setdefault(name, item) != item],
     )
-    return [usable.get(item, "") for item in range(1, num_items + 1)]
+    return usable
 
 
-def read_dataset(train_dir: str | Path, name: str, contents: bool = True, missing_images: str = "error") -> Dataset:
-    """Read a data set's histories, raw ids and titles, and look for its pictures.
+def _read_titles(path: Path, raw_ids: list[str], problems: Problems, remarks: Problems) -> list[str]:
+    """A title an item, MISSING_TITLE where there is none."""
+    texts = _read_dict(path, problems)
+    titles, missing, no_text = [], [], []
+    for raw_id in raw_ids:
+        title = None if texts is None else texts.get(raw_id)
+        if isinstance(title, str) and title.strip():
+            titles.append(title if _is_encodable(title) else title.encode(errors="replace").decode())
+            continue
+        titles.append(MISSING_TITLE)
+        if title is None or isinstance(title, str) or (isinstance(title, float) and math.isnan(title)):
+            missing.append(raw_id)
+        else:
+            no_text.append(f"{raw_id}: {_told(title)}")
+    if texts is not None:
+        remarks.add(f"items without a title, for which '{MISSING_TITLE}' stands in", missing)
+        remarks.add(f"items whose title is no text, for which '{MISSING_TITLE}' stands in", no_text)
+    return titles
 
-    Files, in `train_dir`: `{name}_final.txt` (lines `user item`, from 1, in time order), `{name}_item2id_final.pickle`
-    (item to raw id), `{name}_texts_final.pickle` (raw id to title), `{name}_images/{raw id}.jpg`.
+
+def _find_pictures(images: Path, raw_ids: dict[int, str], missing_images: str, problems: Problems, remarks: Problems) -> set[int]:
+    """The items whose picture file is there; the others are noted."""
+    try:
+        with os.scandir(images) as entries:
+            names = {entry.name for entry in entries}
+    except OSError as error:
+        problems.add("folder of pictures that cannot be read", [f"{images} ({error.strerror})"])
+        return set()
+    missing = [f"{raw_id}.jpg (item {item})" for item, raw_id in raw_ids.items() if f"{raw_id}.jpg" not in names]
+    if missing_images == "error":
+        problems.add(f"items without a picture in {images.name}/ (--missing_images blank goes on without them)", missing)
+    else:
+        remarks.add(BLANK_PICTURES, missing)
+    return {item for item, raw_id in raw_ids.items() if f"{raw_id}.jpg" in names}
+
+
+@dataclass
+class Inspection:
+    """A data set, and what is wrong with it.
+
+    Attributes:
+        dataset: what could be read; of use for training only if there are no problems.
+        problems: what has to be mended.
+        remarks: what is worth knowing, such as missing titles.
+        present: item numbers of the pictures whose files are there.
+    """
+
+    dataset: Dataset
+    problems: Problems
+    remarks: Problems
+    present: dict[int, Path]
+
+    def try_pictures(self, missing_images: str = "error") -> list[int]:
+        """Decode every picture that is there, on all cores, and note those that cannot be read.
+
+        Args:
+            missing_images: "error" where an unreadable picture is a problem, "blank" where it is a remark.
+        Returns:
+            the items of the unreadable ones
+        """
+        paths = list(self.present.values())
+        found = tqdm(on_all_cores(try_picture, paths), "trying pictures", len(paths), unit="picture", disable=None)
+        wrong = {item: error for item, error in zip(self.present, found) if error is not None}
+        told = [told_picture(self.present[item], item, error) for item, error in wrong.items()]
+        if missing_images == "error":
+            self.problems.add(UNREADABLE_PICTURES, told)
+        else:
+            self.remarks.add(BLANK_PICTURES, told)
+        return list(wrong)
+
+
+def check_name(name: str) -> None:
+    """Refuse a data set name that could name another folder.
+
+    Raises:
+        PerPEFTError: it is empty, or more than a name.
+    """
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise PerPEFTError(f"data set '{name}': a name is wanted, not a path; its folder goes into --train_dir")
+
+
+def inspect_dataset(
+    train_dir: str | Path, name: str, contents: bool = True, missing_images: str = "error", num_groups: int = 1
+) -> Inspection:
+    """Read a data set's files and gather what is wrong with them; pictures are looked for but not opened.
 
     Args:
-        train_dir: the folder of all data sets.
-        name: the data set.
-        contents: whether titles and pictures are needed; without, their absence is no error.
-        missing_images: "error", or "blank" to let items without a picture file pass.
+        train_dir, name, contents, missing_images, num_groups: as in `read_dataset`.
     Raises:
-        PerPEFTError: all that is wrong with the files, the first ten of each kind and the counts.
+        PerPEFTError: there is no such data set.
     """
+    check_name(name)
     folder = Path(train_dir)
     final = folder / f"{name}_final.txt"
     if not final.is_file():
         raise _missing_dataset(folder, name)
-    problems = Problems()
-    pairs = _read_pairs(final, problems)
-    raw_ids = _read_raw_ids(folder / f"{name}_item2id_final.pickle", np.unique(pairs[:, 1]), problems)
+    problems, remarks = Problems(), Problems()
+    try:
+        pairs = _read_pairs(final, problems)
+    except OSError as error:
+        raise PerPEFTError(f"{final} cannot be read ({error.strerror})") from error
+    numbered = _read_raw_ids(folder / f"{name}_item2id_final.pickle", np.unique(pairs[:, 1]), problems)
 
     order = np.argsort(pairs[:, 0], kind="stable")
     user_ids, counts = np.unique(pairs[:, 0], return_counts=True)
     histories = Histories(pairs[order, 1], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
     if len(counts) and counts.max() < 3:
         problems.add("no user with the 3 purchases that evaluation needs; most purchases of one user", [counts.max()])
+    if 0 < len(counts) < num_groups:
+        problems.add(f"fewer users than the {num_groups} groups of --C", [f"{len(counts)} users"], len(counts))
 
+    raw_ids = list(numbered.values())
     images = folder / f"{name}_images"
-    titles, missing_titles = [MISSING_TITLE] * len(raw_ids), 0
+    paths = {item: images / f"{raw_id}.jpg" for item, raw_id in numbered.items()}
+    titles, present = [MISSING_TITLE] * len(raw_ids), {}
     if contents:
-        texts = _read_dict(folder / f"{name}_texts_final.pickle", problems)
-        found = [texts.get(raw_id) for raw_id in raw_ids]
-        titles = [title if isinstance(title, str) and title.strip() else MISSING_TITLE for title in found]
-        missing_titles = titles.count(MISSING_TITLE)
-        if not images.is_dir():
-            problems.add("missing folder of pictures", [images])
-        elif missing_images == "error":
-            with os.scandir(images) as entries:
-                present = {entry.name for entry in entries}
-            problems.add(
-                f"items without a picture in {images.name}/ (--missing_images blank goes on without them)",
-                [f"{raw_id}.jpg (item {item})" for item, raw_id in enumerate(raw_ids, 1) if f"{raw_id}.jpg" not in present],
-            )
-    problems.raise_any(f"data set '{name}' in {folder} cannot be used:")
-    return Dataset(
+        titles = _read_titles(folder / f"{name}_texts_final.pickle", raw_ids, problems, remarks)
+        found = _find_pictures(images, numbered, missing_images, problems, remarks)
+        present = {item: path for item, path in paths.items() if item in found}
+    dataset = Dataset(
         name=name,
         folder=folder,
         user_ids=user_ids,
         histories=histories,
         raw_ids=raw_ids,
         titles=titles,
-        image_paths=[images / f"{raw_id}.jpg" for raw_id in raw_ids],
-        missing_titles=missing_titles,
+        image_paths=list(paths.values()),
+        missing_titles=titles.count(MISSING_TITLE) if contents else 0,
     )
+    return Inspection(dataset, problems, remarks, present)
+
+
+def read_dataset(
+    train_dir: str | Path, name: str, contents: bool = True, missing_images: str = "error", num_groups: int = 1
+) -> Dataset:
+    """Read a data set's histories, raw ids and titles, and look for its pictures; remarks go to stderr.
+
+    Files, in `train_dir`: `{name}_final.txt` (lines `user item`, from 1, in time order), `{name}_item2id_final.pickle`
+    (item to raw id), `{name}_texts_final.pickle` (raw id to title), `{name}_images/{raw id}.jpg`.
+
+    Pictures are opened here only where something else is wrong, so that one report names everything; otherwise they are when
+    the store is built.
+
+    Args:
+        train_dir: the folder of all data sets.
+        name: the data set.
+        contents: whether titles and pictures are needed; without, their absence is no error.
+        missing_images: "error", or "blank" to let items without a picture file pass.
+        num_groups: how many groups the users will be put into (--C).
+    Raises:
+        PerPEFTError: all that is wrong with the files, the first ten of each kind and the counts.
+    """
+    found = inspect_dataset(train_dir, name, contents, missing_images, num_groups)
+    if found.problems and found.present and missing_images == "error":
+        found.try_pictures()
+    if found.remarks:
+        print(f"warning: data set '{name}':\n{found.remarks}", file=sys.stderr)
+    found.problems.raise_any(f"data set '{name}' in {found.dataset.folder} cannot be used:")
+    return found.dataset

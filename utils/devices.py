@@ -17,7 +17,7 @@ def choose_device(name: str | None) -> str:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
+        if device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
             raise RuntimeError
     except RuntimeError:
         raise PerPEFTError(f"--device {name} is none of cuda:N, cpu and mps") from None
@@ -35,6 +35,14 @@ def autocast_for(device: torch.device) -> Callable[[], contextlib.AbstractContex
     if device.type == "cuda":
         return lambda: torch.autocast("cuda", dtype=torch.float16)
     return contextlib.nullcontext
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the memory of the machine or of its device is full; every allocator says it differently."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,5 +1,6 @@
 """The one place that knows the kinds of adapters: builds an item encoder and the item source it reads from."""
 import contextlib
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from models.clip_peft import ia3_config, lora_config
 from utils.data import Dataset
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
+from utils.files import made_by_one
 from utils.hidden_states import HiddenStateStore, compute_hidden_states, save_hidden_states, states_path
 from utils.items import PictureTitleStore
 from utils.small_clip import demo_clip, train_tokenizer
@@ -92,8 +94,32 @@ def needs_contents(peft_type: str, train_dir: str | Path, name: str) -> bool:
     return peft_type != "iisan" or not states_path(train_dir, name).is_file()
 
 
+def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str) -> str | None:
+    """A hash of what the encoder reads beside the histories: titles, sizes of pictures, and the files of a CLIP folder.
+
+    None for IISAN: its hidden states are checked when they are opened.
+    """
+    if peft_type == "iisan":
+        return None
+    digest = hashlib.sha256()
+    for title, path in zip(dataset.titles, dataset.image_paths):
+        digest.update(f"{title}\0{path.stat().st_size if path.is_file() else None}\n".encode())
+    for path in sorted(Path(clip_model).iterdir()) if Path(clip_model).is_dir() else []:
+        if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
+            with path.open("rb") as file:
+                for block in iter(lambda: file.read(2**20), b""):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
 def encoder_and_source(
-    peft_type: str, foundation: Foundation, dataset: Dataset, device: torch.device, rank: int = 4, missing_images: str = "error"
+    peft_type: str,
+    foundation: Foundation,
+    dataset: Dataset,
+    device: torch.device,
+    rank: int = 4,
+    missing_images: str = "error",
+    gradient_checkpointing: bool = False,
 ) -> tuple[ItemEncoder, ItemSource]:
     """The item encoder of one kind of adapter on a CLIP that is at hand, and the source of its inputs.
 
@@ -104,23 +130,25 @@ def encoder_and_source(
         device: where IISAN's hidden states are computed; they are not kept.
         rank: LoRA's rank.
         missing_images: "error" or "blank", as in `PictureTitleStore.open`.
+        gradient_checkpointing: as in `ClipPeftEncoder`; IISAN has nothing to spare.
     """
     store = foundation.store(dataset, missing_images)
     if peft_type == "iisan":
         states = compute_hidden_states(foundation.clip, foundation.image_processor, foundation.tokenizer, store, device)
         return _iisan_encoder(HiddenStateStore(*states), foundation.clip.config)
     config = lora_config(rank) if peft_type == "lora" else ia3_config()
-    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor), store
+    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor, gradient_checkpointing), store
 
 
 def ensure_hidden_states(dataset: Dataset, clip_model: str, device: torch.device, missing_images: str = "error") -> Path:
     """The path of a data set's hidden states, which are computed first if they are not there."""
     path = states_path(dataset.folder, dataset.name)
-    if not path.is_file():
-        foundation = load_foundation(clip_model)
-        store = foundation.store(dataset, missing_images)
-        states = compute_hidden_states(foundation.clip, foundation.image_processor, foundation.tokenizer, store, device)
-        save_hidden_states(path, *states, dataset.raw_ids, clip_model)
+    with made_by_one(path) as missing:
+        if missing:
+            foundation = load_foundation(clip_model)
+            store = foundation.store(dataset, missing_images)
+            states = compute_hidden_states(foundation.clip, foundation.image_processor, foundation.tokenizer, store, device)
+            save_hidden_states(path, *states, dataset.raw_ids, clip_model)
     return path
 
 
@@ -132,21 +160,30 @@ def _iisan_encoder(store: HiddenStateStore, config: CLIPConfig | None) -> tuple[
 
 
 def build_encoder(
-    peft_type: str, dataset: Dataset, clip_model: str, device: torch.device, rank: int = 4, missing_images: str = "error"
+    peft_type: str,
+    dataset: Dataset,
+    clip_model: str,
+    device: torch.device,
+    rank: int = 4,
+    missing_images: str = "error",
+    gradient_checkpointing: bool = False,
 ) -> tuple[ItemEncoder, ItemSource]:
     """The item encoder of one kind of adapter, and the source of its inputs; IISAN's hidden states are kept on disk.
 
     Args:
         clip_model: as in `load_foundation`, or "demo" for the demo's own.
-        peft_type, dataset, device, rank, missing_images: as in `encoder_and_source`.
+        peft_type, dataset, device, rank, missing_images, gradient_checkpointing: as in `encoder_and_source`.
     """
-    if clip_model == "demo":
-        clip_model = str(demo_clip(dataset.folder))
+    with torch.random.fork_rng(devices=[]):  # what is made on first use alone must not shift the draws of weights
+        if clip_model == "demo":
+            clip_model = str(demo_clip(dataset.folder))
+        if peft_type == "iisan":
+            ensure_hidden_states(dataset, clip_model, device, missing_images)
     if peft_type == "iisan":
-        ensure_hidden_states(dataset, clip_model, device, missing_images)
         config = known_config(clip_model)
         return _iisan_encoder(HiddenStateStore.open(dataset, config, clip_model), config)
-    return encoder_and_source(peft_type, load_foundation(clip_model), dataset, device, rank, missing_images)
+    foundation = load_foundation(clip_model)
+    return encoder_and_source(peft_type, foundation, dataset, device, rank, missing_images, gradient_checkpointing)
 
 
 def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:

@@ -11,11 +11,13 @@ from transformers import CLIPConfig, CLIPModel
 from models.clip_peft import channel_statistics
 from utils.data import Dataset, Problems
 from utils.errors import PerPEFTError
-from utils.files import write_atomically, write_text_atomically
+from utils.files import save_tensors, write_atomically, write_text_atomically
 from utils.items import DEVICE_SHARE, PictureTitleStore
+from utils.safe_pickle import refuse_damaged_tensors
 
 PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
 ROWS_AT_ONCE = 4096
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cached_layers(config: CLIPConfig) -> tuple[list[int], list[int]]:
@@ -104,14 +106,23 @@ def save_hidden_states(
     """
     try:
         write_text_atomically(path.with_suffix(".json"), json.dumps({"clip_model": clip_name}) + "\n")
-        write_atomically(path, lambda temporary: torch.save((image_states, text_states, list(raw_ids)), temporary))
+        write_atomically(path, lambda temporary: save_tensors((image_states, text_states, list(raw_ids)), temporary))
     except OSError as error:
         raise PerPEFTError(f"the hidden states {path} cannot be written ({error}); make room or choose another folder") from error
+
+
+def _is_dense(states: Any) -> bool:
+    """Whether this is a tensor [items, layers, width] of floats, every one of them in the file."""
+    if type(states) not in (torch.Tensor, torch.nn.Parameter) or states.dim() != 3 or states.dtype not in FLOATS:
+        return False
+    # A tensor may repeat one number any number of times: to look at it would fill the memory.
+    return 0 < states.numel() * states.element_size() <= states.untyped_storage().nbytes()
 
 
 def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
     again = "delete it and start again to compute it anew, or fetch it again"
     try:
+        refuse_damaged_tensors(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -119,20 +130,25 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
     if not (isinstance(content, (tuple, list)) and len(content) == 3):
         raise PerPEFTError(f"{path} holds no (picture states, title states, ids); {again}")
     image_states, text_states, ids = content
-    if isinstance(ids, torch.Tensor):
+    if isinstance(ids, torch.Tensor) and ids.dim() == 1 and ids.nbytes <= ids.untyped_storage().nbytes():
         ids = ids.tolist()
-    tensors = all(
-        isinstance(states, torch.Tensor) and states.dim() == 3 and states.is_floating_point()
-        for states in (image_states, text_states)
-    )
-    if not tensors or not isinstance(ids, (list, tuple)):
+    plain_ids = isinstance(ids, (list, tuple)) and all(isinstance(raw_id, (str, int)) for raw_id in ids)
+    if not _is_dense(image_states) or not _is_dense(text_states) or not plain_ids:
         raise PerPEFTError(f"{path} holds no two float tensors [items, layers, width] and a list of ids; {again}")
     if not len(image_states) == len(text_states) == len(ids) or image_states.shape[1] != text_states.shape[1]:
         raise PerPEFTError(
             f"{path} does not fit together: picture states {list(image_states.shape)}, title states {list(text_states.shape)}, "
             f"{len(ids)} ids; {again}"
         )
-    return image_states, text_states, list(ids)
+    return image_states.detach(), text_states.detach(), list(ids)
+
+
+def _made_by(note: Path) -> str:
+    """Which CLIP the states beside a note come from."""
+    try:
+        return str(json.loads(note.read_text(encoding="utf-8"))["clip_model"])[:200]
+    except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+        raise PerPEFTError(f"{note} does not say which CLIP made the states beside it; delete both and start again") from error
 
 
 def _rows_with_numbers_missing(states: torch.Tensor, rows: np.ndarray) -> set[int]:
@@ -175,7 +191,7 @@ class HiddenStateStore:
         image_states, text_states, ids = _read(path)
         note = path.with_suffix(".json")
         if clip_name is not None and note.is_file():
-            made_by = json.loads(note.read_text(encoding="utf-8")).get("clip_model")
+            made_by = _made_by(note)
             if made_by != clip_name:
                 raise PerPEFTError(
                     f"{path} was computed by CLIP '{made_by}', not '{clip_name}'; pass --clip_model {made_by}, or delete it "

@@ -2,24 +2,22 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from utils.data import Dataset, Problems
+from utils.data import BLANK_PICTURES, UNREADABLE_PICTURES, Dataset, Problems, told_picture
 from utils.errors import PerPEFTError
-from utils.files import folder_written_atomically
+from utils.files import folder_written_atomically, made_by_one
+from utils.pictures import decoded_picture, on_all_cores
 
-BOMB_PIXELS = 2**27  # 134 million: a picture that asks for more memory than this is no product photograph
 DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
 
 
@@ -48,21 +46,16 @@ def read_picture(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
         uint8 [3, height, width]
     Raises:
         OSError: the file is missing or no whole picture.
-        ValueError: its pixels would fill the memory.
+        ValueError: its pixels would fill the memory, or it is damaged.
     """
-    with Image.open(path) as picture:
-        width, height = picture.size
-        longest_side_after = max(width, height) / max(1, min(width, height)) * max(processor.size.values())
-        if width * height > BOMB_PIXELS or longest_side_after * max(processor.size.values()) > BOMB_PIXELS:
-            raise ValueError(f"{width} x {height} pixels is too large")
-        picture = picture.convert("RGB")
-    if not _is_plain_clip(processor):
-        # The data format is said, since the processor takes a picture 3 pixels high for one with its channels first.
-        options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np", "input_data_format": "channels_last"}
-        return processor(picture, **options)["pixel_values"][0].astype(np.uint8)
-    # What the processor does, without its way through numpy, which holds the interpreter's lock: threads scale with this.
-    width, height = _resized_size(processor, width, height)
-    pixels = np.asarray(picture.resize((width, height), processor.resample))  # [height, width, 3]
+    with decoded_picture(path, max(processor.size.values())) as picture:
+        if not _is_plain_clip(processor):
+            # The data format is said, since the processor takes a picture 3 pixels high for one with its channels first.
+            options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np", "input_data_format": "channels_last"}
+            return processor(picture, **options)["pixel_values"][0].astype(np.uint8)
+        # What the processor does, without its way through numpy, which holds the interpreter's lock: threads scale with this.
+        width, height = _resized_size(processor, *picture.size)
+        pixels = np.asarray(picture.resize((width, height), processor.resample))  # [height, width, 3]
     crop_height, crop_width = processor.crop_size["height"], processor.crop_size["width"]
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return pixels[top : top + crop_height, left : left + crop_width].transpose(2, 0, 1)
@@ -72,7 +65,9 @@ def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTr
     """A hash of everything that the store's content follows from."""
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    # What the tokenizer was last asked for is part of its state, but not of what it makes of these titles.
+    vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)
     digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
     digest.update(f"{vocabulary} {tokenizer.pad_token_id} {max_length}".encode())
     for raw_id, title, path in zip(dataset.raw_ids, dataset.titles, dataset.image_paths):
@@ -85,20 +80,16 @@ def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTr
     return digest.hexdigest()[:16]
 
 
-def _pictures(paths: list[Path], processor: BaseImageProcessor) -> Iterable[np.ndarray | Exception]:
-    """Every picture in order, decoded on all cores; what cannot be read comes as the exception."""
-
-    def read(path: Path) -> np.ndarray | Exception:
-        try:
-            return read_picture(path, processor)
-        except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
-            return error
-
-    # Threads, not processes: decoding runs outside the interpreter's lock, and a crash leaves nothing behind.
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(paths), 64 * workers):  # in portions, so that finished pictures do not pile up
-            yield from pool.map(read, paths[start : start + 64 * workers])
+def _claim_room(path: Path, header: int) -> None:
+    """Have the disk give a file all its room now: a full disk is an error here, where a memory map would crash on it later."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        file.seek(header)
+        while (left := size - file.tell()) > 0:
+            file.write(bytes(min(left, 2**24)))
 
 
 def _write_pictures(path: Path, dataset: Dataset, processor: BaseImageProcessor, missing_images: str) -> None:
@@ -106,18 +97,22 @@ def _write_pictures(path: Path, dataset: Dataset, processor: BaseImageProcessor,
     size = processor.crop_size if processor.do_center_crop else processor.size
     shape = (dataset.num_items, 3, size["height"], size["width"])
     store = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    with path.open("r+b") as file:  # a full disk is an error here, where a memory map would crash on it later
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    progress = tqdm(_pictures(dataset.image_paths, processor), "pictures", dataset.num_items, unit="picture", disable=None)
+    _claim_room(path, store.offset)
+    pictures = on_all_cores(lambda path: read_picture(path, processor), dataset.image_paths)
+    progress = tqdm(pictures, "pictures", dataset.num_items, unit="picture", disable=None)
     for row, picture in enumerate(progress):
         if isinstance(picture, np.ndarray):
             store[row] = picture
-        elif missing_images == "error":
-            problems.append(f"{dataset.image_paths[row].name} (item {row + 1}: {picture or type(picture).__name__})")
+        elif missing_images == "error" or not isinstance(picture, FileNotFoundError):  # missing ones are told already
+            problems.append(told_picture(dataset.image_paths[row], row + 1, picture))
     store.flush()
     found = Problems()
-    found.add("unreadable pictures (mend them, or go on without by --missing_images blank)", problems)
-    found.raise_any(f"data set '{dataset.name}' in {dataset.folder} cannot be used:")
+    if missing_images == "error":
+        found.add(UNREADABLE_PICTURES, problems)
+        found.raise_any(f"data set '{dataset.name}' in {dataset.folder} cannot be used:")
+    found.add(BLANK_PICTURES, problems)
+    if found:
+        print(f"warning: data set '{dataset.name}':\n{found}", file=sys.stderr)
 
 
 def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -171,15 +166,21 @@ class PictureTitleStore:
         """
         key = _store_key(dataset, processor, tokenizer, max_length)
         folder = dataset.folder / f"{dataset.name}_store" / (key if missing_images == "error" else f"{key}_blank")
-        if not folder.is_dir():
-            try:
-                with folder_written_atomically(folder) as temporary:
-                    _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, max_length)
-                    _write_pictures(temporary / "pictures.npy", dataset, processor, missing_images)
-            except OSError as error:
-                raise PerPEFTError(f"the picture store {folder} cannot be written ({error}); make room there") from error
-        titles = np.load(folder / "titles.npz")
-        return cls(np.load(folder / "pictures.npy", mmap_mode="r"), titles["tokens"], titles["lengths"])
+        try:
+            with made_by_one(folder) as missing:
+                if missing:
+                    with folder_written_atomically(folder) as temporary:
+                        _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, max_length)
+                        _write_pictures(temporary / "pictures.npy", dataset, processor, missing_images)
+        except OSError as error:
+            raise PerPEFTError(f"the picture store {folder} cannot be written ({error}); make room there") from error
+        try:
+            titles = np.load(folder / "titles.npz", allow_pickle=False)
+            pixels = np.load(folder / "pictures.npy", mmap_mode="r", allow_pickle=False)
+            return cls(pixels, titles["tokens"], titles["lengths"])
+        except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+            reason = str(error) or type(error).__name__
+            raise PerPEFTError(f"the picture store {folder} is damaged ({reason}); delete it, it is then made anew") from error
 
     def place_on(self, device: torch.device) -> None:
         """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no picture."""

@@ -21,13 +21,22 @@ from utils.demo import make_demo
 from utils.devices import autocast_for, choose_device, seed_everything
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource, encode_all_items, last_states, metrics_of, rank_all_users
-from utils.foundation import build_encoder, needs_contents, trainable_counts
+from utils.files import remove_leftovers
+from utils.foundation import build_encoder, contents_fingerprint, needs_contents, trainable_counts
 from utils.grouping import kmeans_groups
 from utils.sampling import Sampler, group_items
 from utils.training import Trainer, best_row, train_stage
 
 # Options that may differ between the start of a run and its continuation: they change no figure.
-FREE_OPTIONS = {"device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "debug"}
+FREE_OPTIONS = {
+    "device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "gradient_checkpointing", "debug",
+}  # fmt: skip
+# What is kept beside the options to know the data again, and what a difference means.
+FINGERPRINTS = {
+    "dataset_fingerprint": " (the data set's purchases or raw ids have changed)",
+    "contents_fingerprint": " (the data set's titles or pictures, or the files of the CLIP, have changed)",
+}
+RUN_FILES = ("resume", "global", "personalized", "groups.csv", "metrics.csv", "curves.png", "groups.png")  # and summary.json
 
 
 def run_name(options: argparse.Namespace) -> str:
@@ -44,6 +53,14 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprints(options: argparse.Namespace, dataset: Dataset) -> dict[str, str | None]:
+    """What a run's data is known again by."""
+    return {
+        "dataset_fingerprint": dataset_fingerprint(dataset),
+        "contents_fingerprint": contents_fingerprint(options.peft_type, dataset, options.clip_model),
+    }
+
+
 class Run:
     """One training run: its data, its model, its folder, and the three stages as methods, to be called in order.
 
@@ -53,9 +70,19 @@ class Run:
         model: with one group, freshly initialised.
         source: item inputs for the model's encoder.
         folder: the run folder.
+        settings: all that the run's figures follow from, options and fingerprints, as they were when it was opened.
     """
 
-    def __init__(self, options: argparse.Namespace, dataset: Dataset, model: PerPEFT, source: ItemSource, folder: Path):
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        dataset: Dataset,
+        model: PerPEFT,
+        source: ItemSource,
+        folder: Path,
+        settings: dict[str, Any],
+    ):
+        self.settings = settings
         self.options = options
         self.dataset = dataset
         self.model = model
@@ -66,6 +93,12 @@ class Run:
         self.groups = np.zeros(dataset.num_users, dtype=np.int64)  # before stage 2, everyone is in group 0
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._seconds: dict[str, float] = {}
+        self._states: list[ResumeState] = []
+
+    def saved(self) -> str | None:
+        """How far what is on disk has come, in words; None where nothing is there to continue from."""
+        states = [state.saved for state in self._states if state.saved]
+        return f"{self.folder} is saved up to {states[-1]}" if states else None
 
     def train_global(self) -> None:
         """Stage 1: one adapter and one projector for all users, negatives from all items."""
@@ -84,7 +117,7 @@ class Run:
             user_vectors = last_states(self.model.sasrec, inputs, self.split.train_and_valid, everyone)
             groups = kmeans_groups(user_vectors.cpu().numpy(), self.options.C, self.options.trial)
             reporting.write_groups(path, self.dataset.user_ids, groups)
-        self.groups = reporting.read_groups(path)
+        self.groups = self._read_groups()
         self._seconds["grouping"] = time.monotonic() - begun
         reporting.draw_groups(self.folder / "groups.png", self.group_sizes())
         print(f"groups of {', '.join(map(str, self.group_sizes()))} users", flush=True)
@@ -98,6 +131,7 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """Write summary.json, print the closing table, and clear away what only a continuation needs."""
+        self._write_metrics()  # a run that was killed after its last state, before its last report, comes here at once
         summary = self._summary()
         reporting.write_json(self.folder / "summary.json", summary)
         shutil.rmtree(self.folder / "resume", ignore_errors=True)
@@ -107,6 +141,16 @@ class Run:
     def group_sizes(self) -> list[int]:
         """Users in each group."""
         return np.bincount(self.groups, minlength=self.options.C).tolist()
+
+    def _read_groups(self) -> np.ndarray:
+        path = self.folder / "groups.csv"
+        try:
+            groups = reporting.read_groups(path)
+        except (IndexError, ValueError) as error:
+            raise PerPEFTError(f"{path} cannot be read ({error}); start over with --restart") from error
+        if groups.shape != (self.dataset.num_users,) or groups.min() < 0 or groups.max() >= self.options.C:
+            raise PerPEFTError(f"{path} does not fit {self.dataset.num_users} users in {self.options.C} groups; use --restart")
+        return groups
 
     def _encode(self, group: int) -> torch.Tensor:
         return encode_all_items(self.model, group, self.source, self.device, autocast=autocast_for(self.device))
@@ -135,6 +179,9 @@ class Run:
             seed=(options.trial, number),
         )
 
+        state = ResumeState(self.folder / "resume" / f"{stage}.pt")
+        self._states.append(state)
+
         def report(rows: list[dict[str, Any]]) -> None:
             self._rows[stage] = rows
             self._report_epoch(stage, epochs)
@@ -148,19 +195,24 @@ class Run:
             self.evaluate,
             lambda: save_best(self.model, self.folder / stage),
             report,
-            ResumeState(self.folder / "resume" / f"{stage}.pt"),
+            state,
             options.save_every,
         )
 
-    def _report_epoch(self, stage: str, epochs: int) -> None:
+    def _write_metrics(self) -> None:
         rows = self._rows["global"] + self._rows["personalized"]
         reporting.write_metrics(self.folder / "metrics.csv", rows)
         reporting.draw_curves(self.folder / "curves.png", rows)
-        row = rows[-1]
+
+    def _report_epoch(self, stage: str, epochs: int) -> None:
+        self._write_metrics()
+        row = self._rows[stage][-1]
         mark = " (best so far)" if best_row(self._rows[stage]) is row else ""
+        skipped = f", {row['skipped_steps']} steps skipped for fp16 overflow" if row["skipped_steps"] else ""
         print(
             f"{stage} epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, "
-            f"valid HR@20 {100 * row['valid_HR@20']:.2f} NDCG@20 {100 * row['valid_NDCG@20']:.2f}{mark}, {row['seconds']:.1f} s",
+            f"valid HR@20 {100 * row['valid_HR@20']:.2f} NDCG@20 {100 * row['valid_NDCG@20']:.2f}{mark}, {row['seconds']:.1f} s"
+            f"{skipped}",
             flush=True,
         )
 
@@ -168,11 +220,11 @@ class Run:
         sasrec = sum(parameter.numel() for parameter in self.model.sasrec.parameters())
         projectors = sum(parameter.numel() for parameter in self.model.projectors.parameters())
         return {
-            "config": fixed_options(self.options),
+            "config": {name: value for name, value in self.settings.items() if name not in FINGERPRINTS},
             "versions": reporting.versions(),
             "device": str(self.device),
             "dataset": {**self.dataset.counts(), "evaluated_users": len(self.split.evaluated_users)},
-            "dataset_fingerprint": dataset_fingerprint(self.dataset),
+            **{name: self.settings[name] for name in FINGERPRINTS},
             "group_sizes": self.group_sizes(),
             "trainable_parameters": {"sasrec": sasrec, "projectors": projectors, **trainable_counts(self.model.encoder)},
             "seconds": {
@@ -180,6 +232,7 @@ class Run:
                 "grouping": self._seconds.get("grouping", 0.0),
                 "personalized": sum(row["seconds"] for row in self._rows["personalized"]),
             },
+            "skipped_steps": {stage: sum(row["skipped_steps"] for row in rows) for stage, rows in self._rows.items()},
             **{stage: reporting.stage_summary(rows) for stage, rows in self._rows.items()},
         }
 
@@ -187,7 +240,7 @@ class Run:
         """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
         load_global(self.model, self.folder / "global")
         results = {"global": self.evaluate()}
-        self.groups = reporting.read_groups(self.folder / "groups.csv")
+        self.groups = self._read_groups()
         self.model.clone_groups(self.options.C)
         load_personalized(self.model, self.folder / "personalized")
         results["personalized"] = self.evaluate()
@@ -211,25 +264,46 @@ def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
 def _refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     differing = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
     if differing:
-        differences = "; ".join(f"{name} was {found.get(name)}, is now {wanted.get(name)}" for name in differing)
+        differences = "; ".join(
+            f"{name} was {found.get(name)}, is now {wanted.get(name)}{FINGERPRINTS.get(name, '')}" for name in differing
+        )
         raise PerPEFTError(
             f"{folder} holds a run with other settings: {differences}. Use the same settings to continue it, --restart to "
             "throw it away, or another --output_dir or --trial beside it."
         )
 
 
+def _read_settings(path: Path, nested: bool) -> dict[str, Any]:
+    """The options and fingerprints of a run from its resume/config.json, or from its summary.json, where they are `nested`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**content["config"], **{name: content[name] for name in FINGERPRINTS}} if nested else dict(content)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PerPEFTError(f"{path} is damaged ({reason}); start over with --restart, or give another --output_dir") from error
+
+
 def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name == ".lock":
-            continue
+    """Remove what a run leaves, and nothing else that may lie there.
+
+    What makes the folder count as holding a run goes first: after a kill on the way there is nothing to continue, and the next
+    start clears the rest.
+    """
+    remove_leftovers(folder)
+    config, summary = folder / "resume" / "config.json", folder / "summary.json"
+    for path in (config, summary, *(folder / name for name in RUN_FILES)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _made_and_locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PerPEFTError(f"the run folder {folder} cannot be made ({error}); choose another --output_dir") from error
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)  # held by the operating system: a process that dies lets go of it
@@ -239,6 +313,35 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder holds this run finished; False too where it holds it begun, or nothing to go on with.
+
+    Raises:
+        PerPEFTError: it holds another run.
+    """
+    config, summary = folder / "resume" / "config.json", folder / "summary.json"
+    if summary.is_file():
+        _refuse_other_settings(_read_settings(summary, nested=True), settings, folder)
+    elif _has_state(folder):
+        _refuse_other_settings(_read_settings(config, nested=False), settings, folder)
+    return summary.is_file()
+
+
+def _has_state(folder: Path) -> bool:
+    resume = folder / "resume"
+    return (resume / "config.json").is_file() and any(resume.glob("*.pt"))
+
+
+def _begin_or_continue(folder: Path, settings: dict[str, Any], restart: bool) -> None:
+    remove_leftovers(folder)
+    if _has_state(folder) and not restart:
+        print(f"continuing {folder}", flush=True)
+        return
+    _clear(folder)  # without a saved state there is nothing to lose, and what a half-cleared run left must not be taken up
+    (folder / "resume").mkdir()
+    reporting.write_json(folder / "resume" / "config.json", settings)
 
 
 @contextlib.contextmanager
@@ -252,39 +355,33 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     Raises:
         PerPEFTError: bad data, missing weights, a folder of other settings or one that another process trains in.
     """
+    options.device = choose_device(options.device)
     if options.dataset == "demo":
         make_demo(options.train_dir)
     contents = needs_contents(options.peft_type, options.train_dir, options.dataset)
-    dataset = read_dataset(options.train_dir, options.dataset, contents, options.missing_images)
-    options.device = choose_device(options.device)
-    wanted = json.loads(json.dumps({**fixed_options(options), "dataset_fingerprint": dataset_fingerprint(dataset)}))
+    dataset = read_dataset(options.train_dir, options.dataset, contents, options.missing_images, options.C)
     folder = Path(options.output_dir) / run_name(options)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PerPEFTError(f"the run folder {folder} cannot be made ({error}); choose another --output_dir") from error
-    with _locked(folder):
-        if options.restart and not options.inference_only:
-            _clear(folder)
-        config, finished = folder / "resume" / "config.json", folder / "summary.json"
-        if finished.is_file():
-            summary = json.loads(finished.read_text(encoding="utf-8"))
-            found = {**summary["config"], "dataset_fingerprint": summary["dataset_fingerprint"]}
-            _refuse_other_settings(found, wanted, folder)
-            if not options.inference_only:
-                print(f"{folder} is finished; --restart trains it anew")
-                print_results(summary, folder)
-                yield None
-                return
-        elif config.is_file() and any(config.parent.glob("*.pt")):  # without a saved state there is nothing to lose
-            _refuse_other_settings(json.loads(config.read_text(encoding="utf-8")), wanted, folder)
-            print(f"continuing {folder}", flush=True)
-        elif options.inference_only:
-            raise PerPEFTError(f"{folder} holds no trained run; train it first by the same command without --inference_only")
-        else:
-            config.parent.mkdir(exist_ok=True)
-            reporting.write_json(config, wanted)
-        yield Run(options, dataset, *build_model(options, dataset), folder)
+    # By way of JSON, as it will be compared with what lies in a file.
+    settings = json.loads(json.dumps({**fixed_options(options), **fingerprints(options, dataset)}))
+    with contextlib.nullcontext() if options.inference_only else _made_and_locked(folder):  # inference writes nothing
+        restart = options.restart and not options.inference_only
+        finished = not restart and _is_finished(folder, settings)
+        if options.inference_only and not finished:
+            raise PerPEFTError(f"{folder} holds no finished run; train it first by the same command without --inference_only")
+        if finished and not options.inference_only:
+            shutil.rmtree(folder / "resume", ignore_errors=True)  # left by a run that was killed right after its summary
+            print(f"{folder} is finished; --restart trains it anew")
+            print_results(json.loads((folder / "summary.json").read_text(encoding="utf-8")), folder)
+            yield None
+            return
+        run = Run(options, dataset, *build_model(options, dataset), folder, settings)
+        if not options.inference_only:  # only now, when all is there that training takes, may a restart throw anything away
+            _begin_or_continue(folder, settings, restart)
+        try:
+            yield run
+        except BaseException as error:
+            error.saved = run.saved()  # for the last words of `utils.cli.run_main`
+            raise
 
 
 def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT, ItemSource]:
@@ -292,7 +389,13 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
     device = torch.device(options.device)
     seed_everything(options.trial)
     encoder, source = build_encoder(
-        options.peft_type, dataset, options.clip_model, device, options.rank, options.missing_images
+        options.peft_type,
+        dataset,
+        options.clip_model,
+        device,
+        options.rank,
+        options.missing_images,
+        options.gradient_checkpointing,
     )
     projector = MMProjector(encoder.feature_dim, options.hidden_units)
     sasrec = SASRec(

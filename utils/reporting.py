@@ -19,7 +19,7 @@ METRIC_COLUMNS = ("stage", "epoch", "train_loss", "seconds", *SPLIT_METRICS)
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write metrics.csv, a row an epoch; it is whole at any moment."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, METRIC_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, METRIC_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({**row, "seconds": f"{row['seconds']:.2f}"})

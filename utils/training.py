@@ -1,5 +1,6 @@
 """The training step and the loop over a stage's epochs; the same for global and personalized PEFT."""
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from models import PerPEFT
 from utils.checkpoints import ResumeState
-from utils.devices import autocast_for
+from utils.devices import autocast_for, is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
 from utils.sampling import Batch, Sampler
@@ -34,6 +35,41 @@ def transition_loss(positive_logits: torch.Tensor, negative_logits: torch.Tensor
     return (terms * real).sum() / real.sum()
 
 
+class ItemTableGradient:
+    """The gradient of a large embedding table, made in two passes over it.
+
+    A step touches some hundred rows, but the loss's L2 norm and AdamW need all of them. Autograd would fill two tables of zeros
+    and add three; here the few rows' gradients stay sparse until one table, kept from step to step, takes up both terms.
+
+    Args:
+        embedding: the table; its lookups give sparse gradients from now on.
+        l2: weight of the table's L2 norm in the loss.
+    """
+
+    def __init__(self, embedding: torch.nn.Embedding, l2: float):
+        embedding.sparse = True
+        self._weight = embedding.weight
+        self._l2 = l2
+        self._norm: torch.Tensor | None = None
+        self._dense: torch.Tensor | None = None
+
+    def penalty(self) -> torch.Tensor:
+        """The L2 term of the loss, a number without gradient; `complete` adds its gradient."""
+        self._norm = torch.linalg.vector_norm(self._weight.detach())
+        return self._l2 * self._norm
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Turn the rows' gradients of the last backward pass into the whole table's, the L2 term's included."""
+        if self._dense is None or self._dense.device != self._weight.device:
+            self._dense = torch.empty_like(self._weight)
+        slope = self._l2 / self._norm.clamp_min(torch.finfo(self._norm.dtype).tiny)  # of l2 * |w|: l2 * w / |w|
+        torch.mul(self._weight, slope, out=self._dense)
+        if self._weight.grad is not None:
+            self._dense.add_(self._weight.grad)
+        self._weight.grad = self._dense
+
+
 class Trainer:
     """One model with its two optimizers.
 
@@ -50,7 +86,7 @@ class Trainer:
     def __init__(self, model: PerPEFT, learning_rate: float, weight_decay: float, l2_emb: float, device: torch.device):
         self.model = model
         self.device = device
-        self._l2_emb = l2_emb
+        self._item_table = ItemTableGradient(model.sasrec.item_emb, l2_emb)
         self._autocast = autocast_for(device)
         recommender = [*model.sasrec.parameters(), *model.projectors.parameters()]
         options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": device.type in ("cpu", "cuda")}
@@ -59,6 +95,23 @@ class Trainer:
             torch.optim.AdamW(list(model.encoder.adapter_parameters()), **options),
         ]
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+        self._one = torch.ones((), device=device)
+        self._skipped_steps: torch.Tensor | int = 0  # on the device, so that counting does not wait for it
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far that left weights as they were because a gradient overflowed in fp16; the scaler then scales less."""
+        return int(self._skipped_steps)
+
+    def is_finite(self) -> bool:
+        """Whether no weight that is trained, and nothing that the optimizers keep of it, is infinite or NaN."""
+        tensors = [
+            tensor
+            for optimizer in self.optimizers
+            for parameter in optimizer.param_groups[0]["params"]
+            for tensor in (parameter.detach(), *optimizer.state.get(parameter, {}).values())
+        ]
+        return bool(torch.nn.utils.get_total_norm(tensors, math.inf).isfinite())
 
     def loss(self, batch: Batch, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The loss of one batch.
@@ -76,7 +129,7 @@ class Trainer:
             item_vectors = model.item_vectors(batch.group, inputs)  # [rows, hidden]
             positive_logits, negative_logits = model.sasrec(seq, positives, negatives, item_vectors, items)
         loss = transition_loss(positive_logits, negative_logits, (seq != 0).float())
-        return loss + self._l2_emb * torch.linalg.vector_norm(model.sasrec.item_emb.weight)
+        return loss + self._item_table.penalty()
 
     def update(self, loss: torch.Tensor) -> None:
         """Backward pass and one step of both optimizers."""
@@ -85,11 +138,16 @@ class Trainer:
 
     def apply_gradients(self) -> None:
         """One step of both optimizers with the gradients that are there, which are then cleared."""
+        scale = self.scaler.scale(self._one)
+        self.scaler.unscale_(self.optimizers[0])  # the L2 term's gradient is not scaled
+        self._item_table.complete()
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():  # the scale shrinks after an overflow, and only then
+            self._skipped_steps += self.scaler.scale(self._one) < scale
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training, torch's random state included."""
@@ -99,6 +157,7 @@ class Trainer:
             "adapters": [parameter.detach() for parameter in self.model.encoder.adapter_parameters()],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "skipped_steps": self.skipped_steps,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -112,7 +171,9 @@ class Trainer:
             parameter.copy_(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the state comes from a device without a scaler
+            self.scaler.load_state_dict(state["scaler"])
+        self._skipped_steps = state["skipped_steps"]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
@@ -120,12 +181,16 @@ class Trainer:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that receives SIGINT or SIGTERM instead of their breaking off whatever runs; a second one does break off."""
+    """A list that receives SIGINT or SIGTERM instead of their breaking off whatever runs; a second one does break off.
+
+    Raises:
+        KeyboardInterrupt: at the end of the block, with the signal's number, if one came.
+    """
     requests: list[int] = []
 
     def remember(number: int, _frame: object) -> None:
         if requests:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         requests.append(number)
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -134,39 +199,68 @@ def stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if requests:
+        raise KeyboardInterrupt(requests[0])
 
 
 class _LossLog:
-    """Sums losses without making the host wait for the device at every step."""
+    """Sums an epoch's losses without making the host wait for the device at every step.
 
-    def __init__(self, device: torch.device):
+    Args:
+        epoch: in words, for the message.
+        device: where the losses lie.
+        total: sum of the losses of the steps before.
+    """
+
+    def __init__(self, epoch: str, device: torch.device, total: float):
+        self._epoch = epoch
         self._interval = STEPS_BETWEEN_READS.get(device.type, DEFAULT_STEPS_BETWEEN_READS)
-        self._unread: list[torch.Tensor] = []
-        self._batches: list[Batch] = []
-        self.total = 0.0
+        self._unread: list[tuple[int, Batch, torch.Tensor]] = []
+        self.total = total
 
-    def add(self, loss: torch.Tensor, batch: Batch, step: int) -> None:
-        """Note one step's loss; now and then all of them are read, and the run stops at one that is no number."""
-        self._unread.append(loss.detach())
-        self._batches.append(batch)
+    def add(self, step: int, batch: Batch, loss: torch.Tensor) -> None:
+        """Note one step's loss; now and then all of them are read."""
+        self._unread.append((step, batch, loss.detach()))
         if len(self._unread) >= self._interval:
-            self.read(step)
+            self.read()
 
-    def read(self, step: int) -> None:
-        """Read what is unread. `step` is the number of the last step noted."""
+    def read(self) -> None:
+        """Read what is unread.
+
+        Raises:
+            PerPEFTError: a loss is not finite; says which.
+        """
         if not self._unread:
             return
-        losses = torch.stack(self._unread).double().cpu().numpy()
-        wrong = np.flatnonzero(~np.isfinite(losses))
-        if len(wrong):
-            batch = self._batches[wrong[0]]
-            raise PerPEFTError(
-                f"the loss is {losses[wrong[0]]} at step {step - len(losses) + int(wrong[0]) + 2} of this epoch, in a batch of "
-                f"group {batch.group} with items {', '.join(map(str, batch.items[1:11]))}, ...; what was saved before is kept. "
-                "Look at these items, try a smaller --lr, or another device, and start the same command again."
-            )
+        losses = torch.stack([loss for _, _, loss in self._unread]).double().cpu().numpy()
+        for (step, batch, _), loss in zip(self._unread, losses):
+            if not np.isfinite(loss):
+                raise _not_finite(f"the loss is {loss}", self._epoch, step, batch)
         self.total += float(losses.sum())
-        self._unread, self._batches = [], []
+        self._unread = []
+
+
+def _not_finite(what: str, epoch: str, step: int, batch: Batch) -> PerPEFTError:
+    items = ", ".join(map(str, batch.items[1:11])) + (", ..." if len(batch.items) > 11 else "")
+    return PerPEFTError(
+        f"{what} at {epoch}, step {step}, in a batch of group {batch.group} with items {items}. The state before it is kept. "
+        "Look at these items; a smaller --lr, which begins a run of its own, is what helps most often."
+    )
+
+
+def _restore(trainer: Trainer, resume: ResumeState) -> dict[str, Any]:
+    """Load what was saved last, if anything, into the trainer; gives the position and the rows to continue with."""
+    try:
+        state = resume.load()
+        if state is None:
+            return {"epoch": 1, "step": 0, "loss": 0.0, "seconds": 0.0, "rows": []}
+        trainer.load_state_dict(state.pop("trainer"))
+        return {name: state[name] for name in ("epoch", "step", "loss", "seconds", "rows")}
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise PerPEFTError(f"{resume.path} is no state of this run ({reason}); start over with --restart") from error
 
 
 def train_stage(
@@ -193,24 +287,21 @@ def train_stage(
         resume: where the state is kept; saved after every epoch and every `save_every` steps.
         save_every: steps between saves.
     Returns:
-        a row an epoch: stage, epoch, train_loss, seconds, metrics.
+        a row an epoch: stage, epoch, train_loss, seconds, metrics, and skipped_steps, those that fp16 overflowed in.
     Raises:
-        PerPEFTError: the loss or a metric is not finite.
+        PerPEFTError: the loss, the weights or a metric are not finite.
         KeyboardInterrupt: SIGINT or SIGTERM came; the state is saved.
     """
     model, device = trainer.model, trainer.device
-    state = resume.load() or {"epoch": 1, "step": 0, "loss": 0.0, "seconds": 0.0, "rows": []}
+    state = _restore(trainer, resume)
     rows, epoch, step = state["rows"], state["epoch"], state["step"]
-    if "trainer" in state:
-        trainer.load_state_dict(state["trainer"])
 
     def save(**position: Any) -> None:
         resume.save({**position, "rows": rows, "trainer": trainer.state_dict()})
 
     while epoch <= epochs:
         begun = time.monotonic() - state["seconds"]
-        log = _LossLog(device)
-        log.total = state["loss"]
+        log = _LossLog(f"{stage} epoch {epoch}", device, state["loss"])
         model.train()
         bar = tqdm(total=sampler.num_batches, initial=step, desc=f"{stage} {epoch}/{epochs}", unit="step", disable=None)
         with bar, stop_requests() as requests:
@@ -218,21 +309,26 @@ def train_stage(
                 batch = sampler.batch(epoch, step)
                 loss = trainer.loss(batch, source.fetch(batch.items[1:], device))
                 step += 1
-                log.add(loss, batch, step - 1)  # on CPU this stops at a bad loss before the weights take it in
+                log.add(step, batch, loss)  # on CPU this stops at a bad loss before the weights take it in
                 trainer.update(loss)
                 bar.update()
                 if not step % 20 and not bar.disable:
-                    bar.set_postfix(loss=f"{log.total / max(1, step):.4f}", refresh=False)
-                if requests or not step % save_every or step == sampler.num_batches:
-                    log.read(step - 1)
+                    bar.set_postfix(loss=f"{log.total / step:.4f}", refresh=False)
+                stopping = bool(requests)  # looked at once: a request that comes from here on is for the next step
+                if stopping or not step % save_every or step == sampler.num_batches:
+                    log.read()  # whatever the device, no state is saved after a bad loss
+                    if not trainer.is_finite():
+                        raise _not_finite("weights have become infinite or NaN", f"{stage} epoch {epoch}", step, batch)
                     save(epoch=epoch, step=step, loss=log.total, seconds=time.monotonic() - begun)
-                if requests:
-                    raise KeyboardInterrupt
+                if stopping:
+                    break
         model.eval()
         metrics = evaluate()
         if not all(np.isfinite(value) for value in metrics.values()):
             raise PerPEFTError(f"the metrics of {stage} epoch {epoch} are not finite; try a smaller --lr")
+        skipped = trainer.skipped_steps - sum(row["skipped_steps"] for row in rows)
         row = {"stage": stage, "epoch": epoch, "train_loss": log.total / step, "seconds": time.monotonic() - begun, **metrics}
+        row["skipped_steps"] = skipped  # no column of metrics.csv
         if not rows or row[SELECTION_METRIC] > max(earlier[SELECTION_METRIC] for earlier in rows):
             keep_best()
         rows.append(row)

@@ -1,0 +1,27 @@
+"""Check a data set's files, pictures included, and print what they hold and all that is wrong; exit code 0 if usable, else 2."""
+import argparse
+import sys
+
+from utils.cli import number, run_main
+from utils.data_check import check_dataset
+from utils.demo import make_demo
+
+
+def main() -> None:
+    """Parse, check, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
+    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
+    parser.add_argument("--C", type=number(int, 1), default=8, help="user groups, of which each needs a user")
+    parser.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without a picture")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args()
+    if options.dataset == "demo":
+        make_demo(options.train_dir)
+    report = check_dataset(options.train_dir, options.dataset, options.C, options.missing_images)
+    print(report)
+    sys.exit(0 if report.usable else 2)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,48 @@
+"""Train a small CLIP on a data set's own pictures and titles, for where openai/clip-vit-base-patch32 cannot be had."""
+import argparse
+from pathlib import Path
+
+from utils import small_clip
+from utils.cli import number, run_main
+from utils.data import read_dataset
+from utils.demo import make_demo
+from utils.errors import PerPEFTError
+
+
+def main() -> None:
+    """Parse, read pictures and titles, train, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count = number(int, 1, 1_000_000)
+    parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' learns from other drawn items")
+    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
+    parser.add_argument("--output", type=Path, default=None, help="folder to make (default: {train_dir}/{dataset}_small_clip)")
+    parser.add_argument("--image_size", type=count, default=small_clip.IMAGE_SIZE, help="pixels a side")
+    parser.add_argument("--patch_size", type=count, default=small_clip.PATCH_SIZE, help="pixels a side of a patch")
+    parser.add_argument("--width", type=count, default=small_clip.WIDTH, help="of both towers")
+    parser.add_argument("--layers", type=count, default=small_clip.LAYERS, help="of each tower")
+    parser.add_argument("--heads", type=count, default=small_clip.HEADS, help="attention heads a layer")
+    parser.add_argument("--steps", type=count, default=small_clip.STEPS, help="training steps")
+    parser.add_argument("--batch_size", type=count, default=small_clip.BATCH_SIZE, help="pairs a step")
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights and batches")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args()
+
+    folder = options.output or Path(options.train_dir) / f"{options.dataset}_small_clip"
+    if folder.exists():
+        raise PerPEFTError(f"{folder} is there already; remove it, or name another folder by --output")
+    sizes = {name: getattr(options, name) for name in ("image_size", "patch_size", "width", "layers", "heads")}
+    small_clip.check_sizes(**sizes)  # now rather than after minutes of reading
+    if options.dataset == "demo":
+        make_demo(options.train_dir)
+        pictures, titles = small_clip.demo_pairs(options.image_size, options.seed)
+    else:
+        dataset = read_dataset(options.train_dir, options.dataset)
+        pictures, titles = small_clip.read_pictures(dataset.image_paths, options.image_size), dataset.titles
+    training = {name: getattr(options, name) for name in ("steps", "batch_size", "seed")}
+    # drawn pictures are many, and their brand signs too small to be shifted; photographs are few and bear it
+    small_clip.train_small_clip(pictures, titles, folder, **sizes, **training, vary=options.dataset != "demo")
+    print(f"Use it by --dataset {options.dataset} --clip_model {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,229 @@
+"""Runs training scripts in forked children of one process that has imported everything, and kills them where it is asked to.
+
+Importing torch and transformers takes longer than a whole run on tiny data; a fork has them at once. `Zygote` is the test's
+side; `python -m tests.zygote` is the process, which reads one JSON order a line and writes the child's pid and then its status.
+"""
+import atexit
+import collections
+import errno
+import functools
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parent.parent
+
+
+@functools.cache
+def shared_zygote():
+    """The one zygote of a test session, started when it is first wanted."""
+    zygote = Zygote()
+    atexit.register(zygote.close)
+    return zygote
+
+
+class Zygote:
+    """The process that forks; close it at the end."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "tests.zygote"]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=-1, stdout=-1, text=True)
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, arguments, script="perpeft_lora_ia3", kill_at=None, kill_after=None, full_at=None):
+        """Run a script in a child until it ends or is killed.
+
+        Args:
+            arguments: of the command line.
+            script: the module whose main is run.
+            kill_at: (part, number): the child kills itself at this event of this part of the run, counted from 1.
+            kill_after: seconds after which it is killed.
+            full_at: (part, number): the disk is full at this event.
+        Returns:
+            code (negative: the signal that ended it), output (stdout and stderr), events (labels, in order)
+        """
+        order = {"arguments": [str(part) for part in arguments], "script": script, "kill_at": kill_at, "full_at": full_at}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        child = json.loads(self._process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child["pid"], signal.SIGKILL)  # waited for only after the next order, so the pid is still the child's
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return SimpleNamespace(**json.loads(self._process.stdout.readline()))
+
+
+class Events:
+    """Writes every event of a child into a file; at one of them it kills the process, or fails as if the disk were full.
+
+    An event's label says in which part of the run it happens, as in "personalized/state: before replace .personalized.pt.tmp".
+    """
+
+    def __init__(self, file, kill_at, full_at):
+        self._file = file
+        self._kill_at, self._full_at = tuple(kill_at or ()), tuple(full_at or ())
+        self._counts = collections.Counter()
+        self._inside = ["opening"]
+
+    def happen(self, what, half=lambda: None):
+        """One event; `half` does half of the work, in case it does not get further."""
+        part = "/".join(self._inside)
+        self._counts[part] += 1
+        os.write(self._file, f"{part}: {what}\n".encode())
+        place = (part, self._counts[part])
+        if place == self._kill_at:
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if place == self._full_at:
+            half()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def part(self, owner, name, label, alone=False):
+        """Make a function a part of the run, named in the labels of the events inside it; its beginning is an event."""
+        original = getattr(owner, name)
+
+        def wrapped(*args, **options):
+            before = self._inside
+            self._inside = [label] if alone else [*before, label]
+            try:
+                self.happen("begins")
+                return original(*args, **options)
+            finally:
+                self._inside = before
+
+        setattr(owner, name, wrapped)
+
+    def call(self, owner, name, told=lambda *args: ""):
+        """Make every call of a function two events, before it and after it."""
+        original = getattr(owner, name)
+
+        def wrapped(*args, **options):
+            self.happen(f"before {name} {told(*args)}".rstrip())
+            result = original(*args, **options)
+            self.happen(f"after {name} {told(*args)}".rstrip())
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def save(self, owner, name):
+        """Make every `torch.save` into a file an event amid which half of it is written."""
+        original = getattr(owner, name)
+
+        def wrapped(value, file, *args, **options):
+            def half():
+                content = io.BytesIO()
+                original(value, content)
+                file.write(content.getvalue()[: len(content.getvalue()) // 2])
+                file.flush()
+
+            self.happen(f"amid {name}", half)
+            return original(value, file, *args, **options)
+
+        setattr(owner, name, wrapped)
+
+    def install(self):
+        """Hook everything that can matter."""
+        import shutil
+
+        import torch
+
+        from models.clip_peft import ClipPeftEncoder
+        from utils import checkpoints, items, pipeline, reporting
+        from utils.training import Trainer
+
+        def last_part(path, *args):
+            return Path(os.fsdecode(path)).name if isinstance(path, (str, bytes, os.PathLike)) else ""
+
+        for name in ("train_global", "group_users", "train_personalized", "report"):
+            self.part(pipeline.Run, name, {"group_users": "grouping"}.get(name, name.removeprefix("train_")), alone=True)
+        self.part(pipeline.Run, "evaluate", "evaluation")
+        self.part(pipeline, "save_global", "best weights")
+        self.part(pipeline, "save_personalized", "best weights")
+        self.part(pipeline, "_clear", "clearing")
+        self.part(checkpoints.ResumeState, "save", "state")
+        self.part(items.PictureTitleStore, "open", "store")
+        for name in ("write_metrics", "draw_curves", "draw_groups", "write_groups", "write_json"):
+            self.part(reporting, name, name)
+        self.call(items, "read_picture", last_part)
+        self.call(ClipPeftEncoder, "save_group")
+        self.call(pipeline, "encode_all_items")
+        self.call(pipeline, "kmeans_groups")
+        self.call(Trainer, "update")
+        self.save(torch, "save")
+        self.call(shutil, "rmtree", last_part)
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "posix_fallocate"):
+            self.call(os, name, last_part)
+
+
+def write_instead_of_drawing(figure, path, **options):
+    """In place of `Figure.savefig`, which takes more time than all the rest of a tiny run."""
+    Path(path).write_bytes(b"drawn")
+
+
+def _child(order, events, output):
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = [f"{order['script']}.py", *order["arguments"]]
+    hooks = Events(events, order["kill_at"], order["full_at"])
+    hooks.install()
+    sys.modules["matplotlib.figure"].Figure.savefig = write_instead_of_drawing
+    from utils.cli import run_main
+
+    code = 0
+    try:
+        run_main(importlib.import_module(order["script"]).main)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not through the zygote's own ending
+
+
+def _read_all(descriptor):
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(descriptor, "rb", closefd=False) as file:
+        return file.read().decode()
+
+
+def main():
+    """Read orders until there are no more."""
+    import torch
+
+    torch.set_num_threads(1)
+    # The last one is imported by the first optimizer that is made, and takes as long as a tiny run.
+    for module in ("perpeft_lora_ia3", "perpeft_iisan", "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo"):
+        importlib.import_module(module)
+    for line in sys.stdin:
+        order = json.loads(line)
+        # Files without a name, inherited by the child: whatever it wrote before it was killed is there.
+        events, output = os.memfd_create("events"), os.memfd_create("output")
+        pid = os.fork()
+        if not pid:
+            _child(order, events, output)
+        print(json.dumps({"pid": pid}), flush=True)
+        sys.stdin.readline()
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        told = {"code": code, "output": _read_all(output), "events": _read_all(events).splitlines()}
+        os.close(events)
+        os.close(output)
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
