@@ -106,6 +106,7 @@ class ClipPeftEncoder(ItemEncoder):
             self._load_weights(self.group_parameters(0), group)
         self.use_group(0)
         self._release_all_groups()
+        self._peft.train(self.training)  # new adapters come in training mode, whatever the model's
 
     def use_group(self, group: int) -> None:
         """Let group `group`'s adapter act from now on."""

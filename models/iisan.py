@@ -104,8 +104,9 @@ class IISAN(nn.Module):
         """
         gates = torch.sigmoid(self.weight_scalar)  # [3, S]
         image_layers, text_layers = image_states.transpose(0, 1), text_states.transpose(0, 1)  # [S, items, width]
+        projected = self.CombProj(image_layers).to(text_layers.dtype)  # fp16 under autocast; lerp takes one type alone
         # w * text + (1 - w) * projection, all layers in one batched product
-        joint_layers = torch.lerp(self.CombProj(image_layers), text_layers, gates[2].view(-1, 1, 1))  # [S, items, text_dim]
+        joint_layers = torch.lerp(projected, text_layers, gates[2].view(-1, 1, 1))  # [S, items, text_dim]
 
         # unbind, not indexing: its backward is one stack, where every index would fill a whole table with zeros
         joint_layers, gates = joint_layers.unbind(), [row.unbind() for row in gates]

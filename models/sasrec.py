@@ -87,7 +87,8 @@ class SASRec(nn.Module):
         Returns:
             [rows, hidden]
         """
-        embeddings = self.item_emb.weight if items is None else self.item_emb(items)
+        items = torch.arange(self.num_items + 1, device=item_vectors.device) if items is None else items
+        embeddings = self.item_emb(items)  # looked up, since only so does the padding row get no gradient
         return self.weight_scalar * item_vectors + embeddings
 
     def states(self, seq: torch.Tensor, item_vectors: torch.Tensor, items: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from utils import benchmark
-from utils.cli import number, run_main
+from utils.cli import HelpFormatter, number, run_main
 from utils.data import Dataset, read_dataset
 from utils.demo import make_demo
 from utils.devices import choose_device, seed_everything
@@ -93,7 +93,7 @@ def lines_of(figures: dict[str, Any], prefix: str = "") -> list[str]:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--dataset", default="demo", help="whose pictures, titles and histories")
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--clip_model", default=None, help=f"folder, hub name or {RANDOM_CLIP} (default; the demo: its own)")

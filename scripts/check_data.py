@@ -2,14 +2,14 @@
 import argparse
 import sys
 
-from utils.cli import number, run_main
+from utils.cli import HelpFormatter, number, run_main
 from utils.data_check import check_dataset
 from utils.demo import make_demo
 
 
 def main() -> None:
     """Parse, check, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--C", type=number(int, 1), default=8, help="user groups, of which each needs a user")

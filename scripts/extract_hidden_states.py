@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import run_main
+from utils.cli import HelpFormatter, run_main
 from utils.data import read_dataset
 from utils.devices import choose_device
 from utils.foundation import DEFAULT_CLIP, ensure_hidden_states
@@ -13,7 +13,7 @@ from utils.hidden_states import states_path
 
 def main() -> None:
     """Parse, compute, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--dataset", required=True, help="name of the data set")
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--clip_model", default=DEFAULT_CLIP, help="CLIPModel folder or hub name")

@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 
 from utils import small_clip
-from utils.cli import number, run_main
+from utils.cli import HelpFormatter, number, run_main
 from utils.data import read_dataset
 from utils.demo import make_demo
 from utils.errors import PerPEFTError
@@ -11,7 +11,7 @@ from utils.errors import PerPEFTError
 
 def main() -> None:
     """Parse, read pictures and titles, train, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     count = number(int, 1, 1_000_000)
     parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' learns from other drawn items")
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")

@@ -310,12 +310,18 @@ def test_key_that_is_no_item_number_is_named(folder, key):
     assert "shop_item2id_final.pickle" in complaint(folder)
 
 
-@pytest.mark.parametrize("raw_id", [None, 5, b"B005", ["B005"], "half\ud83d", "x" * 5000])
+@pytest.mark.parametrize("raw_id", [None, 5, b"B005", ["B005"], "half\ud83d", "x" * 252, "é" * 126])
 def test_raw_id_that_can_be_no_file_name_is_named(folder, raw_id):
     write_pickle(folder, "item2id", {**{item: f"B{item:03d}" for item in range(1, 5)}, 5: raw_id})
-    report = complaint(folder)
-    assert re.search(r"(not item number: raw id|without a picture).*\(1\): ", report)
+    report = complaint(folder, missing_images="blank")
+    assert re.search(r"not item number: raw id \(1\): 5: ", report)
     report.encode()
+
+
+def test_longest_raw_id_that_can_be_a_file_name_is_read(folder):
+    write_pickle(folder, "item2id", {**{item: f"B{item:03d}" for item in range(1, 5)}, 5: "x" * 251})
+    picture_path(folder, 5).rename(folder / "shop_images" / f"{'x' * 251}.jpg")
+    assert read_dataset(folder, "shop").num_items == 5
 
 
 # ---------------------------------------------------------------- pickles made to harm

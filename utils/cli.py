@@ -36,10 +36,18 @@ SIZE = number(int, 1, 10_000)  # of layers and tables: what is beyond would not 
 RATE, WEIGHT, SHARE = number(float, 0, 10, above=True), number(float, 0, 1000), number(float, 0, 0.99)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default where there is one to tell and the help text does not tell it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        untold = action.default is None or action.default is False or "default" in (action.help or "")
+        return action.help if untold else super()._get_help_string(action)
+
+
 def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of a training script for some kinds of adapter; those that only one kind needs are left out for others."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=description, formatter_class=HelpFormatter, allow_abbrev=False
     )
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
@@ -132,7 +140,7 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if is_out_of_memory(error):
         return 1, (
-            f"error: the memory is full ({reason}). Try --gradient_checkpointing, with which a run goes on as it would without, "
+            f"error: the memory is full ({reason}). Try --gradient_checkpointing (LoRA, (IA)3), with which a run goes on as it would without, "
             "or a smaller --batch_size, which begins anew and therefore needs --restart or another --output_dir"
         )
     if isinstance(error, torch.AcceleratorError):

@@ -210,6 +210,16 @@ def available_datasets(train_dir: Path) -> list[str]:
     return sorted(path.name.removesuffix("_final.txt") for path in Path(train_dir).glob("*_final.txt"))
 
 
+def require_dataset(train_dir: str | Path, name: str) -> None:
+    """Do nothing where the data set is there.
+
+    Raises:
+        PerPEFTError: it is not; the text says how to get it.
+    """
+    if not (Path(train_dir) / f"{name}_final.txt").is_file():
+        raise _missing_dataset(Path(train_dir), name)
+
+
 def _missing_dataset(train_dir: Path, name: str) -> PerPEFTError:
     here = ", ".join(available_datasets(train_dir)) or "none"
     where = f"data set '{name}' is not in {train_dir}: {name}_final.txt is missing (data sets there: {here})"
@@ -407,8 +417,7 @@ def inspect_dataset(
     check_name(name)
     folder = Path(train_dir)
     final = folder / f"{name}_final.txt"
-    if not final.is_file():
-        raise _missing_dataset(folder, name)
+    require_dataset(folder, name)
     problems, remarks = Problems(), Problems()
     try:
         pairs = _read_pairs(final, problems)

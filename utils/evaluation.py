@@ -141,6 +141,8 @@ def rank_all_users(
         {"users": rows of evaluated users, "valid": their ranks, "test": their ranks}
     """
     users = split.evaluated_users
+    if not (groups[users] < model.num_groups).all():
+        raise ValueError(f"a user is in group {groups[users].max()}, but the model has {model.num_groups} groups")
     ranks = {name: np.zeros(len(users), dtype=np.int64) for name in ("valid", "test")}
     for group in range(model.num_groups):
         places = np.flatnonzero(groups[users] == group)

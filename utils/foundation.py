@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 from transformers.utils import logging as transformers_logging
 
 from models import IISAN, ClipPeftEncoder, IISANEncoder, ItemEncoder
@@ -60,7 +60,13 @@ def load_foundation(clip_model: str) -> Foundation:
     is_folder = Path(clip_model).is_dir()
     try:
         with _quiet_transformers():
-            clip = CLIPModel.from_pretrained(clip_model, local_files_only=is_folder)
+            kind = AutoConfig.from_pretrained(clip_model, local_files_only=is_folder).model_type
+            if kind != "clip":
+                raise ValueError(f"it is a model of the kind '{kind}'")
+            clip, loading = CLIPModel.from_pretrained(clip_model, local_files_only=is_folder, output_loading_info=True)
+            absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
+            if absent:  # the library would go on with random weights
+                raise ValueError(f"its weights lack {', '.join(absent[:3])}")
             image_processor = AutoImageProcessor.from_pretrained(clip_model, use_fast=False, local_files_only=is_folder)
             tokenizer = AutoTokenizer.from_pretrained(clip_model, local_files_only=is_folder)
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from models import MMProjector, PerPEFT, SASRec
 from utils import reporting
 from utils.checkpoints import ResumeState, load_global, load_personalized, save_global, save_personalized
-from utils.data import Dataset, leave_last_out, read_dataset
+from utils.data import Dataset, leave_last_out, read_dataset, require_dataset
 from utils.demo import make_demo
 from utils.devices import autocast_for, choose_device, seed_everything
 from utils.errors import PerPEFTError
@@ -146,7 +146,7 @@ class Run:
         path = self.folder / "groups.csv"
         try:
             groups = reporting.read_groups(path)
-        except (IndexError, ValueError) as error:
+        except (IndexError, OSError, ValueError) as error:
             raise PerPEFTError(f"{path} cannot be read ({error}); start over with --restart") from error
         if groups.shape != (self.dataset.num_users,) or groups.min() < 0 or groups.max() >= self.options.C:
             raise PerPEFTError(f"{path} does not fit {self.dataset.num_users} users in {self.options.C} groups; use --restart")
@@ -355,6 +355,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     Raises:
         PerPEFTError: bad data, missing weights, a folder of other settings or one that another process trains in.
     """
+    if options.dataset != "demo":
+        require_dataset(options.train_dir, options.dataset)
     options.device = choose_device(options.device)
     if options.dataset == "demo":
         make_demo(options.train_dir)

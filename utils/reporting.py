@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
 
 def read_groups(path: Path) -> np.ndarray:
     """Each user row's group from groups.csv, [users]."""
-    return np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)[:, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of an empty file, which fails right after
+        return np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)[:, 1]
 
 
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

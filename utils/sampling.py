@@ -92,7 +92,7 @@ class Sampler:
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The group and the user rows of every batch of an epoch."""
         if epoch != self._planned_epoch:
-            random = self._random(epoch)
+            random = self._random(epoch, 0)  # steps count from 1 here: numpy takes (epoch) for (epoch, 0)
             batches = []
             for group, members in enumerate(self._members):
                 shuffled = random.permutation(members)
@@ -135,7 +135,7 @@ class Sampler:
         positives = np.where(real, window[:, 1:], 0)
         negatives = np.zeros_like(seq)
         repeated_users = np.broadcast_to(users[:, None], seq.shape)
-        negatives[real] = self.negatives(repeated_users[real], group, self._random(epoch, step))
+        negatives[real] = self.negatives(repeated_users[real], group, self._random(epoch, step + 1))
         rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
         items, local = np.unique(rows, return_inverse=True)
         seq, positives, negatives = local[1:].reshape(3, *seq.shape)

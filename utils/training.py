@@ -232,7 +232,7 @@ class _LossLog:
         """
         if not self._unread:
             return
-        losses = torch.stack([loss for _, _, loss in self._unread]).double().cpu().numpy()
+        losses = torch.stack([loss for _, _, loss in self._unread]).cpu().double().numpy()
         for (step, batch, _), loss in zip(self._unread, losses):
             if not np.isfinite(loss):
                 raise _not_finite(f"the loss is {loss}", self._epoch, step, batch)
