@@ -584,3 +584,19 @@ def test_options_that_change_no_figure_may_differ(tiny_run, tiny_dataset, tiny_c
     options = tiny_options(tiny_dataset, tiny_clip, tiny_run.folder.parent, save_every=7, debug=True)
     with open_run(options) as run:
         assert run is None  # found finished
+
+
+def test_true_groups_that_come_with_drawn_data_are_compared_with_those_found(copied_run, tiny_dataset, tmp_path, capsys):
+    found = {int(user): group for user, group in (line.split(",") for line in read_lines(copied_run.folder / "groups.csv")[1:])}
+    folder = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset.train_dir, folder)
+    renamed = "".join(f"{user},{'zxy'[int(group)]}\n" for user, group in found.items())  # the same groups by other names
+    (folder / "tiny_true_groups.csv").write_text("user,group\n" + renamed)
+    arguments = list(copied_run.arguments)
+    arguments[arguments.index("--train_dir") + 1] = str(folder)
+    run_script([*arguments, "--restart"])
+    assert "adjusted Rand index to the true groups 1.00" in capsys.readouterr().out
+
+
+def read_lines(path):
+    return path.read_text().splitlines()

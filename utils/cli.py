@@ -140,8 +140,8 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if is_out_of_memory(error):
         return 1, (
-            f"error: the memory is full ({reason}). Try --gradient_checkpointing (LoRA, (IA)3), with which a run goes on as it would without, "
-            "or a smaller --batch_size, which begins anew and therefore needs --restart or another --output_dir"
+            f"error: the memory is full ({reason}). Try --gradient_checkpointing (LoRA and IA3), with which a run goes on as "
+            "without, or a smaller --batch_size, which begins anew and so needs --restart or another --output_dir"
         )
     if isinstance(error, torch.AcceleratorError):
         return 1, f"error: the device failed ({reason})"

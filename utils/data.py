@@ -1,4 +1,5 @@
 """A data set from its files: purchase histories, raw ids, titles, picture paths, and the leave-last-out split."""
+import csv
 import itertools
 import math
 import os
@@ -214,8 +215,10 @@ def require_dataset(train_dir: str | Path, name: str) -> None:
     """Do nothing where the data set is there.
 
     Raises:
-        PerPEFTError: it is not; the text says how to get it.
+        PerPEFTError: it is not, and the text says how to get it; or the name could lead into another folder.
     """
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise PerPEFTError(f"data set '{name}': a name is wanted, not a path; its folder goes into --train_dir")
     if not (Path(train_dir) / f"{name}_final.txt").is_file():
         raise _missing_dataset(Path(train_dir), name)
 
@@ -367,7 +370,7 @@ class Inspection:
         dataset: what could be read; of use for training only if there are no problems.
         problems: what has to be mended.
         remarks: what is worth knowing, such as missing titles.
-        present: item numbers of the pictures whose files are there.
+        present: the pictures whose files are there, by item number.
     """
 
     dataset: Dataset
@@ -394,16 +397,6 @@ class Inspection:
         return list(wrong)
 
 
-def check_name(name: str) -> None:
-    """Refuse a data set name that could name another folder.
-
-    Raises:
-        PerPEFTError: it is empty, or more than a name.
-    """
-    if name in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise PerPEFTError(f"data set '{name}': a name is wanted, not a path; its folder goes into --train_dir")
-
-
 def inspect_dataset(
     train_dir: str | Path, name: str, contents: bool = True, missing_images: str = "error", num_groups: int = 1
 ) -> Inspection:
@@ -414,7 +407,6 @@ def inspect_dataset(
     Raises:
         PerPEFTError: there is no such data set.
     """
-    check_name(name)
     folder = Path(train_dir)
     final = folder / f"{name}_final.txt"
     require_dataset(folder, name)
@@ -481,3 +473,14 @@ def read_dataset(
         print(f"warning: data set '{name}':\n{found.remarks}", file=sys.stderr)
     found.problems.raise_any(f"data set '{name}' in {found.dataset.folder} cannot be used:")
     return found.dataset
+
+
+def read_true_groups(dataset: Dataset) -> list[str] | None:
+    """Each user's true group, in row order, where drawn data brings them in `{name}_true_groups.csv`; else None."""
+    path = dataset.folder / f"{dataset.name}_true_groups.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            group_of = {row["user"]: row["group"] for row in csv.DictReader(file)}
+        return [group_of[str(user)] for user in dataset.user_ids]
+    except (OSError, KeyError, ValueError, csv.Error):  # nothing depends on it
+        return None

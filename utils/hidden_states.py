@@ -17,7 +17,6 @@ from utils.safe_pickle import refuse_damaged_tensors
 
 PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
 ROWS_AT_ONCE = 4096
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cached_layers(config: CLIPConfig) -> tuple[list[int], list[int]]:
@@ -113,7 +112,7 @@ def save_hidden_states(
 
 def _is_dense(states: Any) -> bool:
     """Whether this is a tensor [items, layers, width] of floats, every one of them in the file."""
-    if type(states) not in (torch.Tensor, torch.nn.Parameter) or states.dim() != 3 or states.dtype not in FLOATS:
+    if type(states) not in (torch.Tensor, torch.nn.Parameter) or states.dim() != 3 or not states.is_floating_point():
         return False
     # A tensor may repeat one number any number of times: to look at it would fill the memory.
     return 0 < states.numel() * states.element_size() <= states.untyped_storage().nbytes()

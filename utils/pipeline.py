@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from sklearn.metrics import adjusted_rand_score
 
 from models import MMProjector, PerPEFT, SASRec
 from utils import reporting
 from utils.checkpoints import ResumeState, load_global, load_personalized, save_global, save_personalized
-from utils.data import Dataset, leave_last_out, read_dataset, require_dataset
+from utils.data import Dataset, leave_last_out, read_dataset, read_true_groups, require_dataset
 from utils.demo import make_demo
 from utils.devices import autocast_for, choose_device, seed_everything
 from utils.errors import PerPEFTError
@@ -120,7 +121,7 @@ class Run:
         self.groups = self._read_groups()
         self._seconds["grouping"] = time.monotonic() - begun
         reporting.draw_groups(self.folder / "groups.png", self.group_sizes())
-        print(f"groups of {', '.join(map(str, self.group_sizes()))} users", flush=True)
+        print(f"groups of {', '.join(map(str, self.group_sizes()))} users{self._agreement_told()}", flush=True)
 
     def train_personalized(self) -> None:
         """Stage 3: an adapter and a projector a group, warm-started from stage 1, negatives from the group's own items."""
@@ -141,6 +142,12 @@ class Run:
     def group_sizes(self) -> list[int]:
         """Users in each group."""
         return np.bincount(self.groups, minlength=self.options.C).tolist()
+
+    def _agreement_told(self) -> str:
+        true_groups = read_true_groups(self.dataset)
+        if true_groups is None:
+            return ""
+        return f"; adjusted Rand index to the true groups {adjusted_rand_score(true_groups, self.groups):.2f} (chance 0)"
 
     def _read_groups(self) -> np.ndarray:
         path = self.folder / "groups.csv"
