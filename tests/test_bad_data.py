@@ -478,7 +478,7 @@ def odd_states():
         "ids that are a text": (image_states, text_states, "B0001"),
         "ids that are floats": (image_states, text_states, torch.rand(5)),
         "ids in two dimensions": (image_states, text_states, torch.zeros(5, 1).long()),
-        "one id for all": (image_states, text_states, torch.zeros(1).long().expand(10**9)),
+        "one id for all": (image_states, text_states, torch.zeros(1).long().expand(10**7)),
         "a dict": {"image": image_states, "text": text_states},
         "two parts": (image_states, text_states),
         "one tensor": image_states,
