@@ -25,7 +25,9 @@ def test_plain_ranking_loop_gives_the_same_ranks():
 
 
 def test_plain_iisan_computes_the_same_from_the_same_weights():
+    torch.manual_seed(0)
     ours, plain = IISAN(image_dim=6, text_dim=5, num_states=3, bottleneck=4), benchmark.PlainIISAN(6, 5, 3, bottleneck=4)
+    ours, plain = ours.double(), plain.double()
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.normal_()
@@ -37,7 +39,7 @@ def test_plain_iisan_computes_the_same_from_the_same_weights():
             rest = rest.replace(".0.", ".")  # there each layer is wrapped
         weights[f"{names[head]}.{rest}".rstrip(".")] = value
     plain.load_state_dict(weights)
-    image_states, text_states = torch.randn(7, 3, 6), torch.randn(7, 3, 5)
+    image_states, text_states = torch.randn(7, 3, 6).double(), torch.randn(7, 3, 5).double()
     torch.testing.assert_close(plain(image_states, text_states), ours(image_states, text_states))
 
 
