@@ -1,6 +1,7 @@
 """Shared by all tests: a tiny data set in the documented files, a tiny random CLIP, and one full run on them."""
 import pickle
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from utils.cli import parse_options
 from utils.small_clip import train_tokenizer
 
 torch.set_num_threads(1)
+# A shell starts background jobs with SIGINT ignored, and children inherit that; the tests that interrupt need the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # the same examples every time, no time limit on a busy machine, nothing written beside the code
 settings.register_profile("perpeft", derandomize=True, deadline=None, database=None)
 settings.load_profile("perpeft")

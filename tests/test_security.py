@@ -17,6 +17,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from models import IISAN, IISANEncoder
@@ -270,9 +271,13 @@ def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
         with replaced(weights, content), pytest.raises(PerPEFTError):
             load_global(lora_model, copied_run.folder / "global")
     load_global(lora_model, copied_run.folder / "global")  # the other file beside it is not looked at
+    sound = load_file(weights)
     weights.unlink()
-    with pytest.raises(PerPEFTError):
-        load_global(lora_model, copied_run.folder / "global")
+    for content in (None, sound):  # nor without it, whether it carries code or the very weights
+        if content is not None:
+            torch.save(content, adapter / "adapter_model.bin")
+        with pytest.raises(PerPEFTError):
+            load_global(lora_model, copied_run.folder / "global")
 
 
 # ---------------------------------------------------------------- a CLIP folder
