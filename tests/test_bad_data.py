@@ -111,7 +111,7 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     assert re.search(r"not two integers \(12\): line 3 '0 x', .*line 12 '9 x' and 2 more", report)
     assert re.search(r"below 1 \(11\): line 15 '1 0', line 16 '1 -1', .*line 24 '1 -9' and 1 more", report)
     assert "no user with the 3 purchases that evaluation needs; most purchases of one user (1): 2" in report
-    assert "fewer users than the 3 groups of --C (2)" in report
+    assert "fewer users than the 3 groups of --C (1): 2 users" in report
     assert re.search(r"not item number: raw id \(2\): 8: 9, 9: '\.\./up'", report)
     assert re.search(r"gaps in the item numbers .*\(4\): 8, 9, 20, 21\n", report)
     assert re.search(r"bought items without raw id .*\(1\): 77\n", report)
@@ -172,7 +172,7 @@ def test_names_out_of_the_data_cannot_steer_the_terminal(folder, raw_id):
 
 def test_fewer_users_than_groups_is_an_error_and_as_many_are_enough(folder):
     assert read_dataset(folder, "shop", num_groups=3).num_users == 3
-    assert "fewer users than the 4 groups of --C (3)" in complaint(folder, num_groups=4)
+    assert "fewer users than the 4 groups of --C (1): 3 users" in complaint(folder, num_groups=4)
 
 
 def test_training_refuses_fewer_users_than_groups_before_it_begins(tiny_dataset, tiny_clip, tmp_path):

@@ -30,7 +30,10 @@ KINDS = ("final.txt", "item2id.pickle", "texts.pickle", "preX.pt", "zip", "pictu
 MEGABYTES = dict.fromkeys(KINDS, 150) | {"picture": 1300}
 ROOM = 3 * 2**30  # of addresses, beyond those that the libraries take; what wants more would also be caught by MEGABYTES
 ITEMS = 12
-TELLING_BYTES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff", b"\0\0\0\x7f", b"\xff\xff\xff\x7f", 4 * b"\xff", b"-", b"9", b".")
+TELLING_BYTES = (
+    b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff", b"\0\0\0\x7f", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff",
+    b"\xed\xa0\x80", b"-", b"--", b"9", b".",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- damage
@@ -66,7 +69,7 @@ def damaged(bases, seed):
             content[start:end] = source.randbytes(end - start)
         else:  # lengths, signs and ends that mean something to readers
             telling = source.choice(TELLING_BYTES)
-            content[start : start + len(telling)] = telling
+            content[start : start + source.choice((0, len(telling)))] = telling
     return bytes(content)
 
 

@@ -423,7 +423,7 @@ def inspect_dataset(
     if len(counts) and counts.max() < 3:
         problems.add("no user with the 3 purchases that evaluation needs; most purchases of one user", [counts.max()])
     if 0 < len(counts) < num_groups:
-        problems.add(f"fewer users than the {num_groups} groups of --C", [f"{len(counts)} users"], len(counts))
+        problems.add(f"fewer users than the {num_groups} groups of --C", [f"{len(counts)} users"])
 
     raw_ids = list(numbered.values())
     images = folder / f"{name}_images"

@@ -60,15 +60,17 @@ def load_foundation(clip_model: str) -> Foundation:
     is_folder = Path(clip_model).is_dir()
     try:
         with _quiet_transformers():
-            kind = AutoConfig.from_pretrained(clip_model, local_files_only=is_folder).model_type
+            # No code from a model's folder is ever run, nor is it asked whether it should be.
+            source = {"local_files_only": is_folder, "trust_remote_code": False}
+            kind = AutoConfig.from_pretrained(clip_model, **source).model_type
             if kind != "clip":
                 raise ValueError(f"it is a model of the kind '{kind}'")
             clip, loading = CLIPModel.from_pretrained(clip_model, local_files_only=is_folder, output_loading_info=True)
             absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
             if absent:  # the library would go on with random weights
                 raise ValueError(f"its weights lack {', '.join(absent[:3])}")
-            image_processor = AutoImageProcessor.from_pretrained(clip_model, use_fast=False, local_files_only=is_folder)
-            tokenizer = AutoTokenizer.from_pretrained(clip_model, local_files_only=is_folder)
+            image_processor = AutoImageProcessor.from_pretrained(clip_model, use_fast=False, **source)
+            tokenizer = AutoTokenizer.from_pretrained(clip_model, **source)
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "the folder is no complete CLIPModel folder" if is_folder else "there is no such folder and the hub gave none"
