@@ -17,7 +17,7 @@ from torch import nn
 
 from models import IISANEncoder, ItemEncoder, MMProjector, PerPEFT, SASRec
 from utils.data import Dataset, Histories, leave_last_out
-from utils.devices import autocast_for
+from utils.devices import autocast_for, has_fused_adamw
 from utils.evaluation import ItemSource, encode_all_items, rank_targets
 from utils.foundation import Foundation
 from utils.grouping import kmeans_groups
@@ -93,13 +93,13 @@ class PlainIISAN(nn.Module):
 
 def bare_step(encoder: nn.Module, parameters: list[nn.Parameter], inputs: tuple, device: torch.device) -> Callable[[], None]:
     """Forward, backward and fused AdamW of an encoder alone: the least that a training step must cost."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=has_fused_adamw(device))
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     weights = None
 
     def step() -> None:
         nonlocal weights
-        with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
+        with autocast_for(device)():
             features = encoder(*inputs)
         if weights is None:
             weights = torch.randn_like(features) / features.numel()
@@ -197,7 +197,7 @@ def encoding_costs(
     fetched = [source.fetch(order[start : start + items_at_once], device) for start in starts]
 
     def bare() -> None:
-        with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
+        with autocast_for(device)():
             for inputs in fetched:
                 encoder(*inputs)
 
@@ -288,7 +288,7 @@ def catalogue_costs(num_items: int, device: torch.device, repeats: int, hidden_u
 
     def parts(sparse: bool) -> tuple[nn.Embedding, torch.optim.Optimizer, ItemTableGradient | None]:
         table = nn.Embedding(num_items + 1, hidden_units, device=device)
-        optimizer = torch.optim.AdamW(table.parameters(), lr=1e-4, weight_decay=1e-4, fused=device.type in ("cpu", "cuda"))
+        optimizer = torch.optim.AdamW(table.parameters(), lr=1e-4, weight_decay=1e-4, fused=has_fused_adamw(device))
         return table, optimizer, ItemTableGradient(table, 1e-6) if sparse else None
 
     def step(table: nn.Embedding, optimizer: torch.optim.Optimizer, gradient: ItemTableGradient | None) -> None:

@@ -5,10 +5,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from utils.data import is_dataset_name
 from utils.devices import is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.foundation import DEFAULT_CLIP
@@ -46,9 +46,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of a training script for some kinds of adapter; those that only one kind needs are left out for others."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
     run.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
@@ -106,7 +104,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     options = parser.parse_args(arguments)
     if options.hidden_units % options.num_heads:
         parser.error(f"--num_heads {options.num_heads} must divide --hidden_units {options.hidden_units}")
-    if Path(options.dataset).name != options.dataset or options.dataset in (".", ".."):
+    if not is_dataset_name(options.dataset):
         parser.error(f"--dataset {options.dataset}: a name is wanted, not a path; its folder goes into --train_dir")
     is_demo = options.dataset == "demo"
     known = DEMO if is_demo else read_hyperparameters(options.dataset, options.peft_type)

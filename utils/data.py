@@ -211,13 +211,18 @@ def available_datasets(train_dir: Path) -> list[str]:
     return sorted(path.name.removesuffix("_final.txt") for path in Path(train_dir).glob("*_final.txt"))
 
 
+def is_dataset_name(name: str) -> bool:
+    """Whether a name is one file name's beginning, and cannot lead into another folder."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def require_dataset(train_dir: str | Path, name: str) -> None:
     """Do nothing where the data set is there.
 
     Raises:
         PerPEFTError: it is not, and the text says how to get it; or the name could lead into another folder.
     """
-    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+    if not is_dataset_name(name):
         raise PerPEFTError(f"data set '{name}': a name is wanted, not a path; its folder goes into --train_dir")
     if not (Path(train_dir) / f"{name}_final.txt").is_file():
         raise _missing_dataset(Path(train_dir), name)

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data import MISSING_TITLE, Inspection, inspect_dataset, leave_last_out
+from utils.data import Inspection, inspect_dataset, leave_last_out
 from utils.errors import PerPEFTError
 from utils.hidden_states import HiddenStateStore, states_path
 
@@ -57,7 +57,7 @@ def _counts(found: Inspection, unreadable: list[int]) -> dict[str, int | float]:
         **counts,
         "purchases a user (mean)": counts["interactions"] / max(1, counts["users"]),
         "pictures found": len(found.present) - len(unreadable),
-        "titles missing": dataset.titles.count(MISSING_TITLE),
+        "titles missing": dataset.missing_titles,
         "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
     }
 

@@ -37,6 +37,11 @@ def autocast_for(device: torch.device) -> Callable[[], contextlib.AbstractContex
     return contextlib.nullcontext
 
 
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether AdamW can go over all its parameters in one kernel there."""
+    return device.type in ("cpu", "cuda")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of the machine or of its device is full; every allocator says it differently."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -1,4 +1,5 @@
 """Full-ranking evaluation: every item encoded once a group, every user's held-out item ranked against all others."""
+import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -27,7 +28,12 @@ class ItemSource(Protocol):
 
 @torch.no_grad()
 def encode_all_items(
-    model: PerPEFT, group: int, source: ItemSource, device: torch.device, items_at_once: int = 256, autocast=None
+    model: PerPEFT,
+    group: int,
+    source: ItemSource,
+    device: torch.device,
+    items_at_once: int = 256,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> torch.Tensor:
     """Projected vectors of all items as one group sees them, [num_items + 1, hidden], row 0 the padding item's.
 
@@ -37,18 +43,15 @@ def encode_all_items(
         source: where inputs come from.
         device: where the model lies.
         items_at_once: items a forward pass.
-        autocast: a callable that makes the context of the foundation model's forward pass, if any.
+        autocast: a callable that makes the context of the foundation model's forward pass.
     """
     order = source.reading_order()
     vectors = None
     for start in range(0, len(order), items_at_once):
         items = order[start : start + items_at_once]
         inputs = source.fetch(items, device)
-        if autocast is None:
+        with autocast():
             chunk = model.item_vectors(group, inputs)
-        else:
-            with autocast():
-                chunk = model.item_vectors(group, inputs)
         chunk = chunk.float()  # [1 + items, hidden]
         if vectors is None:
             vectors = torch.empty(source.num_items + 1, chunk.shape[1], device=device)

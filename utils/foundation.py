@@ -15,7 +15,7 @@ from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
 from utils.files import made_by_one
 from utils.hidden_states import HiddenStateStore, compute_hidden_states, save_hidden_states, states_path
-from utils.items import PictureTitleStore
+from utils.items import PictureTitleStore, picture_status
 from utils.small_clip import demo_clip, train_tokenizer
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
@@ -37,6 +37,10 @@ class Foundation:
     def store(self, dataset: Dataset, missing_images: str = "error") -> PictureTitleStore:
         """A data set's pictures and titles as this CLIP reads them."""
         return PictureTitleStore.open(dataset, self.image_processor, self.tokenizer, self.max_tokens, missing_images)
+
+    def hidden_states(self, store: PictureTitleStore, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """All items' states for IISAN, as in `compute_hidden_states`."""
+        return compute_hidden_states(self.clip, self.image_processor, self.tokenizer, store, device)
 
 
 @contextlib.contextmanager
@@ -111,7 +115,8 @@ def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str) -> s
         return None
     digest = hashlib.sha256()
     for title, path in zip(dataset.titles, dataset.image_paths):
-        digest.update(f"{title}\0{path.stat().st_size if path.is_file() else None}\n".encode())
+        status = picture_status(path)
+        digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
     for path in sorted(Path(clip_model).iterdir()) if Path(clip_model).is_dir() else []:
         if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
             with path.open("rb") as file:
@@ -142,8 +147,7 @@ def encoder_and_source(
     """
     store = foundation.store(dataset, missing_images)
     if peft_type == "iisan":
-        states = compute_hidden_states(foundation.clip, foundation.image_processor, foundation.tokenizer, store, device)
-        return _iisan_encoder(HiddenStateStore(*states), foundation.clip.config)
+        return _iisan_encoder(HiddenStateStore(*foundation.hidden_states(store, device)), foundation.clip.config)
     config = lora_config(rank) if peft_type == "lora" else ia3_config()
     return ClipPeftEncoder(foundation.clip, config, foundation.image_processor, gradient_checkpointing), store
 
@@ -154,8 +158,7 @@ def ensure_hidden_states(dataset: Dataset, clip_model: str, device: torch.device
     with made_by_one(path) as missing:
         if missing:
             foundation = load_foundation(clip_model)
-            store = foundation.store(dataset, missing_images)
-            states = compute_hidden_states(foundation.clip, foundation.image_processor, foundation.tokenizer, store, device)
+            states = foundation.hidden_states(foundation.store(dataset, missing_images), device)
             save_hidden_states(path, *states, dataset.raw_ids, clip_model)
     return path
 

@@ -61,6 +61,14 @@ def read_picture(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
     return pixels[top : top + crop_height, left : left + crop_width].transpose(2, 0, 1)
 
 
+def picture_status(path: Path) -> os.stat_result | None:
+    """What the disk says of a picture file, in one question; None where there is none."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
 def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
     """A hash of everything that the store's content follows from."""
     digest = hashlib.sha256()
@@ -71,11 +79,8 @@ def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTr
     digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
     digest.update(f"{vocabulary} {tokenizer.pad_token_id} {max_length}".encode())
     for raw_id, title, path in zip(dataset.raw_ids, dataset.titles, dataset.image_paths):
-        try:
-            status = path.stat()
-            stamp = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            stamp = "missing"
+        status = picture_status(path)
+        stamp = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
         digest.update(f"{raw_id}\0{title}\0{stamp}\n".encode())
     return digest.hexdigest()[:16]
 

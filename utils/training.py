@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from models import PerPEFT
 from utils.checkpoints import ResumeState
-from utils.devices import autocast_for, is_out_of_memory
+from utils.devices import autocast_for, has_fused_adamw, is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
 from utils.sampling import Batch, Sampler
@@ -89,7 +89,7 @@ class Trainer:
         self._item_table = ItemTableGradient(model.sasrec.item_emb, l2_emb)
         self._autocast = autocast_for(device)
         recommender = [*model.sasrec.parameters(), *model.projectors.parameters()]
-        options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": device.type in ("cpu", "cuda")}
+        options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": has_fused_adamw(device)}
         self.optimizers = [
             torch.optim.AdamW(recommender, **options),
             torch.optim.AdamW(list(model.encoder.adapter_parameters()), **options),
