@@ -3,9 +3,9 @@ from utils.cli import parse_options, run_main
 from utils.pipeline import open_run
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The paper's three stages."""
-    options = parse_options(__doc__, peft_types=("iisan",))
+    options = parse_options(__doc__, arguments=arguments, peft_types=("iisan",))
     with open_run(options) as run:
         if run is None:  # finished before
             return
@@ -13,8 +13,9 @@ def main() -> None:
             run.evaluate_saved()
             return
         run.train_global()  # 1. one adapter for all users
-        run.group_users()  # 2. users with like tastes into C groups
-        run.train_personalized()  # 3. an adapter for every group
+        if options.method == "perpeft":  # the methods that it is compared with end here
+            run.group_users()  # 2. users with like tastes into C groups
+            run.train_personalized()  # 3. an adapter for every group
         run.report()
 
 

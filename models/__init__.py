@@ -1,9 +1,12 @@
 """The torch modules of PerPEFT; nothing here reads files of a data set or parses options."""
 from models.clip_peft import ClipPeftEncoder
+from models.frozen import FrozenEncoder
 from models.iisan import IISAN, IISANEncoder
 from models.item_encoder import ItemEncoder
 from models.perpeft import PerPEFT
-from models.projector import MMProjector
+from models.projector import MMProjector, NoProjector
 from models.sasrec import SASRec
 
-__all__ = ["IISAN", "ClipPeftEncoder", "IISANEncoder", "ItemEncoder", "MMProjector", "PerPEFT", "SASRec"]
+__all__ = [
+    "IISAN", "ClipPeftEncoder", "FrozenEncoder", "IISANEncoder", "ItemEncoder", "MMProjector", "NoProjector", "PerPEFT", "SASRec",
+]  # fmt: skip

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import CLIPModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from models.item_encoder import ItemEncoder
+from models.item_encoder import MODALITIES, ItemEncoder
+
+UNUSED_TOWER = {"image": "text_model", "text": "vision_model"}  # by the modality that is looked at
 
 
 def lora_config(rank: int = 4, dropout: float = 0.1) -> LoraConfig:
@@ -33,10 +35,32 @@ def channel_statistics(processor: BaseImageProcessor) -> tuple[torch.Tensor, tor
     return factor / std, -mean / std
 
 
+def clip_features(clip: CLIPModel, pictures: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
+    """CLIP's L2-normalised embeddings of pictures and titles side by side, or of those of them that are given.
+
+    Args:
+        clip: with or without adapters.
+        pictures: normalised, [items, 3, height, width].
+        tokens: token ids of the titles, each with its end-of-text token, [items, length].
+    Returns:
+        [items, 2 * projection_dim], or [items, projection_dim] of one alone
+    """
+    features = []
+    if pictures is not None:
+        pooled = clip.vision_model(pixel_values=pictures).pooler_output  # [items, vision hidden]
+        features.append(F.normalize(clip.visual_projection(pooled).float(), dim=-1))  # [items, projection]
+    if tokens is not None:
+        # No attention mask: the tower is causal and pools the end-of-text token, so what follows it cannot matter.
+        pooled = clip.text_model(input_ids=tokens).pooler_output  # [items, text hidden]
+        features.append(F.normalize(clip.text_projection(pooled).float(), dim=-1))  # [items, projection]
+    return torch.cat(features, dim=-1)
+
+
 class ClipPeftEncoder(ItemEncoder):
     """A frozen CLIPModel whose towers carry one peft adapter a group.
 
-    Item features are CLIP's L2-normalised picture and title embeddings side by side, [items, 2 * projection_dim].
+    Item features are CLIP's L2-normalised picture and title embeddings side by side, [items, 2 * projection_dim], or one of
+    them alone; the other tower then takes no part and carries no adapter.
 
     Args:
         clip: the foundation model; it is frozen and its linear layers are wrapped in place.
@@ -44,14 +68,23 @@ class ClipPeftEncoder(ItemEncoder):
         processor: CLIP's image processor, for the channel statistics that pictures are normalised with.
         gradient_checkpointing: keep no layer's inner values for the backward pass but compute them again: a fraction of the
             memory, a third more time, the same gradients.
+        modality: "both", "image" or "text": what of an item is looked at.
     """
 
     def __init__(
-        self, clip: CLIPModel, config: PeftConfig, processor: BaseImageProcessor, gradient_checkpointing: bool = False
+        self,
+        clip: CLIPModel,
+        config: PeftConfig,
+        processor: BaseImageProcessor,
+        gradient_checkpointing: bool = False,
+        modality: str = "both",
     ):
         super().__init__()
         self.foundation_parameters = sum(parameter.numel() for parameter in clip.parameters())
-        self.feature_dim = 2 * clip.config.projection_dim
+        self._modality = modality
+        self.feature_dim = len(MODALITIES[modality]) * clip.config.projection_dim
+        if modality != "both":
+            config.exclude_modules = rf"{UNUSED_TOWER[modality]}\..*"
         config.base_model_name_or_path = clip.config._name_or_path or None
         self._config = config
         self._peft = get_peft_model(clip, config)  # its first adapter is called "default"
@@ -87,15 +120,11 @@ class ClipPeftEncoder(ItemEncoder):
             pixels: pictures resized and cropped but not rescaled, uint8 [items, 3, height, width].
             tokens: token ids of the titles, each with its end-of-text token, [items, length].
         Returns:
-            [items, 2 * projection_dim]
+            [items, feature_dim]
         """
-        pictures = torch.addcmul(self._shift, pixels.float(), self._scale)  # [items, 3, height, width]
-        pooled_picture = self._clip.vision_model(pixel_values=pictures).pooler_output  # [items, vision hidden]
-        # No attention mask: the tower is causal and pools the end-of-text token, so what follows it cannot matter.
-        pooled_title = self._clip.text_model(input_ids=tokens).pooler_output  # [items, text hidden]
-        picture = F.normalize(self._clip.visual_projection(pooled_picture).float(), dim=-1)  # [items, projection]
-        title = F.normalize(self._clip.text_projection(pooled_title).float(), dim=-1)  # [items, projection]
-        return torch.cat([picture, title], dim=-1)
+        used = MODALITIES[self._modality]
+        pictures = torch.addcmul(self._shift, pixels.float(), self._scale) if "image" in used else None
+        return clip_features(self._clip, pictures, tokens if "text" in used else None)
 
     def clone_groups(self, num_groups: int) -> None:
         """Make `num_groups` adapters, every one a copy of the present group 0."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.item_encoder import ItemEncoder
+from models.item_encoder import MODALITIES, ItemEncoder
 
 
 def _side_block(width: int, bottleneck: int) -> nn.Sequential:
@@ -81,17 +81,27 @@ class IISAN(nn.Module):
         text_dim: width of the text tower's hidden states.
         num_states: S, the number of cached layers.
         bottleneck: inner width of the side blocks.
+        modality: "both", or "image" or "text" for that one's stream alone.
     """
 
-    def __init__(self, image_dim: int = 768, text_dim: int = 512, num_states: int = 7, bottleneck: int = 32):
+    def __init__(
+        self, image_dim: int = 768, text_dim: int = 512, num_states: int = 7, bottleneck: int = 32, modality: str = "both"
+    ):
         super().__init__()
         self.num_states = num_states
+        self._modality = modality
         self.weight_scalar = nn.Parameter(torch.zeros(3, num_states))  # gates before the sigmoid: text, picture, both
-        self.ImgBlocks = nn.ModuleList(_side_block(image_dim, bottleneck) for _ in range(num_states))
-        self.TextBlocks = nn.ModuleList(_side_block(text_dim, bottleneck) for _ in range(num_states))
-        self.InterBlocks = nn.ModuleList(_side_block(text_dim, bottleneck) for _ in range(num_states))
-        self.CombProj = _LayerwiseLinear(num_states, image_dim, text_dim)
-        self.out_dim = text_dim + image_dim + text_dim
+        self.out_dim = 0
+        if "image" in MODALITIES[modality]:
+            self.ImgBlocks = nn.ModuleList(_side_block(image_dim, bottleneck) for _ in range(num_states))
+            self.out_dim += image_dim
+        if "text" in MODALITIES[modality]:
+            self.TextBlocks = nn.ModuleList(_side_block(text_dim, bottleneck) for _ in range(num_states))
+            self.out_dim += text_dim
+        if modality == "both":
+            self.InterBlocks = nn.ModuleList(_side_block(text_dim, bottleneck) for _ in range(num_states))
+            self.CombProj = _LayerwiseLinear(num_states, image_dim, text_dim)
+            self.out_dim += text_dim
 
     def forward(self, image_states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
         """Item features from cached states.
@@ -100,26 +110,41 @@ class IISAN(nn.Module):
             image_states: the picture's CLS token after each cached layer, [items, S, image_dim].
             text_states: the title's end-of-text token after each cached layer, [items, S, text_dim].
         Returns:
-            title, picture and joint stream side by side, [items, text_dim + image_dim + text_dim].
+            title, picture and joint stream side by side, [items, text_dim + image_dim + text_dim], or one alone.
         """
-        gates = torch.sigmoid(self.weight_scalar)  # [3, S]
         image_layers, text_layers = image_states.transpose(0, 1), text_states.transpose(0, 1)  # [S, items, width]
-        projected = self.CombProj(image_layers).to(text_layers.dtype)  # fp16 under autocast; lerp takes one type alone
-        # w * text + (1 - w) * projection, all layers in one batched product
-        joint_layers = torch.lerp(projected, text_layers, gates[2].view(-1, 1, 1))  # [S, items, text_dim]
+        # unbind, not indexing, of what needs a gradient: its backward is one stack, where every index would fill a table
+        text_gates, picture_gates, joint_gates = torch.sigmoid(self.weight_scalar).unbind()  # [S] each
+        streams = []
+        if "text" in MODALITIES[self._modality]:
+            streams.append(_own_stream(text_layers, text_gates, self.TextBlocks))
+        if "image" in MODALITIES[self._modality]:
+            streams.append(_own_stream(image_layers, picture_gates, self.ImgBlocks))
+        if self._modality == "both":
+            projected = self.CombProj(image_layers).to(text_layers.dtype)  # fp16 under autocast; lerp takes one type alone
+            # w * text + (1 - w) * projection, all layers in one batched product
+            joint_layers = torch.lerp(projected, text_layers, joint_gates.view(-1, 1, 1))  # [S, items, text_dim]
+            streams.append(_joint_stream(joint_layers, self.InterBlocks))
+        return torch.cat(streams, dim=-1)
 
-        # unbind, not indexing: its backward is one stack, where every index would fill a whole table with zeros
-        joint_layers, gates = joint_layers.unbind(), [row.unbind() for row in gates]
-        text, picture, joint = text_layers[0], image_layers[0], joint_layers[0]
-        for layer in range(self.num_states):
-            if layer > 0:
-                text = torch.lerp(text_layers[layer], text, gates[0][layer])  # w * text + (1 - w) * this layer
-                picture = torch.lerp(image_layers[layer], picture, gates[1][layer])
-                joint = joint_layers[layer] + joint
-            text = self.TextBlocks[layer](text) + text
-            picture = self.ImgBlocks[layer](picture) + picture
-            joint = self.InterBlocks[layer](joint) + joint
-        return torch.cat([text, picture, joint], dim=-1)
+
+def _own_stream(layers: torch.Tensor, gates: torch.Tensor, blocks: nn.ModuleList) -> torch.Tensor:
+    """One modality's stream up its own layers, [S, items, width] and [S] -> [items, width]."""
+    state = layers[0]
+    for number, (gate, block) in enumerate(zip(gates.unbind(), blocks)):
+        if number > 0:
+            state = torch.lerp(layers[number], state, gate)  # w * state + (1 - w) * this layer
+        state = block(state) + state
+    return state
+
+
+def _joint_stream(layers: torch.Tensor, blocks: nn.ModuleList) -> torch.Tensor:
+    """The stream of both modalities, [S, items, width] -> [items, width]."""
+    state: torch.Tensor | float = 0.0
+    for layer, block in zip(layers.unbind(), blocks):
+        state = layer + state
+        state = block(state) + state
+    return state
 
 
 class IISANEncoder(ItemEncoder):

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+MODALITIES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}  # what of an item an encoder looks at
+
 
 class ItemEncoder(nn.Module, ABC):
     """Turns what an item source fetches (pictures and tokens, or hidden states) into item features, by one of its adapters.
@@ -14,7 +16,8 @@ class ItemEncoder(nn.Module, ABC):
     alike, which then train apart. Only the adapter chosen by `use_group` takes part in a forward pass, so only it receives
     gradients; the others keep `grad = None`, and AdamW leaves them as they are.
 
-    Implementations: `ClipPeftEncoder` (LoRA, IA3) and `IISANEncoder`. A new kind of adapter is one more.
+    Implementations: `ClipPeftEncoder` (LoRA, IA3), `IISANEncoder`, and for comparison `FrozenEncoder`, which has nothing to
+    train. A new kind of adapter is one more.
     """
 
     #: width of an item's features

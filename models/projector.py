@@ -26,3 +26,20 @@ class MMProjector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Project item features, [items, in_dim] -> [items, hidden_units]."""
         return self.last_layernorm(self.projector(features))
+
+
+class NoProjector(nn.Module):
+    """In the projector's place where items are known by their embeddings alone: every multimodal vector is zero.
+
+    Args:
+        in_dim: width of the features, which are not looked at.
+        hidden_units: the recommender's width d.
+    """
+
+    def __init__(self, in_dim: int = 0, hidden_units: int = 32):
+        super().__init__()
+        self.hidden_units = hidden_units
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[items, any width] -> zeros [items, hidden_units]."""
+        return features.new_zeros(len(features), self.hidden_units)

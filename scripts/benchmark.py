@@ -16,8 +16,7 @@ from utils.data import Dataset, read_dataset
 from utils.demo import make_demo
 from utils.devices import choose_device, seed_everything
 from utils.files import write_text_atomically
-from utils.foundation import Foundation, encoder_and_source, load_foundation, random_foundation
-from utils.small_clip import demo_clip
+from utils.foundation import EncoderKind, Foundation, clip_folder, encoder_and_source, load_foundation, random_foundation
 
 RANDOM_CLIP = "random-vit-b32"
 SIZES = (62_500, 250_000, 1_000_000)  # users or items: 1x, 4x, 16x
@@ -28,7 +27,7 @@ def foundation_for(clip_model: str, dataset: Dataset) -> Foundation:
     """The CLIP to measure: a folder, a hub name, the demo's, or ViT-B/32 with random weights."""
     if clip_model == RANDOM_CLIP:
         return random_foundation(dataset)
-    return load_foundation(str(demo_clip(dataset.folder)) if clip_model == "demo" else clip_model)
+    return load_foundation(clip_folder(clip_model, dataset))
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     for peft_type in tqdm(options.peft, "adapters", unit="adapter", disable=None):
         seed_everything(0)
         foundation = foundation_for(clip_model, dataset)
-        encoder, source = encoder_and_source(peft_type, foundation, dataset, device)
+        encoder, source = encoder_and_source(EncoderKind(peft_type), foundation, dataset, device)
         figures[peft_type] = benchmark.encoding_costs(encoder.to(device), source, dataset, device, options.repeats)
         for stage, num_groups in (("global", 1), ("personalized", 8)):
             arguments = (source, dataset, device, num_groups, options.batch_size, options.repeats)

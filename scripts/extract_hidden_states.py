@@ -1,34 +1,36 @@
 """Compute CLIP's hidden states of a data set's items for IISAN and save them as {name}_preX.pt."""
 import argparse
-from pathlib import Path
 
 import torch
 
 from utils.cli import HelpFormatter, run_main
 from utils.data import read_dataset
+from utils.demo import make_demo
 from utils.devices import choose_device
-from utils.foundation import DEFAULT_CLIP, ensure_hidden_states
+from utils.foundation import DEFAULT_CLIP, clip_folder, ensure_hidden_states
 from utils.hidden_states import states_path
 
 
 def main() -> None:
     """Parse, compute, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--dataset", required=True, help="name of the data set")
+    parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
-    parser.add_argument("--clip_model", default=DEFAULT_CLIP, help="CLIPModel folder or hub name")
+    parser.add_argument("--clip_model", default=None, help=f"CLIPModel folder or hub name (default: {DEFAULT_CLIP})")
     parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
     parser.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without a picture")
     parser.add_argument("--restart", action="store_true", help="compute them anew where they are there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args()
+    is_demo = options.dataset == "demo"
+    if is_demo:
+        make_demo(options.train_dir)
     dataset = read_dataset(options.train_dir, options.dataset, missing_images=options.missing_images)
     device = torch.device(choose_device(options.device))
     path = states_path(options.train_dir, options.dataset)
     there = path.is_file()
-    if there and options.restart:
-        Path(path).unlink()
-    ensure_hidden_states(dataset, options.clip_model, device, options.missing_images)
+    clip_model = clip_folder(options.clip_model or ("demo" if is_demo else DEFAULT_CLIP), dataset)
+    ensure_hidden_states(dataset, clip_model, device, options.missing_images, anew=options.restart)
     print(f"{path} {'was there already (--restart computes it anew)' if there and not options.restart else 'is written'}")
 
 

@@ -251,7 +251,9 @@ def test_import_surface_has_the_documented_signatures():
         ("dropout_rate", 0.3), ("weight_scalar", 0.5),
     ]  # fmt: skip
     assert signature(MMProjector) == [("in_dim", required), ("hidden_units", 32)]
-    assert signature(IISAN) == [("image_dim", 768), ("text_dim", 512), ("num_states", 7), ("bottleneck", 32)]
+    assert signature(IISAN) == [("image_dim", 768), ("text_dim", 512), ("num_states", 7), ("bottleneck", 32)] + [
+        ("modality", "both")  # beyond the documented surface, for the ablations
+    ]
     with torch.no_grad():
         assert SASRec(20).states(torch.zeros(3, 10, dtype=torch.long), torch.zeros(21, 32)).shape == (3, 10, 32)
         assert IISAN()(torch.zeros(2, 7, 768), torch.zeros(2, 7, 512)).shape == (2, 1792)

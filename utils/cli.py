@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from models.item_encoder import MODALITIES
 from utils.data import is_dataset_name
 from utils.devices import is_out_of_memory
 from utils.errors import PerPEFTError
@@ -31,6 +32,7 @@ def number(kind: type, low: float, high: float = 1_000_000, *, above: bool = Fal
     return parse
 
 
+METHODS = ("perpeft", "global", "large_global", "frozen", "none")
 COUNT = number(int, 1)
 SIZE = number(int, 1, 10_000)  # of layers and tables: what is beyond would not fit into any memory
 RATE, WEIGHT, SHARE = number(float, 0, 10, above=True), number(float, 0, 1000), number(float, 0, 0.99)
@@ -91,7 +93,43 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     adapters.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without a picture")
     if len(peft_types) == 1:
         parser.set_defaults(peft_type=peft_types[0])
+
+    comparison = parser.add_argument_group("comparison (the paper's Tables 2 and 3)")
+    comparison.add_argument(
+        "--method",
+        choices=[method for method in METHODS if method != "large_global" or "lora" in peft_types],
+        default="perpeft",
+        help="perpeft: all three stages; the others train stage 1 alone, for --global_epochs + --num_epochs epochs: global (one "
+        "adapter), large_global (one of C times the rank; LoRA), frozen (CLIP as it is), none (item embeddings only)",
+    )
+    comparison.add_argument("--modality", choices=tuple(MODALITIES), default="both", help="what of an item is looked at")
+    comparison.add_argument("--negatives", choices=("group", "all"), default="group", help="items that stage 3 draws from")
+    comparison.add_argument("--grouping", choices=("kmeans", "random"), default="kmeans", help="how stage 2 groups users")
+    comparison.add_argument(
+        "--init_from",
+        default=None,
+        help="start stage 3 from a global model instead of training one: a run folder, or the authors' pretrained_models folder",
+    )
     return parser
+
+
+def _settle_method(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Check what fits together, and bring methods without an adapter to one form whichever script they are run by."""
+    method = options.method
+    for name, needless in (
+        ("negatives", method != "perpeft"), ("grouping", method != "perpeft"), ("init_from", method != "perpeft"),
+        ("modality", method == "none"),
+    ):  # fmt: skip
+        if needless and getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name} {getattr(options, name)} has no effect with --method {method}; leave it out")
+    if method == "large_global":
+        if options.peft_type != "lora":
+            parser.error("--method large_global needs --peft_type lora: only LoRA has a rank that can be made larger")
+        options.rank *= options.C
+    if method in ("frozen", "none"):
+        options.peft_type, options.rank, options.gradient_checkpointing = method, None, False
+    if method == "none":
+        options.clip_model = None
 
 
 def parse_options(description: str, peft_types: tuple[str, ...], arguments: list[str] | None = None) -> argparse.Namespace:
@@ -121,6 +159,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     print(", ".join(origins), flush=True)
     options.C = options.C or (4 if is_demo else 8)
     options.clip_model = options.clip_model or ("demo" if is_demo else DEFAULT_CLIP)
+    _settle_method(parser, options)
     return options
 
 

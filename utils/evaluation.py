@@ -25,6 +25,9 @@ class ItemSource(Protocol):
     def reading_order(self) -> np.ndarray:
         """All items, in the order in which encoding them in batches is cheapest."""
 
+    def place_on(self, device: torch.device) -> None:
+        """Keep what can be kept on the device."""
+
 
 @torch.no_grad()
 def encode_all_items(

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 from transformers.utils import logging as transformers_logging
 
-from models import IISAN, ClipPeftEncoder, IISANEncoder, ItemEncoder
+from models import IISAN, ClipPeftEncoder, FrozenEncoder, IISANEncoder, ItemEncoder
 from models.clip_peft import ia3_config, lora_config
 from utils.data import Dataset
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
 from utils.files import made_by_one
+from utils.frozen_features import FeatureStore, compute_features
 from utils.hidden_states import HiddenStateStore, compute_hidden_states, save_hidden_states, states_path
 from utils.items import PictureTitleStore, picture_status
 from utils.small_clip import demo_clip, train_tokenizer
@@ -101,17 +102,34 @@ def known_config(clip_model: str) -> CLIPConfig | None:
     return CLIPConfig() if clip_model == DEFAULT_CLIP else None  # the library's defaults are ViT-B/32
 
 
+@dataclass(frozen=True)
+class EncoderKind:
+    """Which item encoder is wanted.
+
+    Attributes:
+        peft_type: lora, ia3 or iisan; or, for comparison, frozen (CLIP's features as they are) or none (no features at all).
+        rank: LoRA's rank.
+        modality: "both", "image" or "text": what of an item is looked at.
+        gradient_checkpointing: as in `ClipPeftEncoder`; the others have nothing to spare.
+    """
+
+    peft_type: str
+    rank: int | None = 4
+    modality: str = "both"
+    gradient_checkpointing: bool = False
+
+
 def needs_contents(peft_type: str, train_dir: str | Path, name: str) -> bool:
     """Whether pictures, titles and CLIP's weights are needed: not by IISAN once the hidden states are there."""
-    return peft_type != "iisan" or not states_path(train_dir, name).is_file()
+    return peft_type != "none" and (peft_type != "iisan" or not states_path(train_dir, name).is_file())
 
 
-def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str) -> str | None:
+def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | None) -> str | None:
     """A hash of what the encoder reads beside the histories: titles, sizes of pictures, and the files of a CLIP folder.
 
-    None for IISAN: its hidden states are checked when they are opened.
+    None for IISAN, whose hidden states are checked when they are opened, and where nothing is read.
     """
-    if peft_type == "iisan":
+    if peft_type in ("iisan", "none"):
         return None
     digest = hashlib.sha256()
     for title, path in zip(dataset.titles, dataset.image_paths):
@@ -126,75 +144,72 @@ def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str) -> s
 
 
 def encoder_and_source(
-    peft_type: str,
-    foundation: Foundation,
-    dataset: Dataset,
-    device: torch.device,
-    rank: int = 4,
-    missing_images: str = "error",
-    gradient_checkpointing: bool = False,
+    kind: EncoderKind, foundation: Foundation, dataset: Dataset, device: torch.device, missing_images: str = "error"
 ) -> tuple[ItemEncoder, ItemSource]:
-    """The item encoder of one kind of adapter on a CLIP that is at hand, and the source of its inputs.
+    """An item encoder on a CLIP that is at hand, and the source of its inputs.
 
     Args:
-        peft_type: lora, ia3 or iisan.
+        kind: which.
         foundation: the CLIP.
         dataset: whose items are encoded.
-        device: where IISAN's hidden states are computed; they are not kept.
-        rank: LoRA's rank.
+        device: where hidden states or frozen features are computed; they are not kept.
         missing_images: "error" or "blank", as in `PictureTitleStore.open`.
-        gradient_checkpointing: as in `ClipPeftEncoder`; IISAN has nothing to spare.
     """
-    store = foundation.store(dataset, missing_images)
-    if peft_type == "iisan":
-        return _iisan_encoder(HiddenStateStore(*foundation.hidden_states(store, device)), foundation.clip.config)
-    config = lora_config(rank) if peft_type == "lora" else ia3_config()
-    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor, gradient_checkpointing), store
+    clip, store = foundation.clip, foundation.store(dataset, missing_images)
+    if kind.peft_type == "iisan":
+        return _iisan_encoder(HiddenStateStore(*foundation.hidden_states(store, device)), clip.config, kind.modality)
+    if kind.peft_type == "frozen":
+        features = compute_features(clip, foundation.image_processor, store, kind.modality, device)
+        size = sum(parameter.numel() for parameter in clip.parameters())
+        return FrozenEncoder(features.shape[1], size), FeatureStore(features)
+    config = lora_config(kind.rank) if kind.peft_type == "lora" else ia3_config()
+    return ClipPeftEncoder(clip, config, foundation.image_processor, kind.gradient_checkpointing, kind.modality), store
 
 
-def ensure_hidden_states(dataset: Dataset, clip_model: str, device: torch.device, missing_images: str = "error") -> Path:
-    """The path of a data set's hidden states, which are computed first if they are not there."""
+def ensure_hidden_states(
+    dataset: Dataset, clip_model: str, device: torch.device, missing_images: str = "error", anew: bool = False
+) -> Path:
+    """The path of a data set's hidden states, which are computed first if they are not there, or in any case if `anew`."""
     path = states_path(dataset.folder, dataset.name)
     with made_by_one(path) as missing:
-        if missing:
+        if missing or anew:
             foundation = load_foundation(clip_model)
             states = foundation.hidden_states(foundation.store(dataset, missing_images), device)
             save_hidden_states(path, *states, dataset.raw_ids, clip_model)
     return path
 
 
-def _iisan_encoder(store: HiddenStateStore, config: CLIPConfig | None) -> tuple[ItemEncoder, ItemSource]:
+def _iisan_encoder(store: HiddenStateStore, config: CLIPConfig | None, modality: str) -> tuple[ItemEncoder, ItemSource]:
     _, num_states, image_dim = store.image_states.shape
     with torch.device("meta"):  # counts parameters without making them
         size = sum(parameter.numel() for parameter in CLIPModel(config).parameters()) if config else None
-    return IISANEncoder(IISAN(image_dim, store.text_states.shape[2], num_states), size), store
+    return IISANEncoder(IISAN(image_dim, store.text_states.shape[2], num_states, modality=modality), size), store
+
+
+def clip_folder(clip_model: str, dataset: Dataset) -> str:
+    """The folder or hub name of a CLIP; "demo" is the demo's own, which is trained on first use."""
+    return str(demo_clip(dataset.folder)) if clip_model == "demo" else clip_model
 
 
 def build_encoder(
-    peft_type: str,
-    dataset: Dataset,
-    clip_model: str,
-    device: torch.device,
-    rank: int = 4,
-    missing_images: str = "error",
-    gradient_checkpointing: bool = False,
+    kind: EncoderKind, dataset: Dataset, clip_model: str | None, device: torch.device, missing_images: str = "error"
 ) -> tuple[ItemEncoder, ItemSource]:
-    """The item encoder of one kind of adapter, and the source of its inputs; IISAN's hidden states are kept on disk.
+    """An item encoder and the source of its inputs; IISAN's hidden states are kept on disk.
 
     Args:
-        clip_model: as in `load_foundation`, or "demo" for the demo's own.
-        peft_type, dataset, device, rank, missing_images, gradient_checkpointing: as in `encoder_and_source`.
+        clip_model: as in `load_foundation`, or "demo" for the demo's own; not looked at where no features are wanted.
+        kind, dataset, device, missing_images: as in `encoder_and_source`.
     """
+    if kind.peft_type == "none":
+        return FrozenEncoder(0), FeatureStore(torch.empty(dataset.num_items, 0))
     with torch.random.fork_rng(devices=[]):  # what is made on first use alone must not shift the draws of weights
-        if clip_model == "demo":
-            clip_model = str(demo_clip(dataset.folder))
-        if peft_type == "iisan":
+        clip_model = clip_folder(clip_model, dataset)
+        if kind.peft_type == "iisan":
             ensure_hidden_states(dataset, clip_model, device, missing_images)
-    if peft_type == "iisan":
+    if kind.peft_type == "iisan":
         config = known_config(clip_model)
-        return _iisan_encoder(HiddenStateStore.open(dataset, config, clip_model), config)
-    foundation = load_foundation(clip_model)
-    return encoder_and_source(peft_type, foundation, dataset, device, rank, missing_images, gradient_checkpointing)
+        return _iisan_encoder(HiddenStateStore.open(dataset, config, clip_model), config, kind.modality)
+    return encoder_and_source(kind, load_foundation(clip_model), dataset, device, missing_images)
 
 
 def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:

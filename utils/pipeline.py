@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +15,17 @@ import torch
 from filelock import FileLock, Timeout
 from sklearn.metrics import adjusted_rand_score
 
-from models import MMProjector, PerPEFT, SASRec
+from models import ItemEncoder, MMProjector, NoProjector, PerPEFT, SASRec
 from utils import reporting
-from utils.checkpoints import ResumeState, load_global, load_personalized, save_global, save_personalized
+from utils.checkpoints import ResumeState, load_foreign_global, load_global, load_personalized, save_global, save_personalized
 from utils.data import Dataset, leave_last_out, read_dataset, read_true_groups, require_dataset
 from utils.demo import make_demo
 from utils.devices import autocast_for, choose_device, seed_everything
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource, encode_all_items, last_states, metrics_of, rank_all_users
 from utils.files import remove_leftovers
-from utils.foundation import build_encoder, contents_fingerprint, needs_contents, trainable_counts
-from utils.grouping import kmeans_groups
+from utils.foundation import EncoderKind, build_encoder, contents_fingerprint, needs_contents, trainable_counts
+from utils.grouping import kmeans_groups, random_groups
 from utils.sampling import Sampler, group_items
 from utils.training import Trainer, best_row, train_stage
 
@@ -37,12 +38,24 @@ FINGERPRINTS = {
     "dataset_fingerprint": " (the data set's purchases or raw ids have changed)",
     "contents_fingerprint": " (the data set's titles or pictures, or the files of the CLIP, have changed)",
 }
-RUN_FILES = ("resume", "global", "personalized", "groups.csv", "metrics.csv", "curves.png", "groups.png")  # and summary.json
+RUN_FILES = (
+    "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",
+    "groups.png",
+)  # fmt: skip  # and summary.json
 
 
 def run_name(options: argparse.Namespace) -> str:
-    """The run folder's name: data set, adapter, learning rate, weight decay, seed."""
-    return f"{options.dataset}_{options.peft_type}_lr{options.lr:g}_wd{options.wdecay:g}_seed{options.trial}"
+    """The run folder's name: data set, adapter, what differs from PerPEFT if anything, learning rate, weight decay, seed."""
+    parts = [options.dataset, options.peft_type]
+    if options.method in ("global", "large_global"):  # frozen and none stand in the adapter's place
+        parts.append(options.method)
+    if options.modality != "both":
+        parts.append(options.modality)
+    if options.negatives != "group":
+        parts.append(f"negatives_{options.negatives}")
+    if options.grouping != "kmeans":
+        parts.append(f"grouping_{options.grouping}")
+    return "_".join([*parts, f"lr{options.lr:g}", f"wd{options.wdecay:g}", f"seed{options.trial}"])
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
@@ -95,6 +108,7 @@ class Run:
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._seconds: dict[str, float] = {}
         self._states: list[ResumeState] = []
+        self._ranks: dict[str, np.ndarray] = {}  # of the last evaluation
 
     def saved(self) -> str | None:
         """How far what is on disk has come, in words; None where nothing is there to continue from."""
@@ -102,31 +116,63 @@ class Run:
         return f"{self.folder} is saved up to {states[-1]}" if states else None
 
     def train_global(self) -> None:
-        """Stage 1: one adapter and one projector for all users, negatives from all items."""
-        all_items = np.arange(1, self.dataset.num_items + 1)
-        self._train("global", self.options.global_epochs, [all_items], save_global)
+        """Stage 1: one adapter and one projector for all users, negatives from all items.
+
+        Methods that end here train for as many epochs as PerPEFT does in all its stages.
+        """
+        options = self.options
+        if options.init_from:
+            self._take_over_global()
+            return
+        epochs = options.global_epochs + (options.num_epochs if options.method != "perpeft" else 0)
+        self._train("global", epochs, [self._all_items()], save_global)
         load_global(self.model, self.folder / "global")
+
+    def _take_over_global(self) -> None:
+        begun = time.monotonic()
+        if (self.folder / "global").is_dir():  # taken over before this run was broken off
+            load_global(self.model, self.folder / "global")
+        else:
+            load_foreign_global(self.model, Path(self.options.init_from), self.options.peft_type, self.options.dataset)
+        metrics = self.evaluate()
+        row = {"stage": "global", "epoch": 0, "train_loss": math.nan, "seconds": time.monotonic() - begun, "skipped_steps": 0}
+        self._rows["global"] = [row | metrics]
+        self._keep_best("global", save_global)
+        self._report_epoch("global", 0)
+
+    def _all_items(self) -> np.ndarray:
+        return np.arange(1, self.dataset.num_items + 1)
 
     def group_users(self) -> None:
         """Stage 2: users into C groups by the global model's last state over their train and valid purchases."""
         begun = time.monotonic()
         path = self.folder / "groups.csv"
         if not path.is_file():
-            self.model.eval()
-            inputs = self.model.sasrec.item_inputs(self._encode(0)).detach()  # [num_items + 1, hidden]
-            everyone = np.arange(self.dataset.num_users)
-            user_vectors = last_states(self.model.sasrec, inputs, self.split.train_and_valid, everyone)
-            groups = kmeans_groups(user_vectors.cpu().numpy(), self.options.C, self.options.trial)
+            if self.options.grouping == "random":
+                groups = random_groups(self.dataset.num_users, self.options.C, self.options.trial)
+            else:
+                groups = kmeans_groups(self.user_vectors(), self.options.C, self.options.trial)
             reporting.write_groups(path, self.dataset.user_ids, groups)
         self.groups = self._read_groups()
         self._seconds["grouping"] = time.monotonic() - begun
         reporting.draw_groups(self.folder / "groups.png", self.group_sizes())
         print(f"groups of {', '.join(map(str, self.group_sizes()))} users{self._agreement_told()}", flush=True)
 
+    def user_vectors(self) -> np.ndarray:
+        """What users are grouped by: the global model's last state over their train and valid purchases, [users, hidden]."""
+        self.model.eval()
+        inputs = self.model.sasrec.item_inputs(self.encode(0)).detach()  # [num_items + 1, hidden]
+        everyone = np.arange(self.dataset.num_users)
+        return last_states(self.model.sasrec, inputs, self.split.train_and_valid, everyone).cpu().numpy()
+
     def train_personalized(self) -> None:
         """Stage 3: an adapter and a projector a group, warm-started from stage 1, negatives from the group's own items."""
-        self.model.clone_groups(self.options.C)
-        candidates = group_items(self.split.train, self.groups, self.options.C)
+        num_groups = self.options.C
+        self.model.clone_groups(num_groups)
+        if self.options.negatives == "all":
+            candidates = [self._all_items()] * num_groups
+        else:
+            candidates = group_items(self.split.train, self.groups, num_groups)
         self._train("personalized", self.options.num_epochs, candidates, save_personalized)
         load_personalized(self.model, self.folder / "personalized")
 
@@ -159,19 +205,25 @@ class Run:
             raise PerPEFTError(f"{path} does not fit {self.dataset.num_users} users in {self.options.C} groups; use --restart")
         return groups
 
-    def _encode(self, group: int) -> torch.Tensor:
+    def encode(self, group: int) -> torch.Tensor:
+        """All items' projected vectors as one group sees them, [num_items + 1, hidden]; the model is in eval mode."""
         return encode_all_items(self.model, group, self.source, self.device, autocast=autocast_for(self.device))
 
     def evaluate(self) -> dict[str, float]:
         """Valid and test metrics of the present model, over all evaluated users, each in their own group."""
         self.model.eval()
-        ranks = rank_all_users(self.model, self.split, self.groups, self._encode)
+        self._ranks = rank_all_users(self.model, self.split, self.groups, self.encode)
         return {
-            f"{split}_{name}": value for split in ("valid", "test") for name, value in metrics_of(ranks[split]).items()
+            f"{split}_{name}": value for split in ("valid", "test") for name, value in metrics_of(self._ranks[split]).items()
         }
 
+    def _keep_best(self, stage: str, save_weights: Callable[[PerPEFT, Path], None]) -> None:
+        """Keep the weights, and the ranks of the last evaluation, which were theirs."""
+        save_weights(self.model, self.folder / stage)
+        reporting.write_ranks(self.folder / f"{stage}_ranks.csv", self.dataset.user_ids, self._ranks)
+
     def _train(
-        self, stage: str, epochs: int, candidates: list[np.ndarray], save_best: Callable[[PerPEFT, Path], None]
+        self, stage: str, epochs: int, candidates: list[np.ndarray], save_weights: Callable[[PerPEFT, Path], None]
     ) -> None:
         options = self.options
         number = 1 if stage == "global" else 3
@@ -200,7 +252,7 @@ class Run:
             self.source,
             epochs,
             self.evaluate,
-            lambda: save_best(self.model, self.folder / stage),
+            lambda: self._keep_best(stage, save_weights),
             report,
             state,
             options.save_every,
@@ -232,7 +284,7 @@ class Run:
             "device": str(self.device),
             "dataset": {**self.dataset.counts(), "evaluated_users": len(self.split.evaluated_users)},
             **{name: self.settings[name] for name in FINGERPRINTS},
-            "group_sizes": self.group_sizes(),
+            **({"group_sizes": self.group_sizes()} if self._rows["personalized"] else {}),
             "trainable_parameters": {"sasrec": sasrec, "projectors": projectors, **trainable_counts(self.model.encoder)},
             "seconds": {
                 "global": sum(row["seconds"] for row in self._rows["global"]),
@@ -240,17 +292,26 @@ class Run:
                 "personalized": sum(row["seconds"] for row in self._rows["personalized"]),
             },
             "skipped_steps": {stage: sum(row["skipped_steps"] for row in rows) for stage, rows in self._rows.items()},
-            **{stage: reporting.stage_summary(rows) for stage, rows in self._rows.items()},
+            **{stage: reporting.stage_summary(rows) for stage, rows in self._rows.items() if rows},
         }
 
-    def evaluate_saved(self) -> dict[str, Any]:
-        """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
+    def load_global(self) -> None:
+        """Take the saved best weights of stage 1; the model has one group."""
         load_global(self.model, self.folder / "global")
-        results = {"global": self.evaluate()}
+
+    def load_personalized(self) -> None:
+        """Take the saved groups and best weights of stage 3."""
         self.groups = self._read_groups()
         self.model.clone_groups(self.options.C)
         load_personalized(self.model, self.folder / "personalized")
-        results["personalized"] = self.evaluate()
+
+    def evaluate_saved(self) -> dict[str, Any]:
+        """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
+        self.load_global()
+        results = {"global": self.evaluate()}
+        if self.options.method == "perpeft":
+            self.load_personalized()
+            results["personalized"] = self.evaluate()
         saved = reporting.read_metrics(self.folder / "metrics.csv")
         best = {stage: best_row([row for row in saved if row["stage"] == stage])["epoch"] for stage in results}
         summary = {stage: reporting.stage_summary([{"epoch": best[stage], **metrics}]) for stage, metrics in results.items()}
@@ -397,16 +458,9 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
     """The model with one group, on its device, and the source of its item inputs."""
     device = torch.device(options.device)
     seed_everything(options.trial)
-    encoder, source = build_encoder(
-        options.peft_type,
-        dataset,
-        options.clip_model,
-        device,
-        options.rank,
-        options.missing_images,
-        options.gradient_checkpointing,
-    )
-    projector = MMProjector(encoder.feature_dim, options.hidden_units)
+    kind = EncoderKind(options.peft_type, options.rank, options.modality, options.gradient_checkpointing)
+    encoder, source = build_encoder(kind, dataset, options.clip_model, device, options.missing_images)
+    projector = (MMProjector if encoder.feature_dim else NoProjector)(encoder.feature_dim, options.hidden_units)
     sasrec = SASRec(
         dataset.num_items,
         options.hidden_units,
@@ -418,14 +472,20 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
     )
     model = PerPEFT(encoder, projector, sasrec).to(device)
     source.place_on(device)
-    counts = trainable_counts(encoder)
-    share = counts["adapter_share_of_foundation_model"]
-    share_told = "" if share is None else f", {100 * share:.2f}% of the foundation model"
     print(
         f"{options.dataset}: {dataset.num_users} users, {dataset.num_items} items, {len(dataset.histories.items)} purchases; "
-        f"{options.peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{share_told}; on {device}",
+        f"{_adapter_told(options.peft_type, encoder)}; on {device}",
         flush=True,
     )
     return model, source
 
 
+
+
+def _adapter_told(peft_type: str, encoder: ItemEncoder) -> str:
+    counts = trainable_counts(encoder)
+    if not counts["adapter_of_one_group"]:
+        return {"frozen": "CLIP frozen, no adapter", "none": "item embeddings only"}[peft_type]
+    share = counts["adapter_share_of_foundation_model"]
+    share_told = "" if share is None else f", {100 * share:.2f}% of the foundation model"
+    return f"{peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{share_told}"

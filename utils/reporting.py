@@ -49,6 +49,18 @@ def read_groups(path: Path) -> np.ndarray:
         return np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)[:, 1]
 
 
+def write_ranks(path: Path, user_ids: np.ndarray, ranks: dict[str, np.ndarray]) -> None:
+    """Write what `rank_all_users` gave: user, valid_rank, test_rank, from 0; for tests of significance and figures by group."""
+    rows = zip(user_ids[ranks["users"]].tolist(), ranks["valid"].tolist(), ranks["test"].tolist())
+    write_text_atomically(path, "user,valid_rank,test_rank\n" + "".join(f"{user},{valid},{test}\n" for user, valid, test in rows))
+
+
+def read_ranks(path: Path) -> dict[str, np.ndarray]:
+    """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each."""
+    table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
+    return dict(zip(("users", "valid", "test"), table.reshape(-1, 3).T))
+
+
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Best epoch by valid NDCG@20 and its metrics as fractions."""
     best = best_row(rows)
@@ -119,7 +131,7 @@ def draw_groups(path: Path, sizes: list[int]) -> None:
 def results_table(summary: dict[str, Any]) -> str:
     """Global against personalized, valid and test, in percent as the paper prints them."""
     lines = [f"{'':<16}{'split':<7}" + "".join(f"{name:>9}" for name in METRICS) + "   best epoch"]
-    for stage in ("global", "personalized"):
+    for stage in [stage for stage in ("global", "personalized") if stage in summary]:
         for split in ("valid", "test"):
             values = "".join(f"{100 * summary[stage][split][name]:>9.2f}" for name in METRICS)
             lines.append(f"{stage:<16}{split:<7}{values}   {summary[stage]['best_epoch']:>10}")

@@ -90,10 +90,8 @@ class Trainer:
         self._autocast = autocast_for(device)
         recommender = [*model.sasrec.parameters(), *model.projectors.parameters()]
         options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": has_fused_adamw(device)}
-        self.optimizers = [
-            torch.optim.AdamW(recommender, **options),
-            torch.optim.AdamW(list(model.encoder.adapter_parameters()), **options),
-        ]
+        adapters = list(model.encoder.adapter_parameters())  # none where the foundation model is frozen
+        self.optimizers = [torch.optim.AdamW(parameters, **options) for parameters in (recommender, adapters) if parameters]
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         self._one = torch.ones((), device=device)
         self._skipped_steps: torch.Tensor | int = 0  # on the device, so that counting does not wait for it
