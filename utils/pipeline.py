@@ -480,8 +480,6 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
     return model, source
 
 
-
-
 def _adapter_told(peft_type: str, encoder: ItemEncoder) -> str:
     counts = trainable_counts(encoder)
     if not counts["adapter_of_one_group"]:
