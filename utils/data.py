@@ -292,7 +292,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _can_name_a_picture(raw_id: str) -> bool:
+def can_name_a_picture(raw_id: str) -> bool:
     """Whether `{raw_id}.jpg` is a file name, and cannot lead into another folder."""
     if not raw_id or set(raw_id) & set("/\\\0") or not _is_encodable(raw_id):
         return False
@@ -309,7 +309,7 @@ def _read_raw_ids(path: Path, bought: np.ndarray, problems: Problems) -> dict[in
     wrong = []
     for item, raw_id in table.items():
         plain_item = type(item) is int and 0 <= item <= LARGEST_NUMBER
-        if plain_item and isinstance(raw_id, str) and _can_name_a_picture(raw_id):
+        if plain_item and isinstance(raw_id, str) and can_name_a_picture(raw_id):
             usable[item] = raw_id
         else:
             wrong.append(f"{_told(item)}: {_told(raw_id)}")

@@ -1,0 +1,28 @@
+"""Make a data set of a shop's own two CSV files: first purchases, the core, titles, and pictures from the disk.
+
+--interactions has the columns user, item, time (numbers or ISO dates); --items has item, title, image (a path, from the folder of
+that file). Items without title, or whose picture is none, are left out before the core is formed.
+"""
+import argparse
+import os
+from pathlib import Path
+
+from utils.cli import HelpFormatter, run_main
+from utils.picture_folder import read_picture
+from utils.prepare import add_target_options, prepare, target_of
+from utils.shop_tables import ShopTables
+
+
+def main() -> None:
+    """Parse, prepare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--interactions", type=Path, required=True, help="CSV file with the columns user, item, time")
+    parser.add_argument("--items", type=Path, required=True, help="CSV file with the columns item, title, image")
+    add_target_options(parser)
+    options = parser.parse_args()
+    shop = ShopTables(options.interactions, options.items)
+    print(prepare(target_of(options), shop, read_picture, workers=os.cpu_count() or 1))
+
+
+if __name__ == "__main__":
+    run_main(main)
