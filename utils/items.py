@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import CLIPImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from utils.errors import PerPEFTError
 from utils.files import folder_written_atomically, made_by_one
 from utils.pictures import decoded_picture, on_all_cores
 
+PLAIN_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")  # of transformers 4 and 5, both by Pillow
 DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
 
 
@@ -30,9 +30,9 @@ def _resized_size(processor: BaseImageProcessor, width: int, height: int) -> tup
 
 
 def _is_plain_clip(processor: BaseImageProcessor) -> bool:
-    if type(processor) is not CLIPImageProcessor or "shortest_edge" not in processor.size:
+    if type(processor).__name__ not in PLAIN_PROCESSORS or "shortest_edge" not in processor.size:
         return False
-    crops_inside = max(processor.crop_size.values()) <= processor.size["shortest_edge"]
+    crops_inside = max(dict(processor.crop_size).values()) <= processor.size["shortest_edge"]
     return processor.do_convert_rgb and processor.do_resize and processor.do_center_crop and crops_inside
 
 
@@ -48,7 +48,7 @@ def read_picture(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
         OSError: the file is missing or no whole picture.
         ValueError: its pixels would fill the memory, or it is damaged.
     """
-    with decoded_picture(path, max(processor.size.values())) as picture:
+    with decoded_picture(path, max(dict(processor.size).values())) as picture:
         if not _is_plain_clip(processor):
             # The data format is said, since the processor takes a picture 3 pixels high for one with its channels first.
             options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np", "input_data_format": "channels_last"}

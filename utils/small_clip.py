@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
-from models.clip_peft import channel_statistics
+from models.clip_peft import channel_statistics, clip_features
 from utils.data import Problems, told_picture
 from utils.demo import draw_caption_pairs
 from utils.errors import PerPEFTError
@@ -279,9 +279,9 @@ def _rate_share(step: int, steps: int) -> float:
 def _similarity(model: CLIPModel, pictures: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cosine of every picture [p, 3, size, size] with every title [t, length]: [p, t]."""
     scale, shift = channel_statistics(image_processor())
-    picture = model.get_image_features(pixel_values=pictures.float() * scale + shift)  # [p, projection]
-    title = model.get_text_features(input_ids=tokens)  # [t, projection]; causal and pooled at EOS: padding needs no mask
-    return F.normalize(picture, dim=-1) @ F.normalize(title, dim=-1).T
+    picture = clip_features(model, pictures.float() * scale + shift, None)  # [p, projection]
+    title = clip_features(model, None, tokens)  # [t, projection]
+    return picture @ title.T
 
 
 def _varied(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
