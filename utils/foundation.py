@@ -69,13 +69,18 @@ def load_foundation(clip_model: str) -> Foundation:
             source = {"local_files_only": is_folder, "trust_remote_code": False}
             kind = AutoConfig.from_pretrained(clip_model, **source).model_type
             if kind != "clip":
-                raise ValueError(f"it is a model of the kind '{kind}'")
+                raise PerPEFTError(
+                    f"'{clip_model}' is a model of the kind '{kind}', which does not fit: --clip_model takes a CLIPModel of any "
+                    f"size, as {DEFAULT_CLIP}, openai/clip-vit-large-patch14 or laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+                )
             clip, loading = CLIPModel.from_pretrained(clip_model, local_files_only=is_folder, output_loading_info=True)
             absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
             if absent:  # the library would go on with random weights
                 raise ValueError(f"its weights lack {', '.join(absent[:3])}")
             image_processor = AutoImageProcessor.from_pretrained(clip_model, use_fast=False, **source)
             tokenizer = AutoTokenizer.from_pretrained(clip_model, **source)
+    except PerPEFTError:
+        raise
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "the folder is no complete CLIPModel folder" if is_folder else "there is no such folder and the hub gave none"
