@@ -5,6 +5,7 @@ import pickletools
 
 import pytest
 
+from utils.cli import parse_options
 from utils.errors import PerPEFTError
 from utils.hyperparameters import HYPERPARAMETER_FILE, read_hyperparameters, write_hyperparameters
 from utils.safe_pickle import load_pickle
@@ -114,3 +115,10 @@ def test_damaged_pickle_is_told_and_never_crashes(tmp_path):
     path.unlink()
     with pytest.raises(PerPEFTError, match="damaged.pickle is missing"):
         load_pickle(path)
+
+
+@pytest.mark.parametrize("peft_types, lr", [(("lora", "ia3"), 1e-3), (("iisan",), 3e-4)])
+def test_the_demo_has_a_learning_rate_for_each_adapter(peft_types, lr, capsys):
+    options = parse_options("", peft_types, ["--dataset", "demo"])
+    assert (options.lr, options.wdecay) == (lr, 1e-4)
+    assert f"lr {lr:g} (the demo's)" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from utils.data import is_dataset_name
 from utils.devices import is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.foundation import DEFAULT_CLIP
-from utils.hyperparameters import DEMO, FALLBACK, read_hyperparameters
+from utils.hyperparameters import FALLBACK, demo_hyperparameters, read_hyperparameters
 
 
 def number(kind: type, low: float, high: float = 1_000_000, *, above: bool = False) -> Callable[[str], float]:
@@ -145,7 +145,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     if not is_dataset_name(options.dataset):
         parser.error(f"--dataset {options.dataset}: a name is wanted, not a path; its folder goes into --train_dir")
     is_demo = options.dataset == "demo"
-    known = DEMO if is_demo else read_hyperparameters(options.dataset, options.peft_type)
+    known = demo_hyperparameters(options.peft_type) if is_demo else read_hyperparameters(options.dataset, options.peft_type)
     source = "the demo's" if is_demo else "perpeft_hyperparameter.pickle" if known else "default"
     origins = []
     for name, value in (known or FALLBACK).items():
