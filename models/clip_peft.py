@@ -1,4 +1,5 @@
 """CLIP with one LoRA or (IA)3 adapter a group, through Hugging Face peft."""
+import json
 from pathlib import Path
 
 import torch
@@ -181,6 +182,13 @@ class ClipPeftEncoder(ItemEncoder):
         """Read `folder/adapter` into group `group`'s adapter.
 
         Raises:
-            ValueError: the weights are of another kind of adapter or another CLIP.
+            ValueError: the weights are of another kind of adapter or another CLIP, or act at another strength.
         """
-        self._load_weights(load_file(str(Path(folder) / "adapter" / "adapter_model.safetensors")), group)
+        adapter = Path(folder) / "adapter"
+        settings = adapter / "adapter_config.json"
+        saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        for name in ("lora_alpha", "use_rslora", "use_dora"):  # which no weight's shape tells
+            own = getattr(self._config, name, None)
+            if saved.get(name, own) != own:
+                raise ValueError(f"this adapter was made with {name} {saved[name]}, the model has {own}")
+        self._load_weights(load_file(str(adapter / "adapter_model.safetensors")), group)

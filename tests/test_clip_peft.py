@@ -376,3 +376,14 @@ def test_damaged_adapter_is_told_as_one_clear_error(tiny_clip, processors, damag
         shutil.rmtree(path.parent)
     with pytest.raises(PerPEFTError, match="global"):
         load_global(model, tmp_path / "global")
+
+
+def test_an_adapter_that_acts_at_another_strength_is_refused(tiny_clip, processors, tmp_path):
+    """The shapes of its weights would not tell."""
+    make_encoder(tiny_clip, processors, "lora").save_group(tmp_path, 0)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 32}))
+    with pytest.raises(ValueError, match="made with lora_alpha 32, the model has 8"):
+        make_encoder(tiny_clip, processors, "lora").load_group(tmp_path, 0)
+    path.unlink()  # the weights alone are enough
+    make_encoder(tiny_clip, processors, "lora").load_group(tmp_path, 0)
