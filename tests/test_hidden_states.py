@@ -219,3 +219,8 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
     image_states, text_states, ids = torch.load(states_path(folder, "tiny"), weights_only=True, mmap=True)
     assert ids == computed.content[2]
     assert torch.equal(image_states, computed.content[0]) and torch.equal(text_states, computed.content[1])
+
+
+def test_a_clip_folder_may_be_named_in_any_way(copied, tiny_clip, monkeypatch):
+    monkeypatch.chdir(tiny_clip.parent)
+    assert HiddenStateStore.open(copied.dataset, None, tiny_clip.name).num_items == NUM_ITEMS

@@ -191,7 +191,7 @@ class HiddenStateStore:
         note = path.with_suffix(".json")
         if clip_name is not None and note.is_file():
             made_by = _made_by(note)
-            if made_by != clip_name:
+            if made_by != clip_name and Path(made_by).resolve() != Path(clip_name).resolve():  # a folder has many names
                 raise PerPEFTError(
                     f"{path} was computed by CLIP '{made_by}', not '{clip_name}'; pass --clip_model {made_by}, or delete it "
                     "and start again to compute it anew"
