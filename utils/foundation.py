@@ -20,6 +20,7 @@ from utils.items import PictureTitleStore, picture_status
 from utils.small_clip import demo_clip, train_tokenizer
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+INSIDE_CLIP = ("lora", "ia3")  # the kinds of adapter that change what CLIP's own layers do
 
 
 @dataclass
