@@ -99,17 +99,19 @@ def draw_sheet(path: str | Path, heading: str, rows: Sequence[SheetRow], footnot
         rows: of any lengths.
     """
     columns = max(3, *(len(row.tiles) for row in rows))
-    has_notes = any(tile.note for row in rows for tile in row.tiles)
-    row_height = EDGE + (TITLE_LINES + has_notes) * LINE + 2 * GAP
-    top = 0.3 + 0.18 * len(heading.splitlines())
     width = LABEL_WIDTH + columns * (EDGE + GAP) + GAP
-    height = top + len(rows) * row_height + 0.2 * bool(footnote) + 0.15 * len(footnote.splitlines())
-    figure, axes = inch_axes(width, height)
+    tops = 0.3 + 0.18 * len(heading.splitlines()) + np.cumsum([0, *map(_row_height, rows)])
+    figure, axes = inch_axes(width, tops[-1] + 0.2 * bool(footnote) + 0.15 * len(footnote.splitlines()))
     write_text(axes, GAP, 0.15, heading, NORMAL + 1, weight="bold")
-    for place, row in enumerate(rows):
-        _draw_row(axes, row, top + place * row_height)
-    write_text(axes, GAP, top + len(rows) * row_height, footnote, SMALL, color="dimgray", linespacing=1.4)
+    for row, top in zip(rows, tops):
+        _draw_row(axes, row, top)
+    write_text(axes, GAP, tops[-1], footnote, SMALL, color="dimgray", linespacing=1.4)
     save_figure(path, figure)
+
+
+def _row_height(row: SheetRow) -> float:
+    lines = max((len(cut_title(tile.title).splitlines()) + bool(tile.note) for tile in row.tiles), default=0)
+    return EDGE + lines * LINE + 2 * GAP
 
 
 def _draw_row(axes: Axes, row: SheetRow, top: float) -> None:
