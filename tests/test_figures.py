@@ -15,7 +15,7 @@ from scripts import plot_run
 from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments
 from tests.test_pipeline import read_csv, tree
 from utils import run_figures
-from utils.attention import explain_item, words_of_tokens
+from utils.attention import explain_item, moved, words_of_tokens
 from utils.data import Histories
 from utils.errors import PerPEFTError
 from utils.run_figures import draw_map, gains, mean_interval, typical_items
@@ -48,7 +48,8 @@ def test_typical_items_agree_with_the_formula_by_a_loop():
     best = [item for item in sorted(scores, key=lambda item: -scores[item]) if scores[item] > 0][:4]
     assert found.items.tolist() == best and len(best) > 1
     assert found.counts.tolist() == [ours[item - 1] for item in best]
-    assert found.lifts == pytest.approx([ours[i - 1] / 60 / (theirs[i - 1] / 120) for i in best])
+    lifts = [ours[item - 1] / 60 / (theirs[item - 1] / 120) if theirs[item - 1] else math.inf for item in best]
+    assert found.lifts.tolist() == pytest.approx(lifts)
 
 
 def test_item_bought_once_by_chance_is_less_typical_than_one_bought_often():
@@ -170,6 +171,13 @@ def test_tokens_are_merged_into_the_words_that_they_are_part_of():
     offsets = [(0, 0), (0, 3), (5, 9), (9, 10), (10, 13), (13, 14), (15, 17), (0, 0)]  # cut before the last word
     words, places = words_of_tokens(title, offsets)
     assert words == ["Red", "wool-mug,", "by"] and places.tolist() == [-1, 0, 1, 1, 1, 1, 2, -1]
+
+
+def test_moved_attention_is_what_lies_elsewhere():
+    before = np.array([[0.5, 0.25], [0.25, 0.0]])
+    assert moved(before, before) == 0
+    assert moved(np.array([[0.25, 0.25], [0.25, 0.25]]), before) == 0.25
+    assert moved(np.array([[0.0, 0.0], [0.0, 1.0]]), before) == 1
 
 
 @torch.no_grad()

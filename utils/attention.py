@@ -28,8 +28,8 @@ LEAST_WORDS_WIDTH = 3.7  # for the heading and the footnote
 TITLE_LETTERS, TITLE_LINES = 45, 5
 LONGEST_WORD = 60  # letters that are shown
 FOOTNOTE = """Attention of the pooled position in CLIP's last layer, mean over heads: percent of that to all words
-(in brackets: minus the global adapter's); the picture is bright where it is looked at.
-One scale for all rows."""
+(in brackets: minus the global adapter's); the picture is bright where it is looked at. One scale for all rows.
+At the left: the share of a group's attention that lies elsewhere than under the global adapter."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,19 @@ def _word_boxes(words: list[str]) -> list[tuple[str, float, float, float]]:
     return boxes
 
 
+def moved(share: np.ndarray, before: np.ndarray) -> float:
+    """How much of the attention lies elsewhere than before: the total variation distance of two distributions."""
+    return float(np.abs(share - before).sum() / 2)
+
+
+def _told_moves(view: View, first: View) -> str:
+    """How far an adapter's attention is from the first one's."""
+    if view is first:
+        return ""
+    pairs = (("words", view.words, first.words), ("picture", view.patches, first.patches))
+    return "\n".join(f"{name}: {100 * moved(own, before):.0f} % moved" for name, own, before in pairs if own is not None)
+
+
 def _draw_words(axes: Axes, words: list[str], view: View, first: View, most: float, x: float, y: float) -> None:
     for (shown, left, top, width), share, before in zip(_word_boxes(words), view.words, first.words):
         strength = share / most
@@ -228,7 +241,7 @@ def _draw_words(axes: Axes, words: list[str], view: View, first: View, most: flo
         look = {"family": "DejaVu Sans Mono", "ha": "center", "color": "white" if strength > 0.75 else "black"}
         write_text(axes, x + left + width / 2, y + top + 0.035, shown, NORMAL, **look)
         more = round(100 * (share - before))
-        change = "" if view is first else f" ({more:+d})" if more else " (=)"
+        change = f" ({more:+d})" if more else ""
         write_text(axes, x + left + width / 2, y + top + WORD_HEIGHT + 0.03, f"{100 * share:.0f}{change}", SMALL, ha="center")
 
 
@@ -249,6 +262,7 @@ def draw_explanation(path: str | Path, explanation: Explanation) -> None:
     for place, view in enumerate(views, 1):
         y = top + place * row_height
         write_text(axes, GAP, y, view.label, NORMAL, linespacing=1.35)
+        write_text(axes, GAP, y + 0.45, _told_moves(view, first), SMALL, color="dimgray", linespacing=1.4)
         if view.patches is not None:
             brightest = max(other.patches.max() for other in views)
             _draw_picture(axes, _spotlight(explanation.picture, view.patches, brightest), picture_left, y)
@@ -265,7 +279,7 @@ def _draw_picture(axes: Axes, picture: np.ndarray, left: float, top: float) -> N
 def told_explanation(explanation: Explanation) -> str:
     """The words' shares in percent, a line an adapter."""
     if explanation.views[0].words is None:
-        return "this run reads no titles"
+        return "this run reads no titles: see the picture"
     width = max(len(view.label.splitlines()[0]) for view in explanation.views) + 2
     lines = []
     for view in explanation.views:
