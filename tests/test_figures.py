@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from scripts import explain_item as explain_script
 from scripts import plot_run
-from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments
+from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments, write_dataset
 from tests.test_pipeline import read_csv, tree
 from utils import run_figures
 from utils.attention import explain_item, moved, words_of_tokens
@@ -241,6 +242,19 @@ def test_run_of_one_modality_shows_what_it_looks_at(tiny_dataset, tiny_clip, tmp
     (view,) = explanation.views
     assert (view.words is None, view.patches is None) == (modality == "image", modality == "text")
     run_on_folder(explain_script, folder, "--train_dir", tiny_dataset.train_dir, "--item", "1")
+    assert is_png(folder / "figures" / "explain_item_1.png")
+
+
+def test_words_after_an_end_of_text_within_a_title_are_none(tiny_dataset, tiny_clip, tmp_path):
+    """CLIP pools the first one, and what follows it is never looked at."""
+    titles = ["red lamp <|endoftext|> pale mug", *tiny_dataset.titles[1:]]
+    dataset = SimpleNamespace(train_dir=write_dataset(tmp_path, "tiny", tiny_dataset.histories, titles), name="tiny")
+    changes = {"method": "global", "global_epochs": 1, "num_epochs": 1}
+    run_script(tiny_arguments(dataset, tiny_clip, tmp_path / "runs", **changes))
+    (folder,) = (tmp_path / "runs").iterdir()
+    _, explanation = explain_item(folder, "1", tmp_path, "cpu")
+    assert explanation.words == ["red", "lamp"] and explanation.views[0].words.shape == (2,)
+    run_on_folder(explain_script, folder, "--train_dir", tmp_path, "--item", "1")
     assert is_png(folder / "figures" / "explain_item_1.png")
 
 
