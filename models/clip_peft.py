@@ -127,6 +127,30 @@ class ClipPeftEncoder(ItemEncoder):
         pictures = torch.addcmul(self._shift, pixels.float(), self._scale) if "image" in used else None
         return clip_features(self._clip, pictures, tokens if "text" in used else None)
 
+    def attention(
+        self, pixels: torch.Tensor, tokens: torch.Tensor, end_of_text: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """How much what CLIP pools looks at each place: in each tower's last layer, the mean over heads.
+
+        Args:
+            pixels, tokens: as in `forward`.
+            end_of_text: the token whose first occurrence is pooled.
+        Returns:
+            the class token's attention to itself and the patches, [items, 1 + patches], and the end-of-text token's to all
+            tokens, [items, length]; rows sum to 1; None for a tower that takes no part
+        """
+        used = MODALITIES[self._modality]
+        of_pictures = of_titles = None
+        if "image" in used:
+            pictures = torch.addcmul(self._shift, pixels.float(), self._scale)
+            layers = self._clip.vision_model(pixel_values=pictures, output_attentions=True).attentions
+            of_pictures = layers[-1].mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]
+        if "text" in used:
+            layers = self._clip.text_model(input_ids=tokens, output_attentions=True).attentions
+            place = (tokens == end_of_text).int().argmax(-1)  # [items]
+            of_titles = layers[-1].mean(1)[torch.arange(len(tokens)), place]  # [items, length]
+        return of_pictures, of_titles
+
     def clone_groups(self, num_groups: int) -> None:
         """Make `num_groups` adapters, every one a copy of the present group 0."""
         for group in range(self._num_groups, num_groups):

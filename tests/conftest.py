@@ -146,6 +146,24 @@ def tiny_run(tiny_dataset, tiny_clip, tmp_path_factory):
     return SimpleNamespace(folder=folder, options=parse_options("", ("lora", "ia3"), arguments), arguments=arguments)
 
 
+@pytest.fixture(scope="session")
+def tiny_global_run(tiny_dataset, tiny_clip, tmp_path_factory):
+    """The folder of a finished run of a method without groups. Read only."""
+    output_dir = tmp_path_factory.mktemp("global_runs")
+    run_script(tiny_arguments(tiny_dataset, tiny_clip, output_dir, method="global", global_epochs=1, num_epochs=1))
+    return output_dir / "tiny_lora_global_lr0.001_wd0.0001_seed0"
+
+
+def run_on_folder(module, folder, *arguments):
+    """Run the main of a script that looks at a run folder, in this process."""
+    before = sys.argv
+    sys.argv = [module.__name__, *map(str, (folder, "--device", "cpu", *arguments))]
+    try:
+        module.main()
+    finally:
+        sys.argv = before
+
+
 @pytest.fixture
 def copied_run(tiny_run, tmp_path):
     """The finished run copied to a folder of the test's own, and the arguments that name it."""

@@ -20,6 +20,7 @@ from utils.items import PictureTitleStore, picture_status
 from utils.small_clip import demo_clip, train_tokenizer
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+INSIDE_CLIP = ("lora", "ia3")  # the kinds of adapter that change what CLIP's own layers do
 
 
 @dataclass
@@ -54,11 +55,13 @@ def _quiet_transformers():
         transformers_logging.set_verbosity(level)
 
 
-def load_foundation(clip_model: str) -> Foundation:
+def load_foundation(clip_model: str, attention: str | None = None) -> Foundation:
     """Load a CLIPModel and its processors from a folder or the model hub.
 
     Args:
         clip_model: a folder as `save_pretrained` writes it, or a name on the hub.
+        attention: transformers' name of how attention is computed; "eager" for the one that tells its weights (default: the
+            library's choice, the fastest).
     Raises:
         PerPEFTError: it is neither, or not a CLIP.
     """
@@ -73,7 +76,9 @@ def load_foundation(clip_model: str) -> Foundation:
                     f"'{clip_model}' is a model of the kind '{kind}', which does not fit: --clip_model takes a CLIPModel of any "
                     f"size, as {DEFAULT_CLIP}, openai/clip-vit-large-patch14 or laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
                 )
-            clip, loading = CLIPModel.from_pretrained(clip_model, local_files_only=is_folder, output_loading_info=True)
+            clip, loading = CLIPModel.from_pretrained(
+                clip_model, local_files_only=is_folder, output_loading_info=True, attn_implementation=attention
+            )
             absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
             if absent:  # the library would go on with random weights
                 raise ValueError(f"its weights lack {', '.join(absent[:3])}")
@@ -132,7 +137,8 @@ def needs_contents(peft_type: str, train_dir: str | Path, name: str) -> bool:
 def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | None) -> str | None:
     """A hash of what the encoder reads beside the histories: titles, sizes of pictures, and the files of a CLIP folder.
 
-    None for IISAN, whose hidden states are checked when they are opened, and where nothing is read.
+    None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A CLIP from the hub (or
+    None) adds nothing.
     """
     if peft_type in ("iisan", "none"):
         return None
@@ -140,7 +146,7 @@ def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | Non
     for title, path in zip(dataset.titles, dataset.image_paths):
         status = picture_status(path)
         digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
-    for path in sorted(Path(clip_model).iterdir()) if Path(clip_model).is_dir() else []:
+    for path in sorted(Path(clip_model).iterdir()) if clip_model and Path(clip_model).is_dir() else []:
         if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
             with path.open("rb") as file:
                 for block in iter(lambda: file.read(2**20), b""):

@@ -40,7 +40,7 @@ FINGERPRINTS = {
 }
 RUN_FILES = (
     "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",
-    "groups.png",
+    "groups.png", "figures",
 )  # fmt: skip  # and summary.json
 
 
@@ -341,7 +341,7 @@ def _refuse_other_settings(found: dict[str, Any], wanted: dict[str, Any], folder
         )
 
 
-def _read_settings(path: Path, nested: bool) -> dict[str, Any]:
+def read_settings(path: Path, nested: bool) -> dict[str, Any]:
     """The options and fingerprints of a run from its resume/config.json, or from its summary.json, where they are `nested`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -391,9 +391,9 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     """
     config, summary = folder / "resume" / "config.json", folder / "summary.json"
     if summary.is_file():
-        _refuse_other_settings(_read_settings(summary, nested=True), settings, folder)
+        _refuse_other_settings(read_settings(summary, nested=True), settings, folder)
     elif _has_state(folder):
-        _refuse_other_settings(_read_settings(config, nested=False), settings, folder)
+        _refuse_other_settings(read_settings(config, nested=False), settings, folder)
     return summary.is_file()
 
 
