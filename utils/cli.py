@@ -3,8 +3,10 @@ import argparse
 import errno
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 import torch
 
@@ -14,6 +16,7 @@ from utils.devices import is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.foundation import DEFAULT_CLIP
 from utils.hyperparameters import DEMO, FALLBACK, read_hyperparameters
+from utils.processes import PATIENCE, OtherProcessEnded, launched_rank, launched_size, silence_others
 
 
 def number(kind: type, low: float, high: float = 1_000_000, *, above: bool = False) -> Callable[[str], float]:
@@ -172,6 +175,8 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
         return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"
+    if isinstance(error, OtherProcessEnded):
+        return 1, f"error: {error}"
     if isinstance(error, PerPEFTError):
         return 2, f"error: {error}"
     reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -192,16 +197,43 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
+def _end_other_process(error: BaseException, told: TextIO) -> None:
+    """End a process that is not the first one: it tells an error of its own, but leaves to the first what both have met.
+
+    A mistake of the user is met by all. The first one tells it and ends, and then the launcher ends the others. The same holds
+    where the first is gone.
+    """
+    code, sentence = _ending(error) or (1, "".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(code)
+    if isinstance(error, (PerPEFTError, SystemExit)):
+        try:
+            time.sleep(PATIENCE)
+        except KeyboardInterrupt:
+            sys.exit(code)
+    print(f"process {launched_rank()}: {sentence}", file=told, flush=True)
+    sys.exit(code)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process at an error with a sentence that says what happened and how to go on.
+
+    Of several processes that a launcher has started, the first one speaks.
 
     Exit codes: 2 for a mistake that the user can mend, 1 for trouble of the machine, 130 and 143 after SIGINT and SIGTERM. A
     traceback comes with --debug alone, or from a mistake in the code.
     """
+    told = silence_others()
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
         main()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if launched_rank():
+            _end_other_process(error, told)
+        if isinstance(error, SystemExit):
+            raise
+        if launched_size() > 1:  # the launcher sends one as soon as another process has ended: not amid the last words
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ending = _ending(error)
         if ending is None:
             raise
