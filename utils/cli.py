@@ -1,5 +1,6 @@
 """Options of the training scripts, and the way every script of this project ends."""
 import argparse
+import contextlib
 import errno
 import signal
 import sys
@@ -16,7 +17,8 @@ from utils.devices import is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.foundation import DEFAULT_CLIP
 from utils.hyperparameters import DEMO, FALLBACK, read_hyperparameters
-from utils.processes import PATIENCE, OtherProcessEnded, launched_rank, launched_size, silence_others
+from utils.processes import PATIENCE, OtherProcessEnded, end_process, launched_rank, launched_size, silence_others
+from utils.trackers import NONE, TRACKERS
 
 
 def number(kind: type, low: float, high: float = 1_000_000, *, above: bool = False) -> Callable[[str], float]:
@@ -61,6 +63,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     run.add_argument("--restart", action="store_true", help="start over instead of continuing")
     run.add_argument("--inference_only", action="store_true", help="evaluate a finished run's saved weights")
     run.add_argument("--save_every", type=COUNT, default=500, help="steps between saves of the state to continue from")
+    run.add_argument("--log_with", choices=TRACKERS, default=NONE, help="also log every epoch there (wandb: offline)")
     run.add_argument("--debug", action="store_true", help="show tracebacks")
 
     training = parser.add_argument_group("training")
@@ -203,16 +206,16 @@ def _end_other_process(error: BaseException, told: TextIO) -> None:
     A mistake of the user is met by all. The first one tells it and ends, and then the launcher ends the others. The same holds
     where the first is gone.
     """
-    code, sentence = _ending(error) or (1, "".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, KeyboardInterrupt):
-        sys.exit(code)
-    if isinstance(error, (PerPEFTError, SystemExit)):
-        try:
-            time.sleep(PATIENCE)
-        except KeyboardInterrupt:
-            sys.exit(code)
-    print(f"process {launched_rank()}: {sentence}", file=told, flush=True)
-    sys.exit(code)
+    if isinstance(error, SystemExit):  # argparse has said why, in every process
+        code, sentence = error.code, "error: wrong options"
+    else:
+        code, sentence = _ending(error) or (1, "".join(traceback.format_exception(error)).rstrip())
+    if code and not isinstance(error, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):
+            if isinstance(error, (PerPEFTError, SystemExit)):
+                time.sleep(PATIENCE)
+            print(f"process {launched_rank()}: {sentence}", file=told, flush=True)
+    end_process(code)
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -247,4 +250,4 @@ def run_main(main: Callable[[], None]) -> None:
             print(f"{saved}; {again} continues from there", file=sys.stderr)
         elif code != 2:
             print(f"{again} starts again", file=sys.stderr)
-        sys.exit(code)
+        end_process(code)

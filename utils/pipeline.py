@@ -29,11 +29,13 @@ from utils.grouping import kmeans_groups, random_groups
 from utils.parallel import ParallelTrainer
 from utils.processes import Processes, joined_processes
 from utils.sampling import Sampler, group_items
+from utils.trackers import NoTracker, open_tracker, require_tracker
 from utils.training import Trainer, best_row, train_stage
 
 # Options that may differ between the start of a run and its continuation: they change no figure.
 FREE_OPTIONS = {
     "device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "gradient_checkpointing", "debug",
+    "log_with",
 }  # fmt: skip
 # What is kept beside the options to know the data again, and what a difference means.
 FINGERPRINTS = {
@@ -42,7 +44,7 @@ FINGERPRINTS = {
 }
 RUN_FILES = (
     "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",
-    "groups.png",
+    "groups.png", "tensorboard", "wandb",
 )  # fmt: skip  # and summary.json
 
 
@@ -113,6 +115,7 @@ class Run:
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._seconds: dict[str, float] = {}
         self._states: list[ResumeState] = []
+        self.tracker = NoTracker()
         self._ranks: dict[str, np.ndarray] = {}  # of the last evaluation
 
     def saved(self) -> str | None:
@@ -191,6 +194,7 @@ class Run:
 
     def _report(self) -> dict[str, Any]:
         self._write_metrics()  # a run that was killed after its last state, before its last report, comes here at once
+        self.tracker.log(self._rows["global"] + self._rows["personalized"])
         summary = self._summary()
         reporting.write_json(self.folder / "summary.json", summary)
         shutil.rmtree(self.folder / "resume", ignore_errors=True)
@@ -288,6 +292,7 @@ class Run:
 
     def _report_epoch(self, stage: str, epochs: int) -> None:
         self._write_metrics()
+        self.tracker.log(self._rows["global"] + self._rows["personalized"])
         row = self._rows[stage][-1]
         mark = " (best so far)" if best_row(self._rows[stage]) is row else ""
         skipped = f", {row['skipped_steps']} steps skipped for fp16 overflow" if row["skipped_steps"] else ""
@@ -454,6 +459,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     Raises:
         PerPEFTError: bad data, missing weights, a folder of other settings or one that another process trains in.
     """
+    require_tracker(options.log_with)
     if options.dataset != "demo":
         require_dataset(options.train_dir, options.dataset)
     with joined_processes(options.device) as processes, _opened_run(options, processes) as run:
@@ -484,11 +490,15 @@ def _opened_run(options: argparse.Namespace, processes: Processes) -> Iterator[R
         processes.wait()
         if not options.inference_only:  # only now, when all is there that training takes, may a restart throw anything away
             processes.first(lambda: _begin_or_continue(folder, settings, restart))
+            if writes:
+                run.tracker = open_tracker(options.log_with, folder, settings)
         try:
             yield run
         except BaseException as error:
             error.saved = run.saved()  # for the last words of `utils.cli.run_main`
             raise
+        finally:
+            run.tracker.finish()
 
 
 def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT, ItemSource]:

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -128,6 +128,15 @@ def launched_rank() -> int:
 def launched_size() -> int:
     """How many processes a launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at an error: one that is connected to others at once, since its teardown may wait for them or abort."""
+    if launched_size() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def silence_others() -> TextIO:
