@@ -227,6 +227,7 @@ def _child(order, events, output, rank):
     hooks = Events(events, order["kill_at"], order["full_at"])
     hooks.install()
     if "size" in order:
+        importlib.import_module("utils.cli").PATIENCE = 0  # no launcher is there that would end the others
         signal_rank, signal_step = order["signal_at"] or (None, None)
         _watch_steps(hooks, signal_step if rank == signal_rank else None)
     sys.modules["matplotlib.figure"].Figure.savefig = write_instead_of_drawing

@@ -115,8 +115,16 @@ class Run:
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._seconds: dict[str, float] = {}
         self._states: list[ResumeState] = []
-        self.tracker = NoTracker()
+        self._tracker = NoTracker()
         self._ranks: dict[str, np.ndarray] = {}  # of the last evaluation
+
+    def open_tracker(self) -> None:
+        """Begin or go on to log epochs where `--log_with` says."""
+        self._tracker = open_tracker(self.options.log_with, self.folder, self.settings)
+
+    def close_tracker(self) -> None:
+        """Nothing is logged any more."""
+        self._tracker.finish()
 
     def saved(self) -> str | None:
         """How far what is on disk has come, in words; None where nothing is there to continue from."""
@@ -194,7 +202,7 @@ class Run:
 
     def _report(self) -> dict[str, Any]:
         self._write_metrics()  # a run that was killed after its last state, before its last report, comes here at once
-        self.tracker.log(self._rows["global"] + self._rows["personalized"])
+        self._tracker.log(self._rows["global"] + self._rows["personalized"])
         summary = self._summary()
         reporting.write_json(self.folder / "summary.json", summary)
         shutil.rmtree(self.folder / "resume", ignore_errors=True)
@@ -292,7 +300,7 @@ class Run:
 
     def _report_epoch(self, stage: str, epochs: int) -> None:
         self._write_metrics()
-        self.tracker.log(self._rows["global"] + self._rows["personalized"])
+        self._tracker.log(self._rows["global"] + self._rows["personalized"])
         row = self._rows[stage][-1]
         mark = " (best so far)" if best_row(self._rows[stage]) is row else ""
         skipped = f", {row['skipped_steps']} steps skipped for fp16 overflow" if row["skipped_steps"] else ""
@@ -476,8 +484,9 @@ def _opened_run(options: argparse.Namespace, processes: Processes) -> Iterator[R
     folder = Path(options.output_dir) / run_name(options)
     # By way of JSON, as it will be compared with what lies in a file.
     settings = json.loads(json.dumps({**fixed_options(options), **fingerprints(options, dataset)}))
-    writes = processes.is_first and not options.inference_only
-    with _made_and_locked(folder) if writes else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if not options.inference_only:  # which writes nothing
+            processes.first(lambda: stack.enter_context(_made_and_locked(folder)))
         restart = options.restart and not options.inference_only
         finished = processes.first(lambda: not restart and _is_finished(folder, settings))
         if options.inference_only and not finished:
@@ -490,15 +499,14 @@ def _opened_run(options: argparse.Namespace, processes: Processes) -> Iterator[R
         processes.wait()
         if not options.inference_only:  # only now, when all is there that training takes, may a restart throw anything away
             processes.first(lambda: _begin_or_continue(folder, settings, restart))
-            if writes:
-                run.tracker = open_tracker(options.log_with, folder, settings)
+            processes.first(run.open_tracker)
         try:
             yield run
         except BaseException as error:
             error.saved = run.saved()  # for the last words of `utils.cli.run_main`
             raise
         finally:
-            run.tracker.finish()
+            run.close_tracker()
 
 
 def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT, ItemSource]:
