@@ -87,7 +87,8 @@ class ManyProcesses(Processes):
         try:
             result = work()
         except Exception:
-            self._from_first((False, None))
+            with contextlib.suppress(OtherProcessEnded):
+                self._from_first((False, None))
             raise
         return self._from_first((True, result))[1]
 
