@@ -19,6 +19,7 @@ from models.clip_peft import ia3_config
 from tests.conftest import NUM_ITEMS, tiny_arguments
 from tests.zygote import ROOT, shared_zygote
 from utils.data import Histories, leave_last_out, read_dataset
+from utils.devices import seed_everything
 from utils.errors import PerPEFTError
 from utils.evaluation import encode_all_items, rank_all_users
 from utils.foundation import load_foundation
@@ -163,6 +164,16 @@ def test_without_a_launcher_there_are_no_processes_to_join(monkeypatch):
         assert processes.sum_(value) is value and processes.gather(3) == [3] and processes.first(lambda: 4) == 4
 
 
+def test_every_process_draws_dropout_of_its_own_and_the_first_as_if_it_were_alone():
+    torch.manual_seed(13)
+    draws = [torch.rand(4)]
+    for rank in range(3):
+        seed_everything(13, rank)
+        draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[1])
+    assert len({tuple(draw.tolist()) for draw in draws}) == 3
+
+
 @pytest.mark.parametrize(("device", "gpus", "told"), [("cuda:1", 2, "a GPU of its own"), ("mps", 0, "a GPU of its own"),
                                                       (None, 1, "2 processes were started on 1 GPUs")])  # fmt: skip
 def test_device_that_several_processes_cannot_have_is_refused(monkeypatch, device, gpus, told):
@@ -241,7 +252,7 @@ def test_two_processes_give_one_processs_losses_figures_and_files_also_when_stop
     arguments = list(run.arguments)
     arguments[arguments.index("--output_dir") + 1] = str(by_one.folder.parent)
     (one,) = zygote.run_together(arguments, size=1)
-    assert one.code == 0 and one.output.count("begun by 2 processes, continued by 1: dropout is drawn differently") == 1
+    assert one.code == 0 and one.output.count("number of processes: 2 before, 1 now; dropout is drawn differently") == 1
     assert_same_figures(by_one, expected)
 
 
@@ -300,7 +311,7 @@ def test_users_mistake_is_told_once_and_ends_the_launcher(begin):
     output, _ = launched.communicate(timeout=100)
     assert launched.returncode != 0
     assert output.count("CLIP weights '/nowhere' cannot be loaded") == 1, output
-    assert "process 1" not in output
+    assert "process 1: " not in output
 
 
 def test_error_that_the_first_process_alone_meets_ends_the_others(begin):

@@ -203,7 +203,7 @@ class Trainer:
     @staticmethod
     def _tell_of_other_number(then: int, now: int) -> None:
         if then != now:
-            print(f"begun by {then} processes, continued by {now}: dropout is drawn differently from here on", flush=True)
+            print(f"number of processes: {then} before, {now} now; dropout is drawn differently from here on", flush=True)
 
 
 @contextlib.contextmanager
