@@ -3,6 +3,8 @@ import argparse
 from pathlib import Path
 
 from utils.cli import HelpFormatter, number, run_main
+from utils.errors import PerPEFTError
+from utils.processes import launched_size
 from utils.reproduction import PEFT_TYPES, TABLES, PlannedRun, estimated_seconds, plan_runs
 from utils.tables import blocks_of, markdown, write_tables
 
@@ -38,6 +40,8 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="list the runs and an estimate of their time, run nothing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, passed_on = parser.parse_known_args()
+    if launched_size() > 1:
+        raise PerPEFTError("the tables are made by one process; start this without a launcher")
     tables, peft_types = sorted(set(options.tables)), list(dict.fromkeys(options.peft))
     runs = plan_runs(options.dataset, tables, peft_types, options.trials, passed_on)
     print(told_plan(runs), flush=True)

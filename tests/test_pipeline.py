@@ -1,8 +1,10 @@
 """A whole run, from the command line to what it leaves: the documented files, figures that can be reproduced, clear refusals."""
 import csv
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +16,12 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel, CLIPModel
 
 from models import SASRec
 from tests.conftest import NUM_ITEMS, run_script, tiny_arguments, tiny_histories, tiny_options, tiny_titles, write_dataset
+from utils import training
 from utils.cli import parse_options
 from utils.data import read_dataset
 from utils.errors import PerPEFTError
@@ -601,3 +605,21 @@ def test_true_groups_that_come_with_drawn_data_are_compared_with_those_found(cop
 
 def read_lines(path):
     return path.read_text().splitlines()
+
+
+def test_bar_of_an_epoch_tells_loss_items_a_second_and_time_left_and_is_quiet_without_a_terminal(
+    tiny_dataset, tiny_clip, tmp_path, monkeypatch, capsys
+):
+    shown = io.StringIO()
+
+    def bar_on_a_terminal(**options):
+        return tqdm(**{**options, "disable": False, "file": shown, "mininterval": 0})
+
+    short = {"batch_size": 1, "global_epochs": 1, "num_epochs": 1, "method": "none"}
+    quiet = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "quiet", **short)
+    run_script(quiet)
+    assert "items/s" not in "".join(capsys.readouterr())
+    monkeypatch.setattr(training, "tqdm", bar_on_a_terminal)
+    run_script([*quiet, "--restart"])
+    # as in "global 1/2: 54%|#####4    | 20/37 [00:00<00:00, 150.2step/s, loss 2.7726, 1520 items/s]"
+    assert re.search(r"global 1/2: .*\[\d\d:\d\d<\d\d:\d\d.*loss \d\.\d{4}, [1-9]\d* items/s\]", shown.getvalue())

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,28 @@ class Zygote:
     def close(self):
         self._process.stdin.close()
         self._process.wait()
+
+    def run_together(self, arguments, script="perpeft_lora_ia3", size=2, signal_at=None):
+        """Run a script in several processes that train together, as a launcher would start them.
+
+        Args:
+            arguments, script: as of `run`.
+            size: how many.
+            signal_at: (rank, step): that process sends itself SIGTERM in the step so numbered since it began, from 1.
+        Returns:
+            for every process code, output and losses (of its steps, in order)
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        order = {"arguments": [str(part) for part in arguments], "script": script, "kill_at": None, "full_at": None}
+        self._process.stdin.write(json.dumps({**order, "size": size, "port": port, "signal_at": signal_at}) + "\n\n")
+        self._process.stdin.flush()
+        self._process.stdout.readline()
+        ends = json.loads(self._process.stdout.readline())
+        for end in ends:
+            end["losses"] = [float(label.split()[-1]) for label in end["events"] if ": loss " in label]
+        return [SimpleNamespace(**end) for end in ends]
 
     def run(self, arguments, script="perpeft_lora_ia3", kill_at=None, kill_after=None, full_at=None):
         """Run a script in a child until it ends or is killed.
@@ -172,12 +195,41 @@ def write_instead_of_drawing(figure, path, **options):
     Path(path).write_bytes(b"drawn")
 
 
-def _child(order, events, output):
+def _join(rank, order):
+    """What a launcher tells the processes that it starts."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["size"], "LOCAL_WORLD_SIZE": order["size"]}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}
+    os.environ.update({name: str(value) for name, value in told.items()})
+
+
+def _watch_steps(hooks, signal_step):
+    """Make every step's loss an event; in one of the steps this process sends itself SIGTERM."""
+    from utils import training
+
+    original, steps = training._LossLog.add, []
+
+    def add(self, step, batch, loss):
+        hooks.happen(f"loss {loss.item()!r}")
+        steps.append(step)
+        if len(steps) == signal_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, step, batch, loss)
+
+    training._LossLog.add = add
+
+
+def _child(order, events, output, rank):
+    if "size" in order:
+        _join(rank, order)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = [f"{order['script']}.py", *order["arguments"]]
     hooks = Events(events, order["kill_at"], order["full_at"])
     hooks.install()
+    if "size" in order:
+        importlib.import_module("utils.cli").PATIENCE = 0  # no launcher is there that would end the others
+        signal_rank, signal_step = order["signal_at"] or (None, None)
+        _watch_steps(hooks, signal_step if rank == signal_rank else None)
     sys.modules["matplotlib.figure"].Figure.savefig = write_instead_of_drawing
     from utils.cli import run_main
 
@@ -210,19 +262,24 @@ def main():
         importlib.import_module(module)
     for line in sys.stdin:
         order = json.loads(line)
-        # Files without a name, inherited by the child: whatever it wrote before it was killed is there.
-        events, output = os.memfd_create("events"), os.memfd_create("output")
-        pid = os.fork()
-        if not pid:
-            _child(order, events, output)
-        print(json.dumps({"pid": pid}), flush=True)
+        children = []
+        for rank in range(order.get("size", 1)):
+            # Files without a name, inherited by the child: whatever it wrote before it was killed is there.
+            events, output = os.memfd_create("events"), os.memfd_create("output")
+            pid = os.fork()
+            if not pid:
+                _child(order, events, output, rank)
+            children.append((pid, events, output))
+        print(json.dumps({"pid": children[0][0]}), flush=True)
         sys.stdin.readline()
-        _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        told = {"code": code, "output": _read_all(output), "events": _read_all(events).splitlines()}
-        os.close(events)
-        os.close(output)
-        print(json.dumps(told), flush=True)
+        told = []
+        for pid, events, output in children:
+            _, status = os.waitpid(pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            told.append({"code": code, "output": _read_all(output), "events": _read_all(events).splitlines()})
+            os.close(events)
+            os.close(output)
+        print(json.dumps(told if "size" in order else told[0]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Options of the training scripts, and the way every script of this project ends."""
 import argparse
+import contextlib
 import errno
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -15,6 +18,8 @@ from utils.devices import is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.foundation import DEFAULT_CLIP
 from utils.hyperparameters import FALLBACK, demo_hyperparameters, read_hyperparameters
+from utils.processes import PATIENCE, OtherProcessEnded, end_process, launched_rank, launched_size, silence_others
+from utils.trackers import NONE, TRACKERS
 
 
 def number(kind: type, low: float, high: float = 1_000_000, *, above: bool = False) -> Callable[[str], float]:
@@ -59,6 +64,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     run.add_argument("--restart", action="store_true", help="start over instead of continuing")
     run.add_argument("--inference_only", action="store_true", help="evaluate a finished run's saved weights")
     run.add_argument("--save_every", type=COUNT, default=500, help="steps between saves of the state to continue from")
+    run.add_argument("--log_with", choices=TRACKERS, default=NONE, help="also log every epoch there (wandb: offline)")
     run.add_argument("--debug", action="store_true", help="show tracebacks")
 
     training = parser.add_argument_group("training")
@@ -184,6 +190,8 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
         return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"
+    if isinstance(error, OtherProcessEnded):
+        return 1, f"error: {error}"
     if isinstance(error, PerPEFTError):
         return 2, f"error: {error}"
     reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -204,16 +212,43 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
+def _end_other_process(error: BaseException, told: TextIO) -> None:
+    """End a process that is not the first one: it tells an error of its own, but leaves to the first what both have met.
+
+    A mistake of the user is met by all. The first one tells it and ends, and then the launcher ends the others. The same holds
+    where the first is gone.
+    """
+    if isinstance(error, SystemExit):  # argparse has said why, in every process
+        code, sentence = error.code, "error: wrong options"
+    else:
+        code, sentence = _ending(error) or (1, "".join(traceback.format_exception(error)).rstrip())
+    if code and not isinstance(error, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):
+            if isinstance(error, (PerPEFTError, SystemExit)):
+                time.sleep(PATIENCE)
+            print(f"process {launched_rank()}: {sentence}", file=told, flush=True)
+    end_process(code)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process at an error with a sentence that says what happened and how to go on.
+
+    Of several processes that a launcher has started, the first one speaks.
 
     Exit codes: 2 for a mistake that the user can mend, 1 for trouble of the machine, 130 and 143 after SIGINT and SIGTERM. A
     traceback comes with --debug alone, or from a mistake in the code.
     """
+    told = silence_others()
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
         main()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if launched_rank():
+            _end_other_process(error, told)
+        if isinstance(error, SystemExit):
+            raise
+        if launched_size() > 1:  # the launcher sends one as soon as another process has ended: not amid the last words
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ending = _ending(error)
         if ending is None:
             raise
@@ -227,4 +262,4 @@ def run_main(main: Callable[[], None]) -> None:
             print(f"{saved}; {again} continues from there", file=sys.stderr)
         elif code != 2:
             print(f"{again} starts again", file=sys.stderr)
-        sys.exit(code)
+        end_process(code)

@@ -2,6 +2,7 @@
 import contextlib
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from utils.errors import PerPEFTError
@@ -50,6 +51,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch's generators, on every device; numpy's are made from seeds where they are used."""
-    torch.manual_seed(seed)
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed torch's generators, on every device; numpy's are made from seeds where they are used.
+
+    Args:
+        seed: of the run or its stage.
+        rank: of the process, so that each of several draws other dropout masks.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) if rank else seed)

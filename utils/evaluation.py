@@ -8,9 +8,11 @@ import torch
 
 from models import PerPEFT, SASRec
 from utils.data import Histories, Split
+from utils.processes import Processes
 
 CUTOFFS = (10, 20, 30)
 METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS)
+ALONE = Processes(torch.device("cpu"))
 SCORES_AT_ONCE = 2**24  # entries of a score matrix held at a time: memory stays flat in the number of users
 
 
@@ -37,6 +39,7 @@ def encode_all_items(
     device: torch.device,
     items_at_once: int = 256,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Projected vectors of all items as one group sees them, [num_items + 1, hidden], row 0 the padding item's.
 
@@ -47,20 +50,25 @@ def encode_all_items(
         device: where the model lies.
         items_at_once: items a forward pass.
         autocast: a callable that makes the context of the foundation model's forward pass.
+        processes: those that share the work; all get all vectors.
     """
     order = source.reading_order()
     vectors = None
-    for start in range(0, len(order), items_at_once):
+    starts = range(0, len(order), items_at_once)
+    for start in starts[processes.rank :: processes.size]:
         items = order[start : start + items_at_once]
         inputs = source.fetch(items, device)
         with autocast():
             chunk = model.item_vectors(group, inputs)
         chunk = chunk.float()  # [1 + items, hidden]
         if vectors is None:
-            vectors = torch.empty(source.num_items + 1, chunk.shape[1], device=device)
-            vectors[0] = chunk[0]
+            vectors = torch.zeros(source.num_items + 1, chunk.shape[1], device=device)
+            if processes.is_first:  # every chunk brings the padding item's vector, but the sum must hold it once
+                vectors[0] = chunk[0]
         vectors[torch.from_numpy(items).to(device)] = chunk[1:]
-    return vectors
+    if vectors is None:  # fewer chunks than processes
+        vectors = torch.zeros(source.num_items + 1, model.sasrec.hidden_units, device=device)
+    return processes.sum_(vectors)
 
 
 @torch.no_grad()
@@ -135,6 +143,7 @@ def rank_all_users(
     split: Split,
     groups: np.ndarray,
     encode: Callable[[int], torch.Tensor],
+    processes: Processes = ALONE,
 ) -> dict[str, np.ndarray]:
     """Ranks of every evaluated user's valid and test item, each user by their own group's adapter and projector.
 
@@ -142,7 +151,8 @@ def rank_all_users(
         model: in eval mode.
         split: histories and held-out items.
         groups: each user row's group, [users].
-        encode: a group's projected item vectors, [num_items + 1, hidden].
+        encode: a group's projected item vectors, [num_items + 1, hidden]; called by all processes.
+        processes: those that share the users of every group; all get all ranks.
     Returns:
         {"users": rows of evaluated users, "valid": their ranks, "test": their ranks}
     """
@@ -154,6 +164,7 @@ def rank_all_users(
         places = np.flatnonzero(groups[users] == group)
         if not len(places):
             continue
+        places = places[processes.rank :: processes.size]
         members = users[places]
         inputs = model.sasrec.item_inputs(encode(group)).detach()  # [num_items + 1, hidden]
         for name, histories, targets in (
@@ -162,4 +173,5 @@ def rank_all_users(
         ):
             states = last_states(model.sasrec, inputs, histories, members)
             ranks[name][places] = rank_targets(states, inputs, targets[members], histories, members)
-    return {"users": users, **ranks}
+    sums = {name: processes.sum_(torch.from_numpy(own).to(processes.device)).cpu().numpy() for name, own in ranks.items()}
+    return {"users": users, **sums}

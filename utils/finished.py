@@ -12,6 +12,7 @@ from utils.errors import PerPEFTError
 from utils.evaluation import last_states
 from utils.foundation import contents_fingerprint, needs_contents
 from utils.pipeline import FINGERPRINTS, Run, build_model, dataset_fingerprint, read_settings
+from utils.processes import Processes
 
 
 def finished_options(
@@ -84,7 +85,8 @@ def open_finished(
     """
     options, expected = finished_options(folder, train_dir, device, clip_model)
     dataset = finished_dataset(options, expected)
-    run = Run(options, dataset, *build_model(options, dataset), Path(folder), {})
+    alone = Processes(torch.device(options.device))
+    run = Run(options, dataset, *build_model(options, dataset), Path(folder), {}, alone)
     run.model.eval()
     return run
 

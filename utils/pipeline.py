@@ -20,18 +20,22 @@ from utils import reporting
 from utils.checkpoints import ResumeState, load_foreign_global, load_global, load_personalized, save_global, save_personalized
 from utils.data import Dataset, leave_last_out, read_dataset, read_true_groups, require_dataset
 from utils.demo import make_demo
-from utils.devices import autocast_for, choose_device, seed_everything
+from utils.devices import autocast_for, seed_everything
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource, encode_all_items, last_states, metrics_of, rank_all_users
 from utils.files import remove_leftovers
 from utils.foundation import EncoderKind, build_encoder, contents_fingerprint, needs_contents, trainable_counts
 from utils.grouping import kmeans_groups, random_groups
+from utils.parallel import ParallelTrainer
+from utils.processes import Processes, joined_processes
 from utils.sampling import Sampler, group_items
+from utils.trackers import NoTracker, open_tracker, require_tracker
 from utils.training import Trainer, best_row, train_stage
 
 # Options that may differ between the start of a run and its continuation: they change no figure.
 FREE_OPTIONS = {
     "device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "gradient_checkpointing", "debug",
+    "log_with",
 }  # fmt: skip
 # What is kept beside the options to know the data again, and what a difference means.
 FINGERPRINTS = {
@@ -40,7 +44,7 @@ FINGERPRINTS = {
 }
 RUN_FILES = (
     "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",
-    "groups.png", "figures",
+    "groups.png", "figures", "tensorboard", "wandb",
 )  # fmt: skip  # and summary.json
 
 
@@ -85,6 +89,7 @@ class Run:
         source: item inputs for the model's encoder.
         folder: the run folder.
         settings: all that the run's figures follow from, options and fingerprints, as they were when it was opened.
+        processes: those that train together. Every one calls every method; what is in `processes.first` the first one does.
     """
 
     def __init__(
@@ -95,8 +100,10 @@ class Run:
         source: ItemSource,
         folder: Path,
         settings: dict[str, Any],
+        processes: Processes,
     ):
         self.settings = settings
+        self.processes = processes
         self.options = options
         self.dataset = dataset
         self.model = model
@@ -108,7 +115,16 @@ class Run:
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._seconds: dict[str, float] = {}
         self._states: list[ResumeState] = []
+        self._tracker = NoTracker()
         self._ranks: dict[str, np.ndarray] = {}  # of the last evaluation
+
+    def open_tracker(self) -> None:
+        """Begin or go on to log epochs where `--log_with` says."""
+        self._tracker = open_tracker(self.options.log_with, self.folder, self.settings)
+
+    def close_tracker(self) -> None:
+        """Nothing is logged any more."""
+        self._tracker.finish()
 
     def saved(self) -> str | None:
         """How far what is on disk has come, in words; None where nothing is there to continue from."""
@@ -130,7 +146,7 @@ class Run:
 
     def _take_over_global(self) -> None:
         begun = time.monotonic()
-        if (self.folder / "global").is_dir():  # taken over before this run was broken off
+        if self.processes.first((self.folder / "global").is_dir):  # taken over before this run was broken off
             load_global(self.model, self.folder / "global")
         else:
             load_foreign_global(self.model, Path(self.options.init_from), self.options.peft_type, self.options.dataset)
@@ -138,7 +154,7 @@ class Run:
         row = {"stage": "global", "epoch": 0, "train_loss": math.nan, "seconds": time.monotonic() - begun, "skipped_steps": 0}
         self._rows["global"] = [row | metrics]
         self._keep_best("global", save_global)
-        self._report_epoch("global", 0)
+        self.processes.first(lambda: self._report_epoch("global", 0))
 
     def _all_items(self) -> np.ndarray:
         return np.arange(1, self.dataset.num_items + 1)
@@ -147,16 +163,20 @@ class Run:
         """Stage 2: users into C groups by the global model's last state over their train and valid purchases."""
         begun = time.monotonic()
         path = self.folder / "groups.csv"
-        if not path.is_file():
-            if self.options.grouping == "random":
-                groups = random_groups(self.dataset.num_users, self.options.C, self.options.trial)
-            else:
-                groups = kmeans_groups(self.user_vectors(), self.options.C, self.options.trial)
-            reporting.write_groups(path, self.dataset.user_ids, groups)
+        if not self.processes.first(path.is_file):
+            vectors = None if self.options.grouping == "random" else self.user_vectors()
+            self.processes.first(lambda: self._write_groups(path, vectors))
         self.groups = self._read_groups()
         self._seconds["grouping"] = time.monotonic() - begun
-        reporting.draw_groups(self.folder / "groups.png", self.group_sizes())
+        self.processes.first(lambda: reporting.draw_groups(self.folder / "groups.png", self.group_sizes()))
         print(f"groups of {', '.join(map(str, self.group_sizes()))} users{self._agreement_told()}", flush=True)
+
+    def _write_groups(self, path: Path, vectors: np.ndarray | None) -> None:
+        if vectors is None:
+            groups = random_groups(self.dataset.num_users, self.options.C, self.options.trial)
+        else:
+            groups = kmeans_groups(vectors, self.options.C, self.options.trial)
+        reporting.write_groups(path, self.dataset.user_ids, groups)
 
     def user_vectors(self) -> np.ndarray:
         """What users are grouped by: the global model's last state over their train and valid purchases, [users, hidden]."""
@@ -178,7 +198,11 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """Write summary.json, print the closing table, and clear away what only a continuation needs."""
+        return self.processes.first(self._report)
+
+    def _report(self) -> dict[str, Any]:
         self._write_metrics()  # a run that was killed after its last state, before its last report, comes here at once
+        self._tracker.log(self._rows["global"] + self._rows["personalized"])
         summary = self._summary()
         reporting.write_json(self.folder / "summary.json", summary)
         shutil.rmtree(self.folder / "resume", ignore_errors=True)
@@ -207,27 +231,32 @@ class Run:
 
     def encode(self, group: int) -> torch.Tensor:
         """All items' projected vectors as one group sees them, [num_items + 1, hidden]; the model is in eval mode."""
-        return encode_all_items(self.model, group, self.source, self.device, autocast=autocast_for(self.device))
+        autocast = autocast_for(self.device)
+        return encode_all_items(self.model, group, self.source, self.device, autocast=autocast, processes=self.processes)
 
     def evaluate(self) -> dict[str, float]:
         """Valid and test metrics of the present model, over all evaluated users, each in their own group."""
         self.model.eval()
-        self._ranks = rank_all_users(self.model, self.split, self.groups, self.encode)
+        self._ranks = rank_all_users(self.model, self.split, self.groups, self.encode, self.processes)
         return {
             f"{split}_{name}": value for split in ("valid", "test") for name, value in metrics_of(self._ranks[split]).items()
         }
 
     def _keep_best(self, stage: str, save_weights: Callable[[PerPEFT, Path], None]) -> None:
         """Keep the weights, and the ranks of the last evaluation, which were theirs."""
-        save_weights(self.model, self.folder / stage)
-        reporting.write_ranks(self.folder / f"{stage}_ranks.csv", self.dataset.user_ids, self._ranks)
+
+        def keep() -> None:
+            save_weights(self.model, self.folder / stage)
+            reporting.write_ranks(self.folder / f"{stage}_ranks.csv", self.dataset.user_ids, self._ranks)
+
+        self.processes.first(keep)
 
     def _train(
         self, stage: str, epochs: int, candidates: list[np.ndarray], save_weights: Callable[[PerPEFT, Path], None]
     ) -> None:
         options = self.options
         number = 1 if stage == "global" else 3
-        seed_everything(options.trial * 10 + number)
+        seed_everything(options.trial * 10 + number, self.processes.rank)  # the weights are there, and alike in all processes
         sampler = Sampler(
             self.split.train,
             self.dataset.num_items,
@@ -243,11 +272,11 @@ class Run:
 
         def report(rows: list[dict[str, Any]]) -> None:
             self._rows[stage] = rows
-            self._report_epoch(stage, epochs)
+            self.processes.first(lambda: self._report_epoch(stage, epochs))
 
         self._rows[stage] = train_stage(
             stage,
-            Trainer(self.model, options.lr, options.wdecay, options.l2_emb, self.device),
+            self._trainer(),
             sampler,
             self.source,
             epochs,
@@ -256,7 +285,13 @@ class Run:
             report,
             state,
             options.save_every,
+            self.processes,
         )
+
+    def _trainer(self) -> Trainer:
+        options = self.options
+        arguments = (self.model, options.lr, options.wdecay, options.l2_emb, self.device)
+        return Trainer(*arguments) if self.processes.size == 1 else ParallelTrainer(*arguments, self.processes)
 
     def _write_metrics(self) -> None:
         rows = self._rows["global"] + self._rows["personalized"]
@@ -265,6 +300,7 @@ class Run:
 
     def _report_epoch(self, stage: str, epochs: int) -> None:
         self._write_metrics()
+        self._tracker.log(self._rows["global"] + self._rows["personalized"])
         row = self._rows[stage][-1]
         mark = " (best so far)" if best_row(self._rows[stage]) is row else ""
         skipped = f", {row['skipped_steps']} steps skipped for fp16 overflow" if row["skipped_steps"] else ""
@@ -282,6 +318,7 @@ class Run:
             "config": {name: value for name, value in self.settings.items() if name not in FINGERPRINTS},
             "versions": reporting.versions(),
             "device": str(self.device),
+            **({"processes": self.processes.size} if self.processes.size > 1 else {}),
             "dataset": {**self.dataset.counts(), "evaluated_users": len(self.split.evaluated_users)},
             **{name: self.settings[name] for name in FINGERPRINTS},
             **({"group_sizes": self.group_sizes()} if self._rows["personalized"] else {}),
@@ -397,6 +434,12 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     return summary.is_file()
 
 
+def _tell_finished(folder: Path) -> None:
+    shutil.rmtree(folder / "resume", ignore_errors=True)  # left by a run that was killed right after its summary
+    print(f"{folder} is finished; --restart trains it anew")
+    print_results(json.loads((folder / "summary.json").read_text(encoding="utf-8")), folder)
+
+
 def _has_state(folder: Path) -> bool:
     resume = folder / "resume"
     return (resume / "config.json").is_file() and any(resume.glob("*.pt"))
@@ -414,7 +457,8 @@ def _begin_or_continue(folder: Path, settings: dict[str, Any], restart: bool) ->
 
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
-    """Read the data, build the model, and open or create the run folder, which is locked meanwhile.
+    """Join the other processes if there are any, read the data, build the model, and open or create the run folder, which is
+    locked meanwhile.
 
     Args:
         options: as parsed by `utils.cli`.
@@ -423,9 +467,16 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     Raises:
         PerPEFTError: bad data, missing weights, a folder of other settings or one that another process trains in.
     """
+    require_tracker(options.log_with)
     if options.dataset != "demo":
         require_dataset(options.train_dir, options.dataset)
-    options.device = choose_device(options.device)
+    with joined_processes(options.device) as processes, _opened_run(options, processes) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _opened_run(options: argparse.Namespace, processes: Processes) -> Iterator[Run | None]:
+    options.device = str(processes.device)
     if options.dataset == "demo":
         make_demo(options.train_dir)
     contents = needs_contents(options.peft_type, options.train_dir, options.dataset)
@@ -433,25 +484,29 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     folder = Path(options.output_dir) / run_name(options)
     # By way of JSON, as it will be compared with what lies in a file.
     settings = json.loads(json.dumps({**fixed_options(options), **fingerprints(options, dataset)}))
-    with contextlib.nullcontext() if options.inference_only else _made_and_locked(folder):  # inference writes nothing
+    with contextlib.ExitStack() as stack:
+        if not options.inference_only:  # which writes nothing
+            processes.first(lambda: stack.enter_context(_made_and_locked(folder)))
         restart = options.restart and not options.inference_only
-        finished = not restart and _is_finished(folder, settings)
+        finished = processes.first(lambda: not restart and _is_finished(folder, settings))
         if options.inference_only and not finished:
             raise PerPEFTError(f"{folder} holds no finished run; train it first by the same command without --inference_only")
         if finished and not options.inference_only:
-            shutil.rmtree(folder / "resume", ignore_errors=True)  # left by a run that was killed right after its summary
-            print(f"{folder} is finished; --restart trains it anew")
-            print_results(json.loads((folder / "summary.json").read_text(encoding="utf-8")), folder)
+            processes.first(lambda: _tell_finished(folder))
             yield None
             return
-        run = Run(options, dataset, *build_model(options, dataset), folder, settings)
+        run = Run(options, dataset, *build_model(options, dataset), folder, settings, processes)
+        processes.wait()
         if not options.inference_only:  # only now, when all is there that training takes, may a restart throw anything away
-            _begin_or_continue(folder, settings, restart)
+            processes.first(lambda: _begin_or_continue(folder, settings, restart))
+            processes.first(run.open_tracker)
         try:
             yield run
         except BaseException as error:
             error.saved = run.saved()  # for the last words of `utils.cli.run_main`
             raise
+        finally:
+            run.close_tracker()
 
 
 def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT, ItemSource]:

@@ -15,6 +15,7 @@ class Batch:
         group: whose adapter and projector are trained.
         items: the distinct items of the batch, [rows]; row 0 is the padding item 0.
         seq, positives, negatives: rows of `items`, 0 at padding, [batch, time] each.
+        whole: the batch that this is a part of, if it is one.
     """
 
     group: int
@@ -22,6 +23,16 @@ class Batch:
     seq: np.ndarray
     positives: np.ndarray
     negatives: np.ndarray
+    whole: "Batch | None" = None
+
+    def part(self, rank: int, size: int) -> "Batch":
+        """Every `size`-th user from number `rank` on, with these users' own items; no user where there are too few."""
+        rows, local = np.unique(
+            np.concatenate([[0], *(table[rank::size].ravel() for table in (self.seq, self.positives, self.negatives))]),
+            return_inverse=True,
+        )  # rows of this batch's items; row 0 stays the padding item's
+        seq, positives, negatives = local[1:].reshape(3, -1, self.seq.shape[1])
+        return Batch(self.group, self.items[rows], seq, positives, negatives, whole=self)
 
 
 class PurchaseIndex:

@@ -16,6 +16,7 @@ from utils.checkpoints import ResumeState
 from utils.devices import autocast_for, has_fused_adamw, is_out_of_memory
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
+from utils.processes import Processes
 from utils.sampling import Batch, Sampler
 
 SELECTION_METRIC = "valid_NDCG@20"
@@ -23,16 +24,19 @@ STEPS_BETWEEN_READS = {"cpu": 1}  # how often the loss is read; on a GPU every r
 DEFAULT_STEPS_BETWEEN_READS = 50
 
 
-def transition_loss(positive_logits: torch.Tensor, negative_logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def transition_loss(
+    positive_logits: torch.Tensor, negative_logits: torch.Tensor, real: torch.Tensor, count: int | None = None
+) -> torch.Tensor:
     """Binary cross-entropy of positives (1) plus that of negatives (0), each a mean over real positions.
 
     Args:
         positive_logits, negative_logits: [batch, time]
         real: 1 where the history has an item, 0 at padding, [batch, time]
+        count: what the sum is divided by in place of the number of real positions, for a part of a batch.
     """
     # -log(sigmoid(x)) = softplus(-x), -log(1 - sigmoid(x)) = softplus(x)
     terms = F.softplus(-positive_logits.float()) + F.softplus(negative_logits.float())  # [batch, time]
-    return (terms * real).sum() / real.sum()
+    return (terms * real).sum() / (real.sum() if count is None else count)
 
 
 class ItemTableGradient:
@@ -111,6 +115,10 @@ class Trainer:
         ]
         return bool(torch.nn.utils.get_total_norm(tensors, math.inf).isfinite())
 
+    def part(self, batch: Batch) -> Batch:
+        """What this process takes of a batch: all."""
+        return batch
+
     def loss(self, batch: Batch, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The loss of one batch.
 
@@ -118,6 +126,12 @@ class Trainer:
             batch: from the sampler.
             inputs: what the encoder takes of items `batch.items[1:]`.
         """
+        return transition_loss(*self.logits(batch, inputs)) + self._item_table.penalty()
+
+    def logits(
+        self, batch: Batch, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of positives and of negatives, and 1 where the history has an item, [batch, time] each."""
         model = self.model
         seq, positives, negatives, items = (
             torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -126,8 +140,7 @@ class Trainer:
         with self._autocast():
             item_vectors = model.item_vectors(batch.group, inputs)  # [rows, hidden]
             positive_logits, negative_logits = model.sasrec(seq, positives, negatives, item_vectors, items)
-        loss = transition_loss(positive_logits, negative_logits, (seq != 0).float())
-        return loss + self._item_table.penalty()
+        return positive_logits, negative_logits, (seq != 0).float()
 
     def update(self, loss: torch.Tensor) -> None:
         """Backward pass and one step of both optimizers."""
@@ -156,8 +169,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "skipped_steps": self.skipped_steps,
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            **self.random_states(),
         }
 
     @torch.no_grad()
@@ -172,9 +184,26 @@ class Trainer:
         if state["scaler"]:  # empty where the state comes from a device without a scaler
             self.scaler.load_state_dict(state["scaler"])
         self._skipped_steps = state["skipped_steps"]
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda" and state["cuda_random"] is not None:
-            torch.cuda.set_rng_state(state["cuda_random"], self.device)
+        self.load_random_states(state)
+
+    def random_states(self) -> dict[str, Any]:
+        """Torch's random states, on the CPU and where the model lies."""
+        return {
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_random_states(self, states: dict[str, Any]) -> None:
+        """Continue from what `random_states` gave."""
+        self._tell_of_other_number(1 + len(states.get("others", [])), 1)
+        torch.set_rng_state(states["random"])
+        if self.device.type == "cuda" and states["cuda_random"] is not None:
+            torch.cuda.set_rng_state(states["cuda_random"], self.device)
+
+    @staticmethod
+    def _tell_of_other_number(then: int, now: int) -> None:
+        if then != now:
+            print(f"number of processes: {then} before, {now} now; dropout is drawn differently from here on", flush=True)
 
 
 @contextlib.contextmanager
@@ -199,6 +228,15 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
     if requests:
         raise KeyboardInterrupt(requests[0])
+
+
+def _signal_to_heed(requests: list[int], processes: Processes, step: int) -> int:
+    """A signal that this process was sent, or any other: all look after the same steps, and so stop after the same one."""
+    own = requests[0] if requests else 0
+    if processes.size == 1:
+        return own
+    interval = STEPS_BETWEEN_READS.get(processes.device.type, DEFAULT_STEPS_BETWEEN_READS)
+    return 0 if step % interval else processes.signal_of_any(own)
 
 
 class _LossLog:
@@ -272,6 +310,7 @@ def train_stage(
     report: Callable[[list[dict[str, Any]]], None],
     resume: ResumeState,
     save_every: int,
+    processes: Processes,
 ) -> list[dict[str, Any]]:
     """Train for some epochs, evaluating after each; continue where `resume` left off.
 
@@ -284,6 +323,7 @@ def train_stage(
         report: called with the rows of all finished epochs.
         resume: where the state is kept; saved after every epoch and every `save_every` steps.
         save_every: steps between saves.
+        processes: those that train together; all come here, and the first one saves.
     Returns:
         a row an epoch: stage, epoch, train_loss, seconds, metrics, and skipped_steps, those that fp16 overflowed in.
     Raises:
@@ -295,31 +335,39 @@ def train_stage(
     rows, epoch, step = state["rows"], state["epoch"], state["step"]
 
     def save(**position: Any) -> None:
-        resume.save({**position, "rows": rows, "trainer": trainer.state_dict()})
+        present = {**position, "rows": rows, "trainer": trainer.state_dict()}  # in all processes: parts of it are gathered
+        processes.first(lambda: resume.save(present))
 
     while epoch <= epochs:
         begun = time.monotonic() - state["seconds"]
         log = _LossLog(f"{stage} epoch {epoch}", device, state["loss"])
         model.train()
+        signal_number, encoded = 0, 0
         bar = tqdm(total=sampler.num_batches, initial=step, desc=f"{stage} {epoch}/{epochs}", unit="step", disable=None)
         with bar, stop_requests() as requests:
             while step < sampler.num_batches:
                 batch = sampler.batch(epoch, step)
-                loss = trainer.loss(batch, source.fetch(batch.items[1:], device))
+                part = trainer.part(batch)
+                loss = trainer.loss(part, source.fetch(part.items[1:], device))
                 step += 1
                 log.add(step, batch, loss)  # on CPU this stops at a bad loss before the weights take it in
                 trainer.update(loss)
                 bar.update()
+                encoded += len(batch.items) - 1
                 if not step % 20 and not bar.disable:
-                    bar.set_postfix(loss=f"{log.total / step:.4f}", refresh=False)
-                stopping = bool(requests)  # looked at once: a request that comes from here on is for the next step
-                if stopping or not step % save_every or step == sampler.num_batches:
+                    rate = encoded / bar.format_dict["elapsed"]
+                    bar.set_postfix_str(f"loss {log.total / step:.4f}, {rate:.0f} items/s", refresh=False)
+                # looked at once: a request that comes from here on is for the next step
+                signal_number = _signal_to_heed(requests, processes, step)
+                if signal_number or not step % save_every or step == sampler.num_batches:
                     log.read()  # whatever the device, no state is saved after a bad loss
                     if not trainer.is_finite():
                         raise _not_finite("weights have become infinite or NaN", f"{stage} epoch {epoch}", step, batch)
                     save(epoch=epoch, step=step, loss=log.total, seconds=time.monotonic() - begun)
-                if stopping:
+                if signal_number:
                     break
+        if signal_number:  # another process's: one of this process's own has been raised at the end of the block
+            raise KeyboardInterrupt(signal_number)
         model.eval()
         metrics = evaluate()
         if not all(np.isfinite(value) for value in metrics.values()):
