@@ -84,9 +84,12 @@ def open_finished(
         PerPEFTError: the run is not finished, or its data or CLIP is missing or has changed.
     """
     options, expected = finished_options(folder, train_dir, device, clip_model)
-    dataset = finished_dataset(options, expected)
-    alone = Processes(torch.device(options.device))
-    run = Run(options, dataset, *build_model(options, dataset), Path(folder), {}, alone)
+    return rebuilt_run(options, finished_dataset(options, expected), Path(folder))
+
+
+def rebuilt_run(options: argparse.Namespace, dataset: Dataset, folder: Path) -> Run:
+    """A run as `open_finished` gives it, with its data read already."""
+    run = Run(options, dataset, *build_model(options, dataset), folder, {}, Processes(torch.device(options.device)))
     run.model.eval()
     return run
 

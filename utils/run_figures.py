@@ -11,8 +11,8 @@ from sklearn.decomposition import PCA
 
 from utils import reporting
 from utils.data import Dataset, Histories
-from utils.finished import finished_dataset, finished_options, grouping_vectors, has_groups, item_table
-from utils.pipeline import Run, build_model
+from utils.finished import finished_dataset, finished_options, grouping_vectors, has_groups, item_table, rebuilt_run
+from utils.pipeline import Run
 from utils.sheets import SheetRow, draw_sheet, item_tile, save_figure
 
 TYPICAL_ITEMS = 6
@@ -219,8 +219,7 @@ def plot_run(folder: Path, train_dir: str, device: str | None, clip_model: str |
     if not has_groups(options):
         return f"{figures / 'curves.png'}\nThe method '{options.method}' has no groups, so there is nothing more to draw."
     dataset = finished_dataset(options, expected)
-    run = Run(options, dataset, *build_model(options, dataset), folder, {})
-    run.model.eval()
+    run = rebuilt_run(options, dataset, folder)
     run.load_global()
     vectors = grouping_vectors(run, item_table(run, 0))
     run.load_personalized()
