@@ -2,26 +2,15 @@
 import argparse
 from pathlib import Path
 
+import perpeft_iisan
+import perpeft_lora_ia3
 from utils.cli import HelpFormatter, number, run_main
 from utils.errors import PerPEFTError
 from utils.processes import launched_size
-from utils.reproduction import PEFT_TYPES, TABLES, PlannedRun, estimated_seconds, plan_runs
-from utils.tables import blocks_of, markdown, write_tables
+from utils.reproduction import PEFT_TYPES, TABLES, plan_runs, told_plan
+from utils.tables import finished_blocks, markdown, write_tables
 
-
-def told_plan(runs: list[PlannedRun]) -> str:
-    """A line a run, and what is left."""
-    lines, total, unknown = [], 0.0, 0
-    for run in runs:
-        done = run.summary() is not None
-        seconds = run.seconds() if done else estimated_seconds(run, runs)
-        if not done:
-            total, unknown = total + (seconds or 0), unknown + (seconds is None)
-        told = "?" if seconds is None else f"{seconds / 60:.1f} min"
-        lines.append(f"{'done' if done else 'to do':<6}{told:>10}  {run.command()}")
-    left = sum(line.startswith("to do") for line in lines)
-    more = f", and {unknown} runs of which nothing alike is finished" if unknown else ""
-    return "\n".join([*lines, f"{left} of {len(runs)} runs to do, about {total / 60:.0f} min{more}"])
+MAINS = {"perpeft_lora_ia3.py": perpeft_lora_ia3.main, "perpeft_iisan.py": perpeft_iisan.main}
 
 
 def main() -> None:
@@ -42,15 +31,15 @@ def main() -> None:
     options, passed_on = parser.parse_known_args()
     if launched_size() > 1:
         raise PerPEFTError("the tables are made by one process; start this without a launcher")
-    tables, peft_types = sorted(set(options.tables)), list(dict.fromkeys(options.peft))
-    runs = plan_runs(options.dataset, tables, peft_types, options.trials, passed_on)
+    runs = plan_runs(options.dataset, sorted(set(options.tables)), list(dict.fromkeys(options.peft)), options.trials, passed_on)
     print(told_plan(runs), flush=True)
     if options.dry_run:
         return
     for place, run in enumerate(runs, 1):
         print(f"\n[{place}/{len(runs)}] {run.command()}", flush=True)
-        run.script(list(run.arguments))
-        blocks = blocks_of(runs, tables, peft_types, options.dataset)
+        if run.summary() is None:
+            MAINS[run.script](list(run.arguments))
+        blocks = finished_blocks(options.dataset, options.trials, passed_on)
         write_tables(options.tables_dir, options.dataset, blocks, options.trials)
     print(f"\n{markdown(options.dataset, blocks, options.trials)}\n{options.tables_dir}/{options.dataset}.md, .csv, .tex")
 

@@ -283,3 +283,15 @@ def test_unfinished_run_and_damaged_adapter_are_refused(copied_run, tiny_dataset
     (copied_run.folder / "summary.json").unlink()
     with pytest.raises(PerPEFTError, match="holds no finished run"):
         explain_item(copied_run.folder, "1", tiny_dataset.train_dir, "cpu")
+
+
+def test_damaged_ranks_are_told(copied_run, tiny_dataset):
+    (copied_run.folder / "personalized_ranks.csv").write_text("user,valid_rank,test_rank\n2,1\n")
+    with pytest.raises(PerPEFTError, match="personalized_ranks.csv cannot be read"):
+        run_on_folder(plot_run, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
+
+
+def test_the_map_of_vectors_one_number_wide_is_a_line(tmp_path):
+    vectors = np.linspace(0, 1, 12)[:, None].astype(np.float32)
+    draw_map(tmp_path / "map.png", vectors, np.arange(12) % 3, 3)
+    assert Image.open(tmp_path / "map.png").format == "PNG"

@@ -221,6 +221,18 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
     assert torch.equal(image_states, computed.content[0]) and torch.equal(text_states, computed.content[1])
 
 
-def test_a_clip_folder_may_be_named_in_any_way(copied, tiny_clip, monkeypatch):
+def test_a_clip_is_known_again_by_its_files_wherever_they_lie(copied, tiny_clip, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_clip.parent)
     assert HiddenStateStore.open(copied.dataset, None, tiny_clip.name).num_items == NUM_ITEMS
+    moved = shutil.copytree(tiny_clip, tmp_path / "moved")
+    assert HiddenStateStore.open(copied.dataset, None, str(moved)).num_items == NUM_ITEMS
+    (moved / "config.json").write_text("{}")  # another one now
+    with pytest.raises(PerPEFTError, match="was computed by CLIP"):
+        HiddenStateStore.open(copied.dataset, None, str(moved))
+
+
+def test_a_note_of_a_clip_from_the_hub_goes_by_its_name(copied):
+    copied.path.with_suffix(".json").write_text(json.dumps({"clip_model": "openai/clip-vit-base-patch32", "clip_files": None}))
+    assert HiddenStateStore.open(copied.dataset, None, "openai/clip-vit-base-patch32").num_items == NUM_ITEMS
+    with pytest.raises(PerPEFTError, match="not 'openai/clip-vit-large-patch14'"):
+        HiddenStateStore.open(copied.dataset, None, "openai/clip-vit-large-patch14")

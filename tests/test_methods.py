@@ -1,6 +1,7 @@
 """The methods and ablations of the paper's Tables 2 and 3: every flag does what it says, and nothing that it does not say."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 import perpeft_iisan
 from models import IISAN, ClipPeftEncoder
 from models.clip_peft import ia3_config, lora_config
-from tests.conftest import NUM_ITEMS, run_script, tiny_arguments, tiny_options
+from tests.conftest import NUM_ITEMS, run_script, tiny_arguments, tiny_options, write_dataset
 from tests.test_pipeline import read_csv, rows_of, without_seconds
 from utils import pipeline
 from utils.cli import parse_options
@@ -353,3 +354,26 @@ def test_init_from_nothing_several_or_another_shape_is_one_clear_error(tiny_run,
 def test_defaults_are_the_papers_method():
     options = parse_options("", ("lora", "ia3"), ["--dataset", "arts"])
     assert (options.method, options.modality, options.negatives, options.grouping) == ("perpeft", "both", "group", "kmeans")
+
+
+def test_a_source_that_cannot_be_used_costs_nothing_that_is_there(copied_run, tiny_run, tmp_path):
+    before = sorted(path.relative_to(copied_run.folder) for path in copied_run.folder.rglob("*"))
+    for source, told in ((tmp_path / "absent", "neither a run folder"), (copied_run.folder, "this run's own folder")):
+        with pytest.raises(PerPEFTError, match=told):
+            run_script([*copied_run.arguments, "--init_from", str(source), "--restart"])
+    with pytest.raises(PerPEFTError, match="this run's own folder"):
+        run_script([*copied_run.arguments, "--init_from", str(copied_run.folder / "global"), "--restart"])
+    assert sorted(path.relative_to(copied_run.folder) for path in copied_run.folder.rglob("*")) == before
+    shutil.copytree(tiny_run.folder, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "resume").mkdir()
+    with pytest.raises(PerPEFTError, match="has not ended"):
+        run_script([*copied_run.arguments, "--init_from", str(tmp_path / "unfinished"), "--restart"])
+
+
+def test_only_groups_need_as_many_users_as_groups(tmp_path, tiny_clip):
+    histories = {user: [1 + (user + step) % 6 for step in range(5)] for user in range(1, 5)}
+    folder = write_dataset(tmp_path / "dataset", "few", histories, [f"lamp {item}" for item in range(1, 7)])
+    few = SimpleNamespace(name="few", train_dir=folder)
+    run_script(tiny_arguments(few, tiny_clip, tmp_path / "runs", method="none", C=8, global_epochs=1, num_epochs=1))
+    with pytest.raises(PerPEFTError, match="8 groups"):
+        run_script(tiny_arguments(few, tiny_clip, tmp_path / "runs", C=8))

@@ -122,3 +122,17 @@ def test_missing_files(shop, tmp_path, monkeypatch, capsys):
 ])  # fmt: skip
 def test_times(text, time):
     assert _read_time(text) == time
+
+
+def test_a_restart_that_fails_keeps_the_old_data_set_and_one_that_works_its_hidden_states_not(shop, tmp_path):
+    assert shop(BUYS, ITEMS, "--core", 3) == 0
+    final, states = tmp_path / "data" / "mine_final.txt", tmp_path / "data" / "mine_preX.pt"
+    before = final.read_text()
+    states.write_text("of these titles and pictures")
+    (tmp_path / "shop" / "img" / "none.png").write_text("no picture")
+    lost = "item,title,image\n" + "".join(f"new {item},New,img/none.png\n" for item in ORDER)
+    buys = BUYS.replace("lamp", "new lamp").replace("mug", "new mug").replace("chair", "new chair")
+    assert shop(buys, lost, "--core", 3, "--restart") == 2
+    assert final.read_text() == before and states.exists()
+    assert shop(BUYS, ITEMS.replace("Mug", "Cup"), "--core", 3, "--restart") == 0
+    assert final.exists() and not states.exists()

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from models import SASRec
 from scripts import export_vectors, plot_run, recommend
-from tests.conftest import NUM_ITEMS, run_on_folder, write_dataset
+from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments, write_dataset
 from tests.test_pipeline import ROOT, read_csv, tree
 from utils.errors import PerPEFTError
 from utils.finished import open_finished
@@ -338,3 +338,11 @@ def test_mistake_ends_the_script_with_exit_code_2_and_one_line(tiny_run, tiny_da
     assert found.returncode == 2
     errors = found.stderr[found.stderr.index("error:") :].splitlines()  # before it, data sets tell what is worth knowing
     assert errors == ["error: user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"]
+
+
+def test_random_groups_have_no_nearest_centre(tiny_dataset, tiny_clip, tmp_path):
+    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, grouping="random", global_epochs=1, num_epochs=1))
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(PerPEFTError, match="groups are random"):
+        run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--history", "B001")
+    run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--user", 8)

@@ -186,3 +186,11 @@ def test_damaged_note_is_told_with_the_way_out(arguments, tmp_path):
     (tmp_path / RUN / "resume" / "tensorboard.json").write_text("{")
     with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):
         run_script(arguments("tensorboard"))
+
+
+def test_a_folder_of_the_packages_name_is_no_package(arguments, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere" / "wandb").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(PerPEFTError, match="--log_with wandb needs .* not installed"):
+        run_script(arguments("wandb"))

@@ -1,5 +1,7 @@
 """The loss and one training step against the same written out plainly with autograd and unfused optimizers."""
 import copy
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 
 from models import IISAN, IISANEncoder, MMProjector, PerPEFT, SASRec
+from utils import training
 from utils.data import Histories
 from utils.sampling import Sampler
 from utils.training import ItemTableGradient, Trainer, transition_loss
@@ -92,3 +95,16 @@ def test_steps_equal_plain_adamw_over_the_whole_model():
     expected = plain.state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_loss_shown_is_that_of_the_losses_read():
+    """On a GPU they are read now and then only."""
+    log = training._LossLog("epoch", torch.device("meta"), total=6.0, steps=2)
+    assert log.mean_so_far() == 3
+    batch = SimpleNamespace(group=0, items=np.array([0, 1]))
+    for step in range(49):
+        log.add(step, batch, torch.tensor(1.0))
+    assert log.mean_so_far() == 3
+    log.add(49, batch, torch.tensor(1.0))
+    assert log.mean_so_far() == pytest.approx((6 + 50) / 52)
+    assert math.isnan(training._LossLog("epoch", torch.device("meta"), total=0.0, steps=0).mean_so_far())

@@ -91,6 +91,8 @@ def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: st
         PerPEFTError: nothing there, several there, or weights of a model of another shape.
     """
     own = [folder for folder in (where / "global", where) if (folder / "sasrec.pth").is_file()]
+    if (where / "resume").is_dir():
+        raise PerPEFTError(f"--init_from {where} is a run that has not ended; let it end first, by the command that began it")
     if own:
         load_global(model, own[0])
         return

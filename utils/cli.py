@@ -154,7 +154,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     """Parse a training script's command line and fill in what depends on the data set.
 
     Learning rate and weight decay come from perpeft_hyperparameter.pickle where they are not given, and 1e-4 where it has
-    no entry. `--dataset demo` is made on first use and brings its own CLIP.
+    no entry, as for methods without an adapter. `--dataset demo` is made on first use and brings its own CLIP.
     """
     parser = build_parser(description, peft_types)
     options = parser.parse_args(arguments)
@@ -163,6 +163,9 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     if not is_dataset_name(options.dataset):
         parser.error(f"--dataset {options.dataset}: a name is wanted, not a path; its folder goes into --train_dir")
     is_demo = options.dataset == "demo"
+    options.C = options.C or (4 if is_demo else 8)
+    options.clip_model = options.clip_model or ("demo" if is_demo else DEFAULT_CLIP)
+    _settle_method(parser, options)
     known = demo_hyperparameters(options.peft_type) if is_demo else read_hyperparameters(options.dataset, options.peft_type)
     source = "the demo's" if is_demo else "perpeft_hyperparameter.pickle" if known else "default"
     origins = []
@@ -175,9 +178,6 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
                 parser.error(f"perpeft_hyperparameter.pickle's {name} for {options.dataset} and {options.peft_type}: {error}")
         origins.append(f"{name} {getattr(options, name):g} ({'given' if given else source})")
     print(", ".join(origins), flush=True)
-    options.C = options.C or (4 if is_demo else 8)
-    options.clip_model = options.clip_model or ("demo" if is_demo else DEFAULT_CLIP)
-    _settle_method(parser, options)
     return options
 
 

@@ -129,12 +129,15 @@ def rank_targets(
     return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
 
 
+def ndcg_at(k: int, ranks: np.ndarray) -> np.ndarray:
+    """Each user's NDCG@k, 1 / log2(rank + 2) if rank < k, else 0, of ranks from 0, [users]."""
+    return 1 / np.log2(ranks + 2.0) * (ranks < k)
+
+
 def metrics_of(ranks: np.ndarray) -> dict[str, float]:
-    """HR@K and NDCG@K for K of CUTOFFS, means over users: HR = rank < K, NDCG = 1 / log2(rank + 2) if rank < K."""
-    hits = {k: ranks < k for k in CUTOFFS}
-    gains = 1 / np.log2(ranks + 2.0)
-    return {f"HR@{k}": float(hits[k].mean()) for k in CUTOFFS} | {
-        f"NDCG@{k}": float((gains * hits[k]).mean()) for k in CUTOFFS
+    """HR@K (the share of ranks below K) and NDCG@K for K of CUTOFFS, means over users."""
+    return {f"HR@{k}": float((ranks < k).mean()) for k in CUTOFFS} | {
+        f"NDCG@{k}": float(ndcg_at(k, ranks).mean()) for k in CUTOFFS
     }
 
 

@@ -9,7 +9,7 @@ from utils.data import Histories
 from utils.errors import PerPEFTError
 from utils.evaluation import last_states
 from utils.files import folder_written_atomically
-from utils.finished import has_groups, item_table
+from utils.finished import has_groups
 from utils.pipeline import Run
 
 HISTORIES = ("all", "train_and_valid")
@@ -45,7 +45,7 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
     bought = dataset.histories if histories == "all" else run.split.train_and_valid
     with folder_written_atomically(folder) as temporary:
         run.load_global()
-        table = item_table(run, 0)
+        table = run.item_inputs(0)
         _save_items(temporary / "items_global.npy", table)
         if has_groups(run.options):
             run.load_personalized()
@@ -62,7 +62,7 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
 def _save_groups(run: Run, folder: Path, bought: Histories) -> np.ndarray:
     users = np.zeros((run.dataset.num_users, run.options.hidden_units), dtype=np.float32)
     for group in range(run.options.C):
-        table = item_table(run, group)
+        table = run.item_inputs(group)
         _save_items(folder / f"items_group_{group}.npy", table)
         members = np.flatnonzero(run.groups == group)
         users[members] = _user_vectors(run, table, bought, members)

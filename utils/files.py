@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, whatever happens on the way."""
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -113,6 +114,15 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was killed while writing left in `folder`; nobody else may be writing there."""
     for leftover in [path for path in folder.glob(".*") if path.suffix in (TEMPORARY, OLD)]:
         _settle(folder / leftover.stem.removeprefix("."))
+
+
+def add_model_files(digest: "hashlib._Hash", folder: str | Path) -> None:
+    """Let a hash take in a model folder's settings and weights, by which it is known again wherever it lies."""
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
+            with path.open("rb") as file:
+                for block in iter(lambda: file.read(2**20), b""):
+                    digest.update(block)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,8 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
     folder, name = Path(options.train_dir), options.dataset
     needed = needs_contents(options.peft_type, folder, name)
     at_hand = (folder / f"{name}_texts_final.pickle").is_file() and (folder / f"{name}_images").is_dir()
-    dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", options.C)
+    least_users = options.C if has_groups(options) else 1
+    dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", least_users)
     if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
         raise _other_data(name, "dataset_fingerprint", "")
     clip = options.clip_model
@@ -97,17 +98,6 @@ def rebuilt_run(options: argparse.Namespace, dataset: Dataset, folder: Path) -> 
 def has_groups(options: argparse.Namespace) -> bool:
     """Whether a run has groups: the methods that PerPEFT is compared with have none."""
     return options.method == "perpeft"
-
-
-def item_table(run: Run, group: int) -> torch.Tensor:
-    """The e_i of all items as one group of the present model sees them, [num_items + 1, hidden]; row 0 is the padding item."""
-    return run.model.sasrec.item_inputs(run.encode(group)).detach()
-
-
-def grouping_vectors(run: Run, global_table: torch.Tensor) -> np.ndarray:
-    """What `Run.user_vectors` gives, from the global model's items encoded already, [users, hidden]."""
-    everyone = np.arange(run.dataset.num_users)
-    return last_states(run.model.sasrec, global_table, run.split.train_and_valid, everyone).cpu().numpy()
 
 
 def state_after(run: Run, table: torch.Tensor, history: np.ndarray) -> torch.Tensor:

@@ -13,7 +13,7 @@ from models.clip_peft import ia3_config, lora_config
 from utils.data import Dataset
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
-from utils.files import made_by_one
+from utils.files import add_model_files, made_by_one
 from utils.frozen_features import FeatureStore, compute_features
 from utils.hidden_states import HiddenStateStore, compute_hidden_states, save_hidden_states, states_path
 from utils.items import PictureTitleStore, picture_status
@@ -146,11 +146,8 @@ def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | Non
     for title, path in zip(dataset.titles, dataset.image_paths):
         status = picture_status(path)
         digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
-    for path in sorted(Path(clip_model).iterdir()) if clip_model and Path(clip_model).is_dir() else []:
-        if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
-            with path.open("rb") as file:
-                for block in iter(lambda: file.read(2**20), b""):
-                    digest.update(block)
+    if clip_model and Path(clip_model).is_dir():
+        add_model_files(digest, clip_model)
     return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""CLIP's features of all items, computed once without an adapter and kept in memory: the frozen baseline's item source."""
+"""CLIP's features of all items, computed at every start and kept in memory: what the frozen baseline reads."""
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -1,4 +1,5 @@
 """CLIP's cached hidden states for IISAN: computed once, kept in `{name}_preX.pt`, read by item number."""
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 from models.clip_peft import channel_statistics
 from utils.data import Dataset, Problems
 from utils.errors import PerPEFTError
-from utils.files import save_tensors, write_atomically, write_text_atomically
+from utils.files import add_model_files, save_tensors, write_atomically, write_text_atomically
 from utils.items import DEVICE_SHARE, PictureTitleStore
 from utils.safe_pickle import refuse_damaged_tensors
 
@@ -104,7 +105,8 @@ def save_hidden_states(
         PerPEFTError: no room or right to write there.
     """
     try:
-        write_text_atomically(path.with_suffix(".json"), json.dumps({"clip_model": clip_name}) + "\n")
+        note = {"clip_model": clip_name, "clip_files": _files_hash(clip_name)}
+        write_text_atomically(path.with_suffix(".json"), json.dumps(note) + "\n")
         write_atomically(path, lambda temporary: save_tensors((image_states, text_states, list(raw_ids)), temporary))
     except OSError as error:
         raise PerPEFTError(f"the hidden states {path} cannot be written ({error}); make room or choose another folder") from error
@@ -142,12 +144,28 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
     return image_states.detach(), text_states.detach(), list(ids)
 
 
-def _made_by(note: Path) -> str:
-    """Which CLIP the states beside a note come from."""
+def _files_hash(clip_name: str) -> str | None:
+    """What a CLIP's folder is known by; None for a name on the hub."""
+    if not Path(clip_name).is_dir():
+        return None
+    digest = hashlib.sha256()
+    add_model_files(digest, clip_name)
+    return digest.hexdigest()[:16]
+
+
+def _refuse_other_clip(note: Path, clip_name: str) -> None:
+    """Raise a PerPEFTError unless the states beside a note come from this CLIP, whatever its folder is called now."""
     try:
-        return str(json.loads(note.read_text(encoding="utf-8"))["clip_model"])[:200]
-    except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+        content = json.loads(note.read_text(encoding="utf-8"))
+        made_by, files = str(content["clip_model"])[:200], content.get("clip_files")
+    except (AttributeError, ValueError, LookupError, TypeError, RecursionError, OSError) as error:
         raise PerPEFTError(f"{note} does not say which CLIP made the states beside it; delete both and start again") from error
+    own = _files_hash(clip_name)
+    if files != own if files and own else made_by != clip_name:
+        raise PerPEFTError(
+            f"{note.with_suffix('.pt')} was computed by CLIP '{made_by}', not '{clip_name}'; pass --clip_model {made_by}, or "
+            "delete it and start again to compute it anew"
+        )
 
 
 def _rows_with_numbers_missing(states: torch.Tensor, rows: np.ndarray) -> set[int]:
@@ -190,12 +208,7 @@ class HiddenStateStore:
         image_states, text_states, ids = _read(path)
         note = path.with_suffix(".json")
         if clip_name is not None and note.is_file():
-            made_by = _made_by(note)
-            if made_by != clip_name and Path(made_by).resolve() != Path(clip_name).resolve():  # a folder has many names
-                raise PerPEFTError(
-                    f"{path} was computed by CLIP '{made_by}', not '{clip_name}'; pass --clip_model {made_by}, or delete it "
-                    "and start again to compute it anew"
-                )
+            _refuse_other_clip(note, clip_name)
         if config is not None:
             found = (tuple(image_states.shape[1:]), tuple(text_states.shape[1:]))
             if found != state_shapes(config):

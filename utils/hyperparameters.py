@@ -9,7 +9,7 @@ from utils.safe_pickle import load_pickle
 HYPERPARAMETER_FILE = Path(__file__).resolve().parent.parent / "perpeft_hyperparameter.pickle"
 FALLBACK = {"lr": 1e-4, "wdecay": 1e-4}
 # An epoch of the demo is 75 steps, too few for the paper's learning rate. At 1e-3 IISAN's items all become alike.
-DEMO_LEARNING_RATE = {"lora": 1e-3, "ia3": 1e-3, "iisan": 3e-4}
+DEMO_LEARNING_RATE = {"lora": 1e-3, "ia3": 1e-3, "iisan": 3e-4, "frozen": 1e-3, "none": 1e-3}
 
 # The paper's weight decay for each data set and adapter; its learning rate is 1e-4 everywhere.
 PAPER_WEIGHT_DECAY = {
@@ -21,7 +21,7 @@ PAPER_WEIGHT_DECAY = {
 
 
 def demo_hyperparameters(peft_type: str) -> dict[str, float]:
-    """The demo's settings for one adapter, chosen by Global PEFT's validation NDCG@20."""
+    """The demo's settings for one adapter, or for "frozen" or "none"; IISAN's were chosen by validation NDCG@20."""
     return {"lr": DEMO_LEARNING_RATE[peft_type], "wdecay": 1e-4}
 
 

@@ -144,12 +144,21 @@ class Run:
         self._train("global", epochs, [self._all_items()], save_global)
         load_global(self.model, self.folder / "global")
 
+    def read_source(self) -> None:
+        """Load the global model that `--init_from` names; called before anything in the run folder is touched.
+
+        Raises:
+            PerPEFTError: it is not there, does not fit, or is this very run's.
+        """
+        source = Path(self.options.init_from)
+        if self.folder.resolve() in (source.resolve(), *source.resolve().parents):
+            raise PerPEFTError(f"--init_from {source} is this run's own folder; give another --output_dir")
+        load_foreign_global(self.model, source, self.options.peft_type, self.options.dataset)
+
     def _take_over_global(self) -> None:
         begun = time.monotonic()
         if self.processes.first((self.folder / "global").is_dir):  # taken over before this run was broken off
             load_global(self.model, self.folder / "global")
-        else:
-            load_foreign_global(self.model, Path(self.options.init_from), self.options.peft_type, self.options.dataset)
         metrics = self.evaluate()
         row = {"stage": "global", "epoch": 0, "train_loss": math.nan, "seconds": time.monotonic() - begun, "skipped_steps": 0}
         self._rows["global"] = [row | metrics]
@@ -164,7 +173,7 @@ class Run:
         begun = time.monotonic()
         path = self.folder / "groups.csv"
         if not self.processes.first(path.is_file):
-            vectors = None if self.options.grouping == "random" else self.user_vectors()
+            vectors = None if self.options.grouping == "random" else self.user_vectors(self.item_inputs(0))
             self.processes.first(lambda: self._write_groups(path, vectors))
         self.groups = self._read_groups()
         self._seconds["grouping"] = time.monotonic() - begun
@@ -178,10 +187,17 @@ class Run:
             groups = kmeans_groups(vectors, self.options.C, self.options.trial)
         reporting.write_groups(path, self.dataset.user_ids, groups)
 
-    def user_vectors(self) -> np.ndarray:
-        """What users are grouped by: the global model's last state over their train and valid purchases, [users, hidden]."""
+    def item_inputs(self, group: int) -> torch.Tensor:
+        """The e_i of all items as one group of the present model sees them, [num_items + 1, hidden]; row 0 is the padding's."""
         self.model.eval()
-        inputs = self.model.sasrec.item_inputs(self.encode(0)).detach()  # [num_items + 1, hidden]
+        return self.model.sasrec.item_inputs(self.encode(group)).detach()
+
+    def user_vectors(self, inputs: torch.Tensor) -> np.ndarray:
+        """What users are grouped by: the global model's last state over their train and valid purchases, [users, hidden].
+
+        Args:
+            inputs: the global model's `item_inputs`.
+        """
         everyone = np.arange(self.dataset.num_users)
         return last_states(self.model.sasrec, inputs, self.split.train_and_valid, everyone).cpu().numpy()
 
@@ -480,7 +496,8 @@ def _opened_run(options: argparse.Namespace, processes: Processes) -> Iterator[R
     if options.dataset == "demo":
         make_demo(options.train_dir)
     contents = needs_contents(options.peft_type, options.train_dir, options.dataset)
-    dataset = read_dataset(options.train_dir, options.dataset, contents, options.missing_images, options.C)
+    least_users = options.C if options.method == "perpeft" else 1
+    dataset = read_dataset(options.train_dir, options.dataset, contents, options.missing_images, least_users)
     folder = Path(options.output_dir) / run_name(options)
     # By way of JSON, as it will be compared with what lies in a file.
     settings = json.loads(json.dumps({**fixed_options(options), **fingerprints(options, dataset)}))
@@ -496,6 +513,8 @@ def _opened_run(options: argparse.Namespace, processes: Processes) -> Iterator[R
             yield None
             return
         run = Run(options, dataset, *build_model(options, dataset), folder, settings, processes)
+        if options.init_from and not options.inference_only and processes.first(lambda: restart or not _has_state(folder)):
+            run.read_source()
         processes.wait()
         if not options.inference_only:  # only now, when all is there that training takes, may a restart throw anything away
             processes.first(lambda: _begin_or_continue(folder, settings, restart))

@@ -157,7 +157,6 @@ def _prepare(
     del purchases
 
     items = shop.items(first.item_keys[np.flatnonzero(count_each(core.items))])
-    target.file("_final.txt").unlink(missing_ok=True)  # from here on the old data set is being replaced
     filling = _fetch(target, items, get, workers, stop, give_up)
     failed = np.array([key for key, item in items.items() if item.raw_id in filling.failed], dtype=np.uint64)
     left = core_of(core.chosen(~np.isin(first.item_keys, failed)[core.items]), target.core)
@@ -226,6 +225,8 @@ def _write(target: Target, purchases: Purchases, item_keys: np.ndarray, items: d
                 bought = item_numbers[purchases.items[start : start + LINES]]
                 file.writelines(f"{user} {item}\n" for user, item in zip(users.tolist(), bought.tolist()))
 
+    for ending in ("_final.txt", "_preX.pt", "_preX.json"):  # from here on an old data set is being replaced
+        target.file(ending).unlink(missing_ok=True)
     raw_ids = {item: kept[row].raw_id for item, row in enumerate(in_order, 1)}
     titles = {kept[row].raw_id: kept[row].title for row in in_order}
     for ending, value in (("_item2id_final.pickle", raw_ids), ("_texts_final.pickle", titles)):

@@ -8,7 +8,7 @@ import torch
 
 from utils.data import Dataset
 from utils.errors import PerPEFTError
-from utils.finished import group_centres, grouping_vectors, has_groups, item_number, item_table, state_after, user_row
+from utils.finished import group_centres, has_groups, item_number, state_after, user_row
 from utils.pipeline import Run
 from utils.reporting import write_json
 from utils.sheets import SheetRow, draw_sheet, item_tile
@@ -147,19 +147,21 @@ def recommend(run: Run, person: Person, top_k: int, other_group: int | None = No
     grouped = has_groups(run.options)
     if other_group is not None and not grouped:
         raise PerPEFTError(f"--other_group {other_group}: this run's method '{run.options.method}' has no groups")
+    if person.row is None and grouped and run.options.grouping == "random":
+        raise PerPEFTError("--history: this run's groups are random, so a new user belongs to none; name a --user instead")
     run.load_global()
-    table = item_table(run, 0)
+    table = run.item_inputs(0)
     by_global = _ranking(run, table, person, top_k, "global", None)
     if not grouped:
         return [by_global]
-    vectors, vector = grouping_vectors(run, table), state_after(run, table, person.history).cpu().numpy()
+    vectors, vector = run.user_vectors(table), state_after(run, table, person.history).cpu().numpy()
     run.load_personalized()
     centres = group_centres(vectors, run.groups, run.options.C)
     own = None if person.row is None else int(run.groups[person.row])
     own, other = choose_groups(vector, own, centres, other_group)
-    rankings = [_ranking(run, item_table(run, own), person, top_k, "own group", own), by_global]
+    rankings = [_ranking(run, run.item_inputs(own), person, top_k, "own group", own), by_global]
     if other is not None:
-        rankings.append(_ranking(run, item_table(run, other), person, top_k, "other group", other))
+        rankings.append(_ranking(run, run.item_inputs(other), person, top_k, "other group", other))
     return rankings
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.errors import PerPEFTError
 from utils.evaluation import METRICS
 from utils.files import write_atomically, write_text_atomically
 from utils.training import best_row
@@ -56,9 +57,16 @@ def write_ranks(path: Path, user_ids: np.ndarray, ranks: dict[str, np.ndarray]) 
 
 
 def read_ranks(path: Path) -> dict[str, np.ndarray]:
-    """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each."""
-    table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
-    return dict(zip(("users", "valid", "test"), table.reshape(-1, 3).T))
+    """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each.
+
+    Raises:
+        PerPEFTError: it is missing or damaged.
+    """
+    try:
+        table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
+        return dict(zip(("users", "valid", "test"), table.reshape(-1, 3).T))
+    except (OSError, ValueError) as error:
+        raise PerPEFTError(f"{path} cannot be read ({error}); train this run anew with --restart") from error
 
 
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,20 +3,24 @@ import contextlib
 import io
 import json
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import perpeft_iisan
-import perpeft_lora_ia3
 from utils import reporting
 from utils.cli import parse_options
 from utils.errors import PerPEFTError
-from utils.pipeline import run_name
+from utils.pipeline import fixed_options, read_settings, run_name
 
-PEFT_TYPES = ("lora", "ia3", "iisan")
 PERPEFT = "PerPEFT"
+# Each kind of adapter: the script that trains it, and the kinds that this script knows.
+SCRIPTS = {
+    "lora": ("perpeft_lora_ia3.py", ("lora", "ia3")),
+    "ia3": ("perpeft_lora_ia3.py", ("lora", "ia3")),
+    "iisan": ("perpeft_iisan.py", ("iisan",)),
+}
+PEFT_TYPES = tuple(SCRIPTS)
+ADAPTERS_IN_CLIP = {"--rank": 1, "--gradient_checkpointing": 0}  # options of LoRA and (IA)3 alone, and their values
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class PlannedRun:
         trial: the seed.
         arguments: of the script.
         folder: where it is kept.
+        options: what its figures follow from, by name.
     """
 
     peft_type: str
@@ -75,55 +80,67 @@ class PlannedRun:
     trial: int
     arguments: tuple[str, ...]
     folder: Path
+    options: dict[str, Any] = field(compare=False)
 
     @property
-    def script(self) -> Callable[[list[str]], None]:
-        """The training script's main."""
-        return _script(self.peft_type)
+    def script(self) -> str:
+        """The training script's file."""
+        return SCRIPTS[self.peft_type][0]
 
     def command(self) -> str:
         """As one types it."""
-        name = "perpeft_iisan.py" if self.peft_type == "iisan" else "perpeft_lora_ia3.py"
-        return shlex.join(["python3", name, *self.arguments])
+        return shlex.join(["python3", self.script, *self.arguments])
 
     def summary(self) -> dict[str, Any] | None:
         """What the finished run reports; None where it is not finished.
 
         Raises:
-            PerPEFTError: its summary.json is damaged.
+            PerPEFTError: its summary.json is damaged, or the folder holds a run with other settings.
         """
         path = self.folder / "summary.json"
         if not path.is_file():
             return None
-        try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            summary[self.method.stage]["test"]
-            return summary
-        except (KeyError, TypeError, ValueError) as error:
-            raise PerPEFTError(f"{path} is damaged ({type(error).__name__}: {error}); remove {self.folder}") from error
+        found = read_settings(path, nested=True)
+        # Where the global model lay that it started from may have changed its name since.
+        differing = [name for name, wanted in self.options.items() if name != "init_from" and found.get(name) != wanted]
+        if differing:
+            told = ", ".join(f"{name} {found.get(name)} instead of {self.options[name]}" for name in differing)
+            raise PerPEFTError(f"{self.folder} holds a run with {told}; give the same options, or another --output_dir")
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if "test" not in summary.get(self.method.stage, {}):
+            raise PerPEFTError(f"{path} is damaged: it has no test figures; remove {self.folder}")
+        return summary
 
-    def ranks(self) -> dict[str, Any]:
-        """Its users' ranks at the best epoch, as `utils.reporting.read_ranks` gives them."""
-        return reporting.read_ranks(self.folder / f"{self.method.stage}_ranks.csv")
-
-    def seconds(self) -> float:
-        """What the finished run took."""
-        return sum(self.summary()["seconds"].values())
+    def test_ranks(self) -> dict[int, int]:
+        """Each evaluated user's rank of the test item at the best epoch, from 0, by the user's number."""
+        ranks = reporting.read_ranks(self.folder / f"{self.method.stage}_ranks.csv")
+        return dict(zip(ranks["users"].tolist(), ranks["test"].tolist()))
 
 
-def _script(peft_type: str) -> Callable[[list[str]], None]:
-    return perpeft_iisan.main if peft_type == "iisan" else perpeft_lora_ia3.main
+def _understood(arguments: list[str], peft_type: str) -> list[str]:
+    """The arguments less those that a kind of adapter has no use for."""
+    if "lora" in SCRIPTS[peft_type][1]:
+        return arguments
+    kept, left = [], list(arguments)
+    while left:
+        name, given, _ = left[0].partition("=")
+        if name in ADAPTERS_IN_CLIP:
+            del left[: 1 if given else 1 + ADAPTERS_IN_CLIP[name]]
+        else:
+            kept.append(left.pop(0))
+    return kept
 
 
 def _planned(dataset: str, peft_type: str, method: Method, trial: int, passed_on: list[str]) -> PlannedRun:
-    of_script = ("iisan",) if peft_type == "iisan" else ("lora", "ia3")
-    arguments = ["--dataset", dataset, *([] if peft_type == "iisan" else ["--peft_type", peft_type])]
-    arguments += ["--trial", str(trial), *method.flags, *passed_on]
+    kinds = SCRIPTS[peft_type][1]
+    arguments = ["--dataset", dataset, *(["--peft_type", peft_type] if len(kinds) > 1 else [])]
+    arguments += ["--trial", str(trial), *method.flags, *_understood(passed_on, peft_type)]
     if method.shares_stage_1:
         arguments += ["--init_from", str(_planned(dataset, peft_type, WHOLE, trial, passed_on).folder)]
     with contextlib.redirect_stdout(io.StringIO()):  # it tells the learning rate; so will the run
-        options = parse_options("", of_script, arguments)
-    return PlannedRun(peft_type, method, trial, tuple(arguments), Path(options.output_dir) / run_name(options))
+        options = parse_options("", kinds, arguments)
+    fixed = json.loads(json.dumps(fixed_options(options)))  # as it will be compared with what lies in a file
+    return PlannedRun(peft_type, method, trial, tuple(arguments), Path(options.output_dir) / run_name(options), fixed)
 
 
 def methods_of(table: int, peft_type: str) -> list[Method]:
@@ -158,9 +175,27 @@ def plan_runs(dataset: str, tables: list[int], peft_types: list[str], trials: in
     return list(runs.values())
 
 
-def estimated_seconds(run: PlannedRun, runs: list[PlannedRun]) -> float | None:
-    """What a run will take by the finished ones: the mean of its row's, or else of its adapter's; None without any."""
-    finished = [other for other in runs if other.summary()]
-    alike = [other for other in finished if (other.peft_type, other.method) == (run.peft_type, run.method)]
-    alike = alike or [other for other in finished if other.peft_type == run.peft_type and other.method.peft_types]
-    return sum(other.seconds() for other in alike) / len(alike) if alike else None
+def estimated_seconds(run: PlannedRun, finished: dict[PlannedRun, float]) -> float | None:
+    """What a run will take by the seconds of finished ones: the mean of its row's, or else of its adapter's; None without any."""
+    alike = [seconds for other, seconds in finished.items() if (other.peft_type, other.method) == (run.peft_type, run.method)]
+    if not alike and run.method.peft_types:
+        of_adapter = [other for other in finished if other.peft_type == run.peft_type and other.method.peft_types]
+        alike = [finished[other] for other in of_adapter]
+    return sum(alike) / len(alike) if alike else None
+
+
+def told_plan(runs: list[PlannedRun]) -> str:
+    """A line a run with its time, taken or estimated, and what is left to do."""
+    summaries = {run: run.summary() for run in runs}
+    finished = {run: sum(summary["seconds"].values()) for run, summary in summaries.items() if summary}
+    lines, estimates = [], []
+    for run in runs:
+        seconds = finished.get(run, estimated_seconds(run, finished))
+        if run not in finished:
+            estimates.append(seconds)
+        told = "?" if seconds is None else f"{seconds / 60:.1f} min"
+        lines.append(f"{'done' if run in finished else 'to do':<6}{told:>10}  {run.command()}")
+    unknown = estimates.count(None)
+    total = sum(seconds for seconds in estimates if seconds is not None) / 60
+    more = f", and {unknown} of which nothing alike is finished" if unknown else ""
+    return "\n".join([*lines, f"{len(estimates)} of {len(runs)} runs to do, about {total:.0f} min{more}"])

@@ -11,7 +11,8 @@ from sklearn.decomposition import PCA
 
 from utils import reporting
 from utils.data import Dataset, Histories
-from utils.finished import finished_dataset, finished_options, grouping_vectors, has_groups, item_table, rebuilt_run
+from utils.evaluation import ndcg_at
+from utils.finished import finished_dataset, finished_options, has_groups, rebuilt_run
 from utils.pipeline import Run
 from utils.sheets import SheetRow, draw_sheet, item_tile, save_figure
 
@@ -107,6 +108,8 @@ def draw_map(path: Path, vectors: np.ndarray, groups: np.ndarray, num_groups: in
         num_groups: C.
         seed: of the users that are shown where they are too many.
     """
+    if vectors.shape[1] == 1:  # of a recommender one number wide; the plane then is a line
+        vectors = np.pad(vectors, ((0, 0), (0, 1)))
     pca = PCA(2, random_state=seed).fit(vectors)
     shown = np.random.default_rng(seed).permutation(len(vectors))[:MOST_POINTS]  # in no order, so that no group lies on top
     points, colours = pca.transform(vectors[shown]), group_colours(num_groups)
@@ -140,11 +143,6 @@ class Gain:
     high: float
 
 
-def ndcg_of_each(ranks: np.ndarray, cutoff: int = CUTOFF) -> np.ndarray:
-    """NDCG@cutoff of every user, [users]."""
-    return np.where(ranks < cutoff, 1 / np.log2(ranks + 2.0), 0.0)
-
-
 def mean_interval(differences: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
     """The mean of paired differences and its interval by Student's t, [users] -> mean, low, high."""
     number = len(differences)
@@ -164,7 +162,7 @@ def gains(folder: Path, user_ids: np.ndarray, groups: np.ndarray, num_groups: in
         num_groups: C.
     """
     before, after = (reporting.read_ranks(folder / f"{stage}_ranks.csv") for stage in ("global", "personalized"))
-    differences = ndcg_of_each(after["test"]) - ndcg_of_each(before["test"])  # [evaluated users]
+    differences = ndcg_at(CUTOFF, after["test"]) - ndcg_at(CUTOFF, before["test"])  # [evaluated users]
     own = groups[np.searchsorted(user_ids, after["users"])]  # [evaluated users]
     parts = [(f"group {group}", differences[own == group]) for group in range(num_groups)] + [("all users", differences)]
     return [Gain(label, len(part), *mean_interval(part)) for label, part in parts]
@@ -221,7 +219,7 @@ def plot_run(folder: Path, train_dir: str, device: str | None, clip_model: str |
     dataset = finished_dataset(options, expected)
     run = rebuilt_run(options, dataset, folder)
     run.load_global()
-    vectors = grouping_vectors(run, item_table(run, 0))
+    vectors = run.user_vectors(run.item_inputs(0))
     run.load_personalized()
     draw_typical(figures / "groups.png", run)
     draw_map(figures / "users.png", vectors, run.groups, options.C)

@@ -20,7 +20,10 @@ def require_tracker(name: str) -> None:
     Raises:
         PerPEFTError: it is not; says how to install it.
     """
-    if name != NONE and importlib.util.find_spec(name) is None:
+    if name == NONE:
+        return
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:  # without an origin it is but a folder of that name
         raise PerPEFTError(f"--log_with {name} needs a package that is not installed: pip install {name}")
 
 

@@ -245,14 +245,19 @@ class _LossLog:
     Args:
         epoch: in words, for the message.
         device: where the losses lie.
-        total: sum of the losses of the steps before.
+        total, steps: sum of the losses of the steps before, and how many there were.
     """
 
-    def __init__(self, epoch: str, device: torch.device, total: float):
+    def __init__(self, epoch: str, device: torch.device, total: float, steps: int):
         self._epoch = epoch
         self._interval = STEPS_BETWEEN_READS.get(device.type, DEFAULT_STEPS_BETWEEN_READS)
         self._unread: list[tuple[int, Batch, torch.Tensor]] = []
         self.total = total
+        self._steps = steps
+
+    def mean_so_far(self) -> float:
+        """Of the losses that are read; NaN before the first."""
+        return self.total / self._steps if self._steps else math.nan
 
     def add(self, step: int, batch: Batch, loss: torch.Tensor) -> None:
         """Note one step's loss; now and then all of them are read."""
@@ -273,6 +278,7 @@ class _LossLog:
             if not np.isfinite(loss):
                 raise _not_finite(f"the loss is {loss}", self._epoch, step, batch)
         self.total += float(losses.sum())
+        self._steps += len(losses)
         self._unread = []
 
 
@@ -340,7 +346,7 @@ def train_stage(
 
     while epoch <= epochs:
         begun = time.monotonic() - state["seconds"]
-        log = _LossLog(f"{stage} epoch {epoch}", device, state["loss"])
+        log = _LossLog(f"{stage} epoch {epoch}", device, state["loss"], step)
         model.train()
         signal_number, encoded = 0, 0
         bar = tqdm(total=sampler.num_batches, initial=step, desc=f"{stage} {epoch}/{epochs}", unit="step", disable=None)
@@ -356,7 +362,7 @@ def train_stage(
                 encoded += len(batch.items) - 1
                 if not step % 20 and not bar.disable:
                     rate = encoded / bar.format_dict["elapsed"]
-                    bar.set_postfix_str(f"loss {log.total / step:.4f}, {rate:.0f} items/s", refresh=False)
+                    bar.set_postfix_str(f"loss {log.mean_so_far():.4f}, {rate:.0f} items/s", refresh=False)
                 # looked at once: a request that comes from here on is for the next step
                 signal_number = _signal_to_heed(requests, processes, step)
                 if signal_number or not step % save_every or step == sampler.num_batches:
