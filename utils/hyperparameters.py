@@ -8,7 +8,7 @@ from utils.safe_pickle import load_pickle
 
 HYPERPARAMETER_FILE = Path(__file__).resolve().parent.parent / "perpeft_hyperparameter.pickle"
 FALLBACK = {"lr": 1e-4, "wdecay": 1e-4}
-# An epoch of the demo is 75 steps, too few for the paper's learning rate. At 1e-3 IISAN's items all become alike.
+# An epoch of the demo is 75 steps, too few for the paper's learning rate. At 1e-3, IISAN's items become alike in some seeds.
 DEMO_LEARNING_RATE = {"lora": 1e-3, "ia3": 1e-3, "iisan": 3e-4, "frozen": 1e-3, "none": 1e-3}
 
 # The paper's weight decay for each data set and adapter; its learning rate is 1e-4 everywhere.
