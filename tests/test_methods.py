@@ -202,7 +202,7 @@ def test_negatives_are_drawn_from_the_groups_items_or_from_all(tiny_dataset, tin
         return found
 
     monkeypatch.setattr(pipeline.Sampler, "batch", batch)
-    quick = {"global_epochs": 1, "num_epochs": 30, "modality": "text"}
+    quick = {"global_epochs": 1, "num_epochs": 8, "modality": "text"}
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, negatives=negatives, **quick))
     folder = next(tmp_path.iterdir())
     assert folder.name == NAME.format("lora_text" if negatives == "group" else "lora_text_negatives_all")
