@@ -40,11 +40,11 @@ def no_drawing(monkeypatch):
 
 @pytest.fixture
 def begin(tiny_dataset, tiny_clip, tmp_path):
-    """Make a fresh copy of the data, without a store, and give a tiny run's arguments and its folder."""
+    """Make a fresh copy of the data, without what runs keep beside it, and give a tiny run's arguments and its folder."""
 
     def make(name="run", **changes):
         data = SimpleNamespace(name="tiny", train_dir=tmp_path / name / "dataset")
-        shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store"))
+        shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))
         arguments = tiny_arguments(data, tiny_clip, tmp_path / name / "runs", **{"save_every": 1, **changes})
         return SimpleNamespace(arguments=arguments, folder=tmp_path / name / "runs" / RUN, train_dir=data.train_dir)
 
@@ -82,7 +82,7 @@ def through(zygote, tiny_dataset, tiny_clip, tmp_path_factory):
     """A run that was not disturbed: its outcome, and the events that it consists of."""
     folder = tmp_path_factory.mktemp("through")
     data = SimpleNamespace(name="tiny", train_dir=folder / "dataset")
-    shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store"))
+    shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))
     run = zygote.run(tiny_arguments(data, tiny_clip, folder / "runs", save_every=1))
     assert run.code == 0, run.output
     return SimpleNamespace(outcome=outcome(folder / "runs" / RUN), events=run.events)
