@@ -37,10 +37,12 @@ def main() -> None:
         return
     for place, run in enumerate(runs, 1):
         print(f"\n[{place}/{len(runs)}] {run.command()}", flush=True)
-        if run.summary() is None:
+        done_before = run.summary() is not None
+        if not done_before:
             MAINS[run.script](list(run.arguments))
-        blocks = finished_blocks(options.dataset, options.trials, passed_on)
-        write_tables(options.tables_dir, options.dataset, blocks, options.trials)
+        if not done_before or run is runs[-1]:
+            blocks = finished_blocks(options.dataset, options.trials, passed_on)
+            write_tables(options.tables_dir, options.dataset, blocks, options.trials)
     print(f"\n{markdown(options.dataset, blocks, options.trials)}\n{options.tables_dir}/{options.dataset}.md, .csv, .tex")
 
 

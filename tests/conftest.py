@@ -120,6 +120,13 @@ def tiny_arguments(tiny_dataset, tiny_clip, output_dir, peft_type="lora", **chan
     return pairs + [f"--{name}" for name in sorted(flags)]
 
 
+def iisan_arguments(dataset, clip, output_dir, **changes):
+    """`tiny_arguments` for perpeft_iisan.py."""
+    arguments = tiny_arguments(dataset, clip, output_dir, **changes)
+    place = arguments.index("--peft_type")
+    return arguments[:place] + arguments[place + 2 :]
+
+
 def tiny_options(*args, **changes):
     """`tiny_arguments`, parsed."""
     changes_of_arguments = tiny_arguments(*args, **changes)

@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 import perpeft_iisan
 from models import IISAN
-from tests.conftest import run_script, tiny_arguments
+from tests.conftest import iisan_arguments, run_script, tiny_arguments
 from tests.test_pipeline import read_csv
 from utils import evaluation, pipeline, sampling, training
 from utils.benchmark import plain_ranking_loop
@@ -104,9 +104,7 @@ def test_a_lora_run_without_the_short_cut(path, tiny_run, tiny_dataset, tiny_cli
 
 def test_an_iisan_run_without_batched_layers(tiny_dataset, tiny_clip, tmp_path, monkeypatch):
     def run(name):
-        arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / name)
-        place = arguments.index("--peft_type")
-        perpeft_iisan.main(arguments[:place] + arguments[place + 2 :])
+        perpeft_iisan.main(iisan_arguments(tiny_dataset, tiny_clip, tmp_path / name))
         (folder,) = (tmp_path / name).iterdir()
         return read_csv(folder / "metrics.csv")
 

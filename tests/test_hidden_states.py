@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_iisan
-from tests.conftest import NUM_ITEMS, tiny_arguments
+from tests.conftest import NUM_ITEMS, iisan_arguments
 from utils.data import read_dataset
 from utils.errors import PerPEFTError
 from utils.foundation import ensure_hidden_states, load_foundation
@@ -48,12 +48,6 @@ def run_iisan(arguments):
         perpeft_iisan.main()
     finally:
         sys.argv = before
-
-
-def iisan_arguments(dataset, clip, output_dir, **changes):
-    arguments = tiny_arguments(dataset, clip, output_dir, **changes)
-    place = arguments.index("--peft_type")
-    return arguments[:place] + arguments[place + 2 :]
 
 
 def test_states_equal_those_of_clip_given_one_item_at_a_time(computed, tiny_clip):

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 import perpeft_iisan
 from models import IISAN, ClipPeftEncoder
 from models.clip_peft import ia3_config, lora_config
-from tests.conftest import NUM_ITEMS, run_script, tiny_arguments, tiny_options, write_dataset
+from tests.conftest import NUM_ITEMS, iisan_arguments, run_script, tiny_arguments, tiny_options, write_dataset
 from tests.test_pipeline import read_csv, rows_of, without_seconds
 from utils import pipeline
 from utils.cli import parse_options
@@ -131,9 +131,7 @@ def test_none_needs_neither_pictures_nor_weights(tiny_dataset, run_method, tmp_p
 
 def test_methods_without_an_adapter_are_the_same_run_in_both_scripts(run_method, tiny_dataset, tiny_clip, capsys):
     folder = run_method(method="none")
-    arguments = tiny_arguments(tiny_dataset, tiny_clip, folder.parent, method="none")
-    place = arguments.index("--peft_type")
-    perpeft_iisan.main(arguments[:place] + arguments[place + 2 :])
+    perpeft_iisan.main(iisan_arguments(tiny_dataset, tiny_clip, folder.parent, method="none"))
     assert "is finished" in capsys.readouterr().out
 
 
@@ -297,9 +295,7 @@ def test_stage_3_from_a_saved_global_model_is_the_same(tiny_run, tiny_dataset, t
 
 def test_iisan_starts_from_the_authors_encoder_file(tiny_dataset, tiny_clip, tmp_path):
     def arguments(output_dir, **changes):
-        found = tiny_arguments(tiny_dataset, tiny_clip, output_dir, global_epochs=1, num_epochs=1, **changes)
-        place = found.index("--peft_type")
-        return found[:place] + found[place + 2 :]
+        return iisan_arguments(tiny_dataset, tiny_clip, output_dir, global_epochs=1, num_epochs=1, **changes)
 
     perpeft_iisan.main(arguments(tmp_path / "first"))
     first = tmp_path / "first" / NAME.format("iisan")

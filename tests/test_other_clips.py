@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipModel
 
 import perpeft_iisan
-from tests.conftest import run_script, tiny_arguments, tiny_titles
+from tests.conftest import iisan_arguments, run_script, tiny_arguments, tiny_titles
 from utils.errors import PerPEFTError
 from utils.foundation import load_foundation
 from utils.small_clip import train_tokenizer
@@ -47,9 +47,7 @@ def test_iisan_takes_its_sizes_from_the_clip(large_clip, tiny_dataset, tmp_path)
         if "_preX" not in path.name:  # another CLIP's hidden states may lie there
             (train_dir / path.name).symlink_to(path)
     options = {"train_dir": train_dir, "global_epochs": 1, "num_epochs": 1}
-    arguments = tiny_arguments(tiny_dataset, large_clip, tmp_path / "runs", **options)
-    place = arguments.index("--peft_type")
-    perpeft_iisan.main(arguments[:place] + arguments[place + 2 :])
+    perpeft_iisan.main(iisan_arguments(tiny_dataset, large_clip, tmp_path / "runs", **options))
     image_states, text_states, _ = torch.load(train_dir / "tiny_preX.pt", weights_only=True)
     assert (image_states.shape[1:], text_states.shape[1:]) == ((2, 48), (2, 32))  # layers 0 and 4 of four, 0 and 2 of two
     (folder,) = (tmp_path / "runs").iterdir()

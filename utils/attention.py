@@ -15,11 +15,24 @@ from transformers.image_processing_utils import BaseImageProcessor
 from models import ClipPeftEncoder
 from utils.errors import PerPEFTError
 from utils.evaluation import ItemSource
-from utils.finished import finished_dataset, finished_options, has_groups, item_number
+from utils.finished import finished_dataset, finished_options, item_number
 from utils.foundation import INSIDE_CLIP, EncoderKind, Foundation, clip_folder, encoder_and_source, load_foundation
 from utils.pictures import decoded_picture
+from utils.pipeline import has_groups
 from utils.reporting import read_groups
-from utils.sheets import EDGE, GAP, LABEL_WIDTH, NORMAL, PICTURE_EDGE, SMALL, cut_title, inch_axes, save_figure, write_text
+from utils.sheets import (
+    EDGE,
+    GAP,
+    LABEL_WIDTH,
+    NORMAL,
+    PICTURE_EDGE,
+    SMALL,
+    cut_title,
+    draw_picture,
+    inch_axes,
+    save_figure,
+    write_text,
+)
 
 DARKEST = 0.2  # of the picture's brightness, where nothing is looked at
 LETTER = 0.0755  # inches, of the words' fixed-width font in NORMAL points
@@ -132,10 +145,7 @@ def _labelled_adapters(folder: Path, with_groups: bool) -> list[tuple[str, Path]
     """What the adapters of a run are called, and the folders that they lie in."""
     adapters = [("global", folder / "global")]
     if with_groups:
-        try:
-            sizes = np.bincount(read_groups(folder / "groups.csv"))
-        except (IndexError, OSError, ValueError) as error:
-            raise PerPEFTError(f"{folder / 'groups.csv'} cannot be read ({error})") from error
+        sizes = np.bincount(read_groups(folder / "groups.csv"))
         own = sorted((folder / "personalized").glob("group_*"), key=lambda path: int(path.name.removeprefix("group_")))
         sizes = np.pad(sizes, (0, len(own)))
         adapters += [(f"group {group}\n{sizes[group]:,} users", path) for group, path in enumerate(own)]
@@ -256,7 +266,7 @@ def draw_explanation(path: str | Path, explanation: Explanation) -> None:
     bottom = top + (len(views) + 1) * row_height
     figure, axes = inch_axes(width, bottom + 0.65)
     write_text(axes, GAP, 0.12, explanation.heading, NORMAL + 1, weight="bold")
-    _draw_picture(axes, explanation.picture, picture_left, top)
+    draw_picture(axes, explanation.picture, picture_left, top)
     write_text(axes, GAP, top, "the item", NORMAL)
     write_text(axes, words_left, top, cut_title(explanation.title, TITLE_LETTERS, TITLE_LINES), NORMAL, linespacing=1.35)
     for place, view in enumerate(views, 1):
@@ -265,15 +275,11 @@ def draw_explanation(path: str | Path, explanation: Explanation) -> None:
         write_text(axes, GAP, y + 0.45, _told_moves(view, first), SMALL, color="dimgray", linespacing=1.4)
         if view.patches is not None:
             brightest = max(other.patches.max() for other in views)
-            _draw_picture(axes, _spotlight(explanation.picture, view.patches, brightest), picture_left, y)
+            draw_picture(axes, _spotlight(explanation.picture, view.patches, brightest), picture_left, y)
         if view.words is not None:
             _draw_words(axes, words, view, first, max(other.words.max() for other in views), words_left, y)
     write_text(axes, GAP, bottom, FOOTNOTE, SMALL, color="dimgray", linespacing=1.4)
     save_figure(path, figure)
-
-
-def _draw_picture(axes: Axes, picture: np.ndarray, left: float, top: float) -> None:
-    axes.imshow(picture, extent=(left, left + EDGE, top + EDGE, top), interpolation="antialiased", aspect="auto")
 
 
 def told_explanation(explanation: Explanation) -> str:

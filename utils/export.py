@@ -9,8 +9,7 @@ from utils.data import Histories
 from utils.errors import PerPEFTError
 from utils.evaluation import last_states
 from utils.files import folder_written_atomically
-from utils.finished import has_groups
-from utils.pipeline import Run
+from utils.pipeline import Run, has_groups
 
 HISTORIES = ("all", "train_and_valid")
 

@@ -11,7 +11,7 @@ from utils.devices import choose_device
 from utils.errors import PerPEFTError
 from utils.evaluation import last_states
 from utils.foundation import contents_fingerprint, needs_contents
-from utils.pipeline import FINGERPRINTS, Run, build_model, dataset_fingerprint, read_settings
+from utils.pipeline import FINGERPRINTS, Run, build_model, dataset_fingerprint, least_users, read_settings
 from utils.processes import Processes
 
 
@@ -55,8 +55,7 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
     folder, name = Path(options.train_dir), options.dataset
     needed = needs_contents(options.peft_type, folder, name)
     at_hand = (folder / f"{name}_texts_final.pickle").is_file() and (folder / f"{name}_images").is_dir()
-    least_users = options.C if has_groups(options) else 1
-    dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", least_users)
+    dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", least_users(options))
     if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
         raise _other_data(name, "dataset_fingerprint", "")
     clip = options.clip_model
@@ -93,11 +92,6 @@ def rebuilt_run(options: argparse.Namespace, dataset: Dataset, folder: Path) -> 
     run = Run(options, dataset, *build_model(options, dataset), folder, {}, Processes(torch.device(options.device)))
     run.model.eval()
     return run
-
-
-def has_groups(options: argparse.Namespace) -> bool:
-    """Whether a run has groups: the methods that PerPEFT is compared with have none."""
-    return options.method == "perpeft"
 
 
 def state_after(run: Run, table: torch.Tensor, history: np.ndarray) -> torch.Tensor:

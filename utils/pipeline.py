@@ -62,6 +62,16 @@ def run_name(options: argparse.Namespace) -> str:
     return "_".join([*parts, f"lr{options.lr:g}", f"wd{options.wdecay:g}", f"seed{options.trial}"])
 
 
+def has_groups(options: argparse.Namespace) -> bool:
+    """Whether a run has groups: the methods that PerPEFT is compared with have none."""
+    return options.method == "perpeft"
+
+
+def least_users(options: argparse.Namespace) -> int:
+    """How many users a run's data set must have."""
+    return options.C if has_groups(options) else 1
+
+
 def dataset_fingerprint(dataset: Dataset) -> str:
     """A hash of histories and raw ids: a run continues only on the data that it began with."""
     digest = hashlib.sha256()
@@ -140,7 +150,7 @@ class Run:
         if options.init_from:
             self._take_over_global()
             return
-        epochs = options.global_epochs + (options.num_epochs if options.method != "perpeft" else 0)
+        epochs = options.global_epochs + (0 if has_groups(options) else options.num_epochs)
         self._train("global", epochs, [self._all_items()], save_global)
         load_global(self.model, self.folder / "global")
 
@@ -237,10 +247,7 @@ class Run:
 
     def _read_groups(self) -> np.ndarray:
         path = self.folder / "groups.csv"
-        try:
-            groups = reporting.read_groups(path)
-        except (IndexError, OSError, ValueError) as error:
-            raise PerPEFTError(f"{path} cannot be read ({error}); start over with --restart") from error
+        groups = reporting.read_groups(path)
         if groups.shape != (self.dataset.num_users,) or groups.min() < 0 or groups.max() >= self.options.C:
             raise PerPEFTError(f"{path} does not fit {self.dataset.num_users} users in {self.options.C} groups; use --restart")
         return groups
@@ -362,7 +369,7 @@ class Run:
         """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
         self.load_global()
         results = {"global": self.evaluate()}
-        if self.options.method == "perpeft":
+        if has_groups(self.options):
             self.load_personalized()
             results["personalized"] = self.evaluate()
         saved = reporting.read_metrics(self.folder / "metrics.csv")
@@ -496,8 +503,7 @@ def _opened_run(options: argparse.Namespace, processes: Processes) -> Iterator[R
     if options.dataset == "demo":
         make_demo(options.train_dir)
     contents = needs_contents(options.peft_type, options.train_dir, options.dataset)
-    least_users = options.C if options.method == "perpeft" else 1
-    dataset = read_dataset(options.train_dir, options.dataset, contents, options.missing_images, least_users)
+    dataset = read_dataset(options.train_dir, options.dataset, contents, options.missing_images, least_users(options))
     folder = Path(options.output_dir) / run_name(options)
     # By way of JSON, as it will be compared with what lies in a file.
     settings = json.loads(json.dumps({**fixed_options(options), **fingerprints(options, dataset)}))

@@ -8,8 +8,8 @@ import torch
 
 from utils.data import Dataset
 from utils.errors import PerPEFTError
-from utils.finished import group_centres, has_groups, item_number, state_after, user_row
-from utils.pipeline import Run
+from utils.finished import group_centres, item_number, state_after, user_row
+from utils.pipeline import Run, has_groups
 from utils.reporting import write_json
 from utils.sheets import SheetRow, draw_sheet, item_tile
 

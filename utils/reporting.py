@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.errors import PerPEFTError
 from utils.evaluation import METRICS
-from utils.files import write_atomically, write_text_atomically
+from utils.files import write_text_atomically
 from utils.training import best_row
 
 SPLIT_METRICS = tuple(f"{split}_{name}" for split in ("valid", "test") for name in METRICS)
@@ -44,10 +44,17 @@ def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
 
 
 def read_groups(path: Path) -> np.ndarray:
-    """Each user row's group from groups.csv, [users]."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of an empty file, which fails right after
-        return np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)[:, 1]
+    """Each user row's group from groups.csv, [users].
+
+    Raises:
+        PerPEFTError: it is missing or damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an empty file, which fails right after
+            return np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)[:, 1]
+    except (IndexError, OSError, ValueError) as error:
+        raise PerPEFTError(f"{path} cannot be read ({error}); start over with --restart") from error
 
 
 def write_ranks(path: Path, user_ids: np.ndarray, ranks: dict[str, np.ndarray]) -> None:
@@ -95,8 +102,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draw loss and NDCG@20 over the epochs of both stages, the best epochs marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from utils.sheets import save_figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss_axes, metric_axes = figure.subplots(1, 2)
@@ -118,22 +126,21 @@ def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     for axes in (loss_axes, metric_axes):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_figure(path, figure)
 
 
 def draw_groups(path: Path, sizes: list[int]) -> None:
     """Draw how many users each group has."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from utils.sheets import save_figure
 
     figure = Figure(figsize=(1.5 + 0.6 * len(sizes), 3), layout="constrained")
     axes = figure.subplots()
     axes.bar_label(axes.bar(range(len(sizes)), sizes, color="tab:blue"), fontsize="small")
     axes.set(xlabel="group", ylabel="users", xticks=range(len(sizes)))
     axes.margins(y=0.15)
-    FigureCanvasAgg(figure)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_figure(path, figure)
 
 
 def results_table(summary: dict[str, Any]) -> str:

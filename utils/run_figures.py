@@ -12,8 +12,8 @@ from sklearn.decomposition import PCA
 from utils import reporting
 from utils.data import Dataset, Histories
 from utils.evaluation import ndcg_at
-from utils.finished import finished_dataset, finished_options, has_groups, rebuilt_run
-from utils.pipeline import Run
+from utils.finished import finished_dataset, finished_options, rebuilt_run
+from utils.pipeline import Run, has_groups
 from utils.sheets import SheetRow, draw_sheet, item_tile, save_figure
 
 TYPICAL_ITEMS = 6

@@ -90,6 +90,11 @@ def write_text(axes: Axes, x: float, y: float, text: str, size: float = SMALL, *
     axes.text(x, y, text, fontsize=size, parse_math=False, **{"va": "top", **look})
 
 
+def draw_picture(axes: Axes, picture: np.ndarray, left: float, top: float) -> None:
+    """Draw a picture [height, width, 3] as a square with EDGE a side."""
+    axes.imshow(picture, extent=(left, left + EDGE, top + EDGE, top), interpolation="antialiased", aspect="auto")
+
+
 def draw_sheet(path: str | Path, heading: str, rows: Sequence[SheetRow], footnote: str = "") -> None:
     """Draw rows of tiles, a heading above and a footnote below.
 
@@ -127,7 +132,7 @@ def _draw_row(axes: Axes, row: SheetRow, top: float) -> None:
 
 
 def _draw_tile(axes: Axes, tile: Tile, left: float, top: float) -> None:
-    axes.imshow(tile.picture, extent=(left, left + EDGE, top + EDGE, top), interpolation="antialiased", aspect="auto")
+    draw_picture(axes, tile.picture, left, top)
     look = {"edgecolor": "tab:red", "lw": 3} if tile.framed else {"edgecolor": "silver", "lw": 0.6}
     axes.add_patch(Rectangle((left, top), EDGE, EDGE, fill=False, **look))
     title = cut_title(tile.title)
