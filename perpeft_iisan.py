@@ -1,6 +1,6 @@
 """PerPEFT with IISAN on cached CLIP states: global PEFT, user grouping, personalized PEFT, full-ranking evaluation."""
-from utils.cli import parse_options, run_main
-from utils.pipeline import open_run
+from utils.run.options import parse_options, run_main
+from utils.run.pipeline import open_run
 
 
 def main(arguments: list[str] | None = None) -> None:

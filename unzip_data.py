@@ -3,8 +3,8 @@ import argparse
 import sys
 import traceback
 
-from utils.errors import PerPEFTError
-from utils.unzip import dataset_table, unpack_all
+from utils.common.errors import PerPEFTError
+from utils.data.archives import dataset_table, unpack_all
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Show what CLIP looks at in an item's title and picture under each group's adapter of a finished LoRA or IA3 run."""
 from pathlib import Path
 
-from utils.attention import draw_explanation, explain_item, told_explanation
-from utils.cli import run_folder_parser, run_main
+from utils.analysis.attention import draw_explanation, explain_item, told_explanation
+from utils.run.options import run_folder_parser, run_main
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Draw a finished run into its folder figures/: training curves, groups and what is typical of them, users on a map, gains."""
-from utils.cli import run_folder_parser, run_main
-from utils.run_figures import plot_run
+from utils.analysis.figures import plot_run
+from utils.run.options import run_folder_parser, run_main
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Recommend items to a user by a finished run: under their own group's adapter, the global one, and another group's."""
 from pathlib import Path
 
-from utils.cli import number, run_folder_parser, run_main
-from utils.errors import PerPEFTError
-from utils.finished import open_finished
-from utils.recommendation import known_user, new_user, recommend, told_recommendations, write_recommendations
+from utils.analysis.recommendation import known_user, new_user, recommend, told_recommendations, write_recommendations
+from utils.common.errors import PerPEFTError
+from utils.run.finished import open_finished
+from utils.run.options import number, run_folder_parser, run_main
 
 
 def main() -> None:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import perpeft_iisan
 import perpeft_lora_ia3
-from utils.cli import HelpFormatter, number, run_main
-from utils.errors import PerPEFTError
-from utils.processes import launched_size
-from utils.reproduction import PEFT_TYPES, TABLES, plan_runs, told_plan
-from utils.tables import finished_blocks, markdown, write_tables
+from utils.analysis.reproduction import PEFT_TYPES, TABLES, plan_runs, told_plan
+from utils.analysis.tables import finished_blocks, markdown, write_tables
+from utils.common.errors import PerPEFTError
+from utils.run.options import HelpFormatter, number, run_main
+from utils.training.processes import launched_size
 
 MAINS = {"perpeft_lora_ia3.py": perpeft_lora_ia3.main, "perpeft_iisan.py": perpeft_iisan.main}
 

@@ -1,5 +1,5 @@
 """Write perpeft_hyperparameter.pickle from the table of the paper's settings in utils/hyperparameters.py."""
-from utils.hyperparameters import HYPERPARAMETER_FILE, write_hyperparameters
+from utils.run.hyperparameters import HYPERPARAMETER_FILE, write_hyperparameters
 
 if __name__ == "__main__":
     write_hyperparameters()

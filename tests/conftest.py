@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_lora_ia3
-from utils.cli import parse_options
-from utils.small_clip import train_tokenizer
+from utils.prepare.small_clip import train_tokenizer
+from utils.run.options import parse_options
 
 torch.set_num_threads(1)
 # A shell starts background jobs with SIGINT ignored, and children inherit that; the tests that interrupt need the default.

@@ -163,8 +163,11 @@ class Events:
         import torch
 
         from models.clip_peft import ClipPeftEncoder
-        from utils import checkpoints, items, pipeline, reporting
-        from utils.training import Trainer
+        from utils.items import store as items
+        from utils.run import pipeline
+        from utils.run import reports as reporting
+        from utils.training import checkpoints
+        from utils.training.trainer import Trainer
 
         def last_part(path, *args):
             return Path(os.fsdecode(path)).name if isinstance(path, (str, bytes, os.PathLike)) else ""
@@ -204,7 +207,7 @@ def _join(rank, order):
 
 def _watch_steps(hooks, signal_step):
     """Make every step's loss an event; in one of the steps this process sends itself SIGTERM."""
-    from utils import training
+    from utils.training import trainer as training
 
     original, steps = training._LossLog.add, []
 
@@ -227,11 +230,11 @@ def _child(order, events, output, rank):
     hooks = Events(events, order["kill_at"], order["full_at"])
     hooks.install()
     if "size" in order:
-        importlib.import_module("utils.cli").PATIENCE = 0  # no launcher is there that would end the others
+        importlib.import_module("utils.run.options").PATIENCE = 0  # no launcher is there that would end the others
         signal_rank, signal_step = order["signal_at"] or (None, None)
         _watch_steps(hooks, signal_step if rank == signal_rank else None)
     sys.modules["matplotlib.figure"].Figure.savefig = write_instead_of_drawing
-    from utils.cli import run_main
+    from utils.run.options import run_main
 
     code = 0
     try:

@@ -1,0 +1,348 @@
+"""Recommendations and exported vectors against peft, transformers and loops alone; and what is said where there are none."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from models import SASRec
+from scripts import export_vectors, plot_run, recommend
+from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments, write_dataset
+from tests.run.test_pipeline import ROOT, read_csv, tree
+from utils.analysis.recommendation import best_items, choose_groups
+from utils.common.errors import PerPEFTError
+from utils.run.finished import open_finished
+
+ITEMS = range(1, NUM_ITEMS + 1)
+
+
+@torch.no_grad()
+def plain_model(folder, where, tiny_dataset, tiny_clip):
+    """SASRec of a stage's folder, and the e_i as the adapter in `where` gives them, without this project's encoders."""
+    sasrec = SASRec(NUM_ITEMS).eval()
+    sasrec.load_state_dict(torch.load(folder / "sasrec.pth", weights_only=True))
+    images = tiny_dataset.train_dir / "tiny_images"
+    inputs = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False)(
+        [Image.open(images / f"B{item:03d}.jpg") for item in ITEMS], return_tensors="pt"
+    )
+    titles = [title or "No description available." for title in tiny_dataset.titles]
+    inputs |= AutoTokenizer.from_pretrained(tiny_clip)(titles, padding=True, truncation=True, max_length=16, return_tensors="pt")
+    output = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), where / "adapter").eval()(**inputs)
+    weights = torch.load(where / "projector.pth", weights_only=True)
+    x = torch.cat([torch.zeros(1, 32), torch.cat([output.image_embeds, output.text_embeds], 1)])
+    x = x @ weights["projector.0.weight"].T + weights["projector.0.bias"]
+    x = torch.layer_norm(x, (64,), weights["projector.1.weight"], weights["projector.1.bias"], 1e-8).relu()
+    x = x @ weights["projector.3.weight"].T + weights["projector.3.bias"]
+    P = torch.layer_norm(x, (32,), weights["last_layernorm.weight"], weights["last_layernorm.bias"], 1e-8)
+    return SimpleNamespace(sasrec=sasrec, P=P, e=0.5 * P + sasrec.item_emb.weight)
+
+
+@torch.no_grad()
+def plain_state(model, history):
+    return model.sasrec.states(torch.tensor([([0] * 10 + history)[-10:]]), model.P)[0, -1]
+
+
+@torch.no_grad()
+def plain_top(model, history, top_k):
+    """The best items and their scores, by a loop."""
+    state = plain_state(model, history)
+    scored = [(float(state @ model.e[item]), item) for item in ITEMS if item not in history]
+    return sorted(scored, key=lambda pair: -pair[0])[:top_k]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_run, tiny_dataset, tiny_clip):
+    """The plain models of the run: "global", 0, 1, 2."""
+    folder = tiny_run.folder
+    models = {"global": plain_model(folder / "global", folder / "global", tiny_dataset, tiny_clip)}
+    for group in range(3):
+        where = folder / "personalized" / f"group_{group}"
+        models[group] = plain_model(folder / "personalized", where, tiny_dataset, tiny_clip)
+    return models
+
+
+def groups_of(folder):
+    return {int(row["user"]): int(row["group"]) for row in read_csv(folder / "groups.csv")}
+
+
+def ranks_of(folder, stage):
+    return {int(row["user"]): int(row["test_rank"]) for row in read_csv(folder / f"{stage}_ranks.csv")}
+
+
+def told(folder, name):
+    return json.loads((folder / "figures" / f"recommend_{name}.json").read_text())
+
+
+def is_told(recommended, expected):
+    assert [item["item"] for item in recommended["items"]] == [item for _, item in expected]
+    assert [item["score"] for item in recommended["items"]] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [item["rank"] for item in recommended["items"]] == list(range(1, len(expected) + 1))
+
+
+# ---------------------------------------------------------------- recommendations
+
+
+@pytest.mark.parametrize("user", [2, 8, 50])
+def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dataset, plain, user, capsys):
+    train_dir = tiny_dataset.train_dir
+    run_on_folder(recommend, copied_run.folder, "--train_dir", train_dir, "--user", user, "--top_k", 7)
+    result, history = told(copied_run.folder, user), tiny_dataset.histories[user][:-1]
+    own, by_global, other = result["recommendations"]
+    group = groups_of(copied_run.folder)[user]
+    assert (own["adapter"], own["group"]) == ("own group", group)
+    assert (by_global["adapter"], by_global["group"]) == ("global", None)
+    assert other["adapter"] == "other group" and other["group"] in {0, 1, 2} - {group}
+    for recommended, model in ((own, plain[group]), (by_global, plain["global"]), (other, plain[other["group"]])):
+        is_told(recommended, plain_top(model, history, 7))
+    assert result["user"] == user and [item["item"] for item in result["history"]] == history
+    assert result["test_item"]["item"] == tiny_dataset.histories[user][-1]
+    assert own["rank_of_test_item"] == ranks_of(copied_run.folder, "personalized")[user] + 1
+    assert by_global["rank_of_test_item"] == ranks_of(copied_run.folder, "global")[user] + 1
+    first = own["items"][0]
+    assert first["raw_id"] == f"B{first['item']:03d}"
+    assert first["title"] == (tiny_dataset.titles[first["item"] - 1] or "No description available.")
+    output = capsys.readouterr().out
+    assert "training and validation purchases" in output and f"recommend_{user}.json" in output
+    with Image.open(copied_run.folder / "figures" / f"recommend_{user}.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 500
+
+
+def centres_by_loop(tiny_dataset, plain, groups):
+    """Each group's mean vector by the global model, over train and valid purchases."""
+    members = {group: [] for group in range(3)}
+    for user, items in tiny_dataset.histories.items():
+        members[groups[user]].append(plain_state(plain["global"], items[:-1] if len(items) >= 3 else items))
+    return {group: torch.stack(states).mean(0) for group, states in members.items()}
+
+
+def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_the_farthest(copied_run, tiny_dataset, plain):
+    groups = groups_of(copied_run.folder)
+    centres = centres_by_loop(tiny_dataset, plain, groups)
+    assigned = set()
+    for history in ([3, 14, 25], [21, 24, 28, 22], [11, 13, 17], [1]):
+        raw_ids = [f"B{item:03d}" for item in history]
+        run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--history", *raw_ids)
+        result = told(copied_run.folder, "new")
+        own, by_global, other = result["recommendations"]
+        vector = plain_state(plain["global"], history)
+        distances = {group: float((vector - centre).norm()) for group, centre in centres.items()}
+        assert own["group"] == min(distances, key=distances.get) and other["group"] == max(distances, key=distances.get)
+        is_told(own, plain_top(plain[own["group"]], history, 10))
+        is_told(by_global, plain_top(plain["global"], history, 10))
+        assert result["user"] is None and result["test_item"] is None and own["rank_of_test_item"] is None
+        assigned.add(own["group"])
+    assert len(assigned) > 1  # else this test would say little
+
+
+def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain):
+    group = groups_of(copied_run.folder)[8]
+    for other in {0, 1, 2} - {group}:
+        arguments = ("--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", other, "--top_k", 3)
+        run_on_folder(recommend, copied_run.folder, *arguments)
+        found = told(copied_run.folder, 8)["recommendations"][2]
+        assert found["group"] == other
+        is_told(found, plain_top(plain[other], tiny_dataset.histories[8][:-1], 3))
+
+
+def red_pixels(path):
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return int((abs(pixels - (214, 39, 40)).max(-1) < 4).sum())
+
+
+def test_test_item_is_framed_where_it_is_recommended(copied_run, tiny_dataset):
+    ranks = ranks_of(copied_run.folder, "personalized")
+    by_global = ranks_of(copied_run.folder, "global")
+    found = next(user for user in ranks if ranks[user] < 5)
+    missed = next(user for user in ranks if ranks[user] >= 5 and by_global[user] >= 5)
+    frames = {}
+    for user, top_k in ((found, 5), (missed, 1)):
+        path = copied_run.folder / "sheets" / f"{user}.png"
+        arguments = ("--train_dir", tiny_dataset.train_dir, "--top_k", top_k, "--user", user, "--output", path)
+        run_on_folder(recommend, copied_run.folder, *arguments)
+        rows = json.loads(path.with_suffix(".json").read_text())["recommendations"]
+        shown = [item["item"] for row in rows for item in row["items"]]
+        frames[user] = (red_pixels(path), shown.count(tiny_dataset.histories[user][-1]))
+    assert frames[found][1] >= 1 and frames[found][0] > 800 * frames[found][1]
+    assert frames[missed][1] == 0 and frames[missed][0] < 400  # what of the drawn items may happen to be of that colour
+
+
+def test_user_with_too_few_purchases_has_no_test_item(copied_run, tiny_dataset, plain):
+    user = 6  # with one purchase
+    run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--user", user)
+    result = told(copied_run.folder, user)
+    assert result["test_item"] is None and len(result["history"]) == 1 and "fewer than 3" in result["history_is"]
+    is_told(result["recommendations"][1], plain_top(plain["global"], tiny_dataset.histories[user], 10))
+
+
+def test_run_without_groups_recommends_by_its_one_model(tiny_global_run, tiny_dataset, tiny_clip, tmp_path):
+    path = tmp_path / "sheet.png"
+    run_on_folder(recommend, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--output", path)
+    (only,) = json.loads(path.with_suffix(".json").read_text())["recommendations"]
+    model = plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
+    is_told(only, plain_top(model, tiny_dataset.histories[8][:-1], 10))
+    with pytest.raises(PerPEFTError, match="has no groups"):
+        run_on_folder(recommend, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", 1)
+    assert not (tiny_global_run / "figures").exists()
+
+
+def test_best_items_leaves_out_what_was_bought_and_breaks_ties_by_number():
+    table = torch.tensor([[9.0], [1.0], [3.0], [2.0], [3.0], [0.0]])  # row 0 is the padding item
+    items, scores = best_items(torch.tensor([1.0]), table, np.array([3]), 3)
+    assert items.tolist() == [2, 4, 1] and scores.tolist() == [3, 3, 1]
+    assert best_items(torch.tensor([1.0]), table, np.arange(1, 6), 3)[0].tolist() == []
+
+
+def test_groups_without_users_are_never_chosen():
+    centres = np.array([[0.0, 0.0], [np.nan, np.nan], [3.0, 0.0], [-4.0, 0.0]])
+    assert choose_groups(np.array([1.0, 0.0]), None, centres, None) == (0, 3)
+    assert choose_groups(np.array([-3.0, 0.0]), None, centres, None) == (3, 2)
+    assert choose_groups(np.array([1.0, 0.0]), 2, centres, None) == (2, 3)
+    assert choose_groups(np.array([1.0, 0.0]), 0, centres[:2], None) == (0, None)
+
+
+# ---------------------------------------------------------------- exported vectors
+
+
+def test_exported_vectors_reproduce_the_ranks_that_training_wrote(tiny_run, tiny_dataset, tmp_path):
+    before = tree(tiny_run.folder)
+    arguments = ("--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out", "--histories", "train_and_valid")
+    run_on_folder(export_vectors, tiny_run.folder, *arguments)
+    out = tmp_path / "out"
+    users, groups = np.load(out / "users.npy"), np.load(out / "user_groups.npy")
+    tables = [np.load(out / f"items_group_{group}.npy") for group in range(3)]
+    assert users.dtype == np.float32 and users.shape == (40, 32)
+    assert all(table.dtype == np.float32 and table.shape == (30, 32) for table in tables)
+    assert (out / "item_ids.txt").read_text().split("\n") == [*(f"B{item:03d}" for item in ITEMS), ""]
+    ids = [int(line) for line in (out / "user_ids.txt").read_text().splitlines()]
+    assert dict(zip(ids, groups.tolist())) == groups_of(tiny_run.folder)
+    ranks = {}
+    for row, user in enumerate(ids):
+        *history, target = tiny_dataset.histories[user]
+        if len(history) >= 2:
+            scores = tables[groups[row]] @ users[row]
+            ranks[user] = sum(scores[item - 1] >= scores[target - 1] for item in ITEMS if item not in (*history, target))
+    assert ranks == ranks_of(tiny_run.folder, "personalized")
+    assert tree(tiny_run.folder) == before
+
+
+def test_exported_vectors_are_those_of_plain_models_over_all_purchases(tiny_run, tiny_dataset, plain, tmp_path):
+    run_on_folder(export_vectors, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out")
+    out = tmp_path / "out"
+    for name, model in (("global", plain["global"]), *((f"group_{group}", plain[group]) for group in range(3))):
+        np.testing.assert_allclose(np.load(out / f"items_{name}.npy"), model.e[1:].detach(), atol=2e-5)
+    users, groups = np.load(out / "users.npy"), groups_of(tiny_run.folder)
+    for row, user in enumerate(sorted(tiny_dataset.histories)):
+        expected = plain_state(plain[groups[user]], tiny_dataset.histories[user])
+        np.testing.assert_allclose(users[row], expected, atol=2e-5)
+
+
+def test_run_without_groups_exports_its_one_model(tiny_global_run, tiny_dataset, tiny_clip, tmp_path):
+    run_on_folder(export_vectors, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"items_global.npy", "users.npy", "item_ids.txt", "user_ids.txt"}
+    model = plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
+    expected = plain_state(model, tiny_dataset.histories[8])
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "users.npy")[3], expected, atol=2e-5)
+
+
+def test_folder_that_is_there_already_is_left_alone(tiny_run, tiny_dataset, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(PerPEFTError, match="is there already"):
+        run_on_folder(export_vectors, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_damaged_weights_leave_no_folder_behind(copied_run, tiny_dataset, tmp_path):
+    (copied_run.folder / "personalized" / "group_1" / "projector.pth").write_bytes(b"none")
+    with pytest.raises(PerPEFTError, match="projector.pth cannot be read"):
+        run_on_folder(export_vectors, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- what is refused, in one sentence each
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--user", 3], "user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"),
+        (["--history", "B001", "B031"], "item 'B031' is neither a raw id of tiny nor a number from 1 to 30"),
+        (["--user", 8, "--other_group", 3], "--other_group 3: the run has groups 0 to 2; name another"),
+        (["--user", 8, "--output", "sheet.jpg"], "--output sheet.jpg: a name that ends in .png is wanted"),
+    ],
+)
+def test_unknown_users_items_groups_and_kinds_of_picture_are_refused(copied_run, tiny_dataset, arguments, message):
+    before = tree(copied_run.folder)
+    with pytest.raises(PerPEFTError, match=re.escape(message)) as raised:
+        run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, *arguments)
+    assert len(str(raised.value).splitlines()) == 1
+    assert tree(copied_run.folder) == before
+
+
+def test_own_group_is_no_other_group(tiny_run, tiny_dataset):
+    own = groups_of(tiny_run.folder)[8]
+    with pytest.raises(PerPEFTError, match=f"the user's own group is {own}"):
+        run_on_folder(recommend, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", own)
+
+
+@pytest.mark.parametrize("script", [plot_run, recommend, export_vectors])
+def test_unfinished_run_is_refused(copied_run, tiny_dataset, tmp_path, script):
+    (copied_run.folder / "summary.json").unlink()
+    more = {recommend: ("--user", 8), export_vectors: ("--output", tmp_path / "out")}.get(script, ())
+    for folder, message in ((copied_run.folder, "holds no finished run"), (tmp_path / "nowhere", "is not there")):
+        with pytest.raises(PerPEFTError, match=message) as raised:
+            run_on_folder(script, folder, "--train_dir", tiny_dataset.train_dir, *more)
+        assert len(str(raised.value).splitlines()) == 1
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_changed_purchases_are_refused(tiny_run, tiny_dataset, tmp_path):
+    histories = {**tiny_dataset.histories, 8: tiny_dataset.histories[8][::-1]}
+    folder = write_dataset(tmp_path / "dataset", "tiny", histories, tiny_dataset.titles)
+    with pytest.raises(PerPEFTError, match="purchases or raw ids have changed"):
+        open_finished(tiny_run.folder, "cpu", folder)
+
+
+def test_changed_titles_are_refused(tiny_run, tiny_dataset, tmp_path):
+    shutil.copytree(tiny_dataset.train_dir, tmp_path / "dataset")
+    folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, ["other", *tiny_dataset.titles[1:]], draw=False)
+    with pytest.raises(PerPEFTError, match="titles or pictures, or the files of the CLIP, have changed"):
+        open_finished(tiny_run.folder, "cpu", folder)
+
+
+def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_dataset, tiny_clip):
+    path = copied_run.folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["config"]["clip_model"] = "moved/away"
+    path.write_text(json.dumps(summary))
+    with pytest.raises(PerPEFTError, match="'moved/away', which is no folder here, lies elsewhere: name it by --clip_model DIR"):
+        open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir)
+    run = open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir, str(tiny_clip))
+    assert run.dataset.num_items == NUM_ITEMS
+
+
+def test_mistake_ends_the_script_with_exit_code_2_and_one_line(tiny_run, tiny_dataset):
+    arguments = (tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--device", "cpu", "--user", 3)
+    command = [sys.executable, "-m", "scripts.recommend", *map(str, arguments)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=100)
+    assert found.returncode == 2
+    errors = found.stderr[found.stderr.index("error:") :].splitlines()  # before it, data sets tell what is worth knowing
+    assert errors == ["error: user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"]
+
+
+def test_random_groups_have_no_nearest_centre(tiny_dataset, tiny_clip, tmp_path):
+    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, grouping="random", global_epochs=1, num_epochs=1))
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(PerPEFTError, match="groups are random"):
+        run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--history", "B001")
+    run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--user", 8)

@@ -1,0 +1,284 @@
+"""scripts.reproduce_tables: the right runs, each once, and tables that say what the runs' files say."""
+import csv
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from scripts import reproduce_tables
+from tests.conftest import tiny_arguments
+from utils.analysis.reproduction import estimated_seconds, plan_runs, told_plan
+from utils.analysis.tables import blocks_of, finished_blocks, markdown, paper_figures, write_tables
+from utils.common.errors import PerPEFTError
+from utils.run import pipeline
+from utils.run import reports as reporting
+from utils.training.evaluation import ndcg_at
+
+
+def passed_on(tiny_dataset, tiny_clip, output_dir):
+    """The tiny run's options, shorter, less what the tables set themselves."""
+    arguments = tiny_arguments(tiny_dataset, tiny_clip, output_dir, global_epochs=1, num_epochs=1)
+    for name in ("--dataset", "--peft_type"):
+        place = arguments.index(name)
+        del arguments[place : place + 2]
+    return arguments
+
+
+def reproduce(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["reproduce_tables", *map(str, arguments)])
+    reproduce_tables.main()
+
+
+@pytest.fixture(scope="module")
+def tiny_tables(tiny_dataset, tiny_clip, tmp_path_factory):
+    """Both tables of one tiny LoRA trial: the folder of runs, that of tables, and the command."""
+    folder = tmp_path_factory.mktemp("reproduction")
+    common = passed_on(tiny_dataset, tiny_clip, folder / "runs")
+    arguments = ["--dataset", "tiny", "--trials", 1, "--tables_dir", folder / "tables", *common]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        reproduce(monkeypatch, *arguments)
+    return folder / "runs", folder / "tables", arguments
+
+
+def test_every_row_has_its_run_and_stage_1_is_trained_once(tiny_tables):
+    runs, _, _ = tiny_tables
+    methods = ["none", "frozen", "lora_global", "lora", "lora_image", "lora_text", "lora_negatives_all", "lora_large_global"]
+    methods.append("lora_grouping_random")
+    assert {run.name for run in runs.iterdir()} == {f"tiny_{method}_lr0.001_wd0.0001_seed0" for method in methods}
+    whole = json.loads((runs / "tiny_lora_lr0.001_wd0.0001_seed0" / "summary.json").read_text())
+    for method in ("negatives_all", "grouping_random"):
+        shared = json.loads((runs / f"tiny_lora_{method}_lr0.001_wd0.0001_seed0" / "summary.json").read_text())
+        assert shared["global"]["best_epoch"] == 0 and shared["global"]["test"] == whole["global"]["test"]
+
+
+def test_tables_say_what_the_runs_say(tiny_tables):
+    runs, tables, _ = tiny_tables
+    assert {path.name for path in tables.iterdir()} == {"tiny.md", "tiny.csv", "tiny.tex"}
+    rows = list(csv.DictReader((tables / "tiny.csv").open()))
+    assert [row["method"] for row in rows] == [
+        "w/o MM", "Frozen MM", "Global PEFT", "PerPEFT",
+        "w/o textual modality", "w/o visual modality", "w/o group-specific negatives", "Large Global PEFT", "Random grouping",
+        "PerPEFT",
+    ]  # fmt: skip
+    for place, name, stage in ((0, "none", "global"), (3, "lora", "personalized"), (5, "lora_text", "personalized")):
+        row = rows[place]
+        summary = json.loads((runs / f"tiny_{name}_lr0.001_wd0.0001_seed0" / "summary.json").read_text())
+        assert float(row["NDCG@30"]) == pytest.approx(100 * summary[stage]["test"]["NDCG@30"], abs=1e-4)
+        assert row["NDCG@30_sd"] == row["NDCG@30_paper"] == "" and row["trials"] == "1"
+    told = (tables / "tiny.md").read_text()
+    assert told.count("PerPEFT against") == 2 and "paper" not in told
+
+
+def test_a_second_call_trains_nothing(tiny_tables, monkeypatch, capsys):
+    runs, tables, arguments = tiny_tables
+    before = (tables / "tiny.csv").read_text()
+
+    def refuse(*_):
+        raise AssertionError("a finished run is trained again")
+
+    monkeypatch.setattr(pipeline, "train_stage", refuse)
+    reproduce(monkeypatch, *arguments)
+    assert (tables / "tiny.csv").read_text() == before
+    assert "0 of 9 runs to do" in capsys.readouterr().out
+
+
+def test_a_dry_run_lists_and_estimates_and_runs_nothing(tiny_tables, monkeypatch, capsys, tmp_path):
+    runs, _, arguments = tiny_tables
+    copied = tmp_path / "runs"
+    shutil.copytree(runs, copied)
+    shutil.rmtree(copied / "tiny_lora_text_lr0.001_wd0.0001_seed0")
+    changed = [str(copied) if argument == str(runs) else argument for argument in map(str, arguments)]
+    changed[changed.index("--tables_dir") + 1] = str(tmp_path / "tables")
+    reproduce(monkeypatch, *changed, "--dry_run")
+    told = capsys.readouterr().out
+    (line,) = [line for line in told.splitlines() if line.startswith("to do")]
+    assert "--modality text" in line and " min" in line and "1 of 9 runs to do" in told
+    assert not (tmp_path / "tables").exists() and len(list(copied.iterdir())) == 8
+
+
+def test_an_estimate_is_the_mean_of_runs_alike(tmp_path):
+    runs = plan_runs("arts", [2], ["lora", "iisan"], 3, ["--output_dir", str(tmp_path)])
+    mine = [run for run in runs if run.method.name == "PerPEFT" and run.peft_type == "lora"]
+    assert estimated_seconds(mine[2], {}) is None
+    finished = {mine[0]: 100.0, mine[1]: 300.0}
+    assert estimated_seconds(mine[2], finished) == 200
+    glob = next(run for run in runs if run.method.name == "Global PEFT" and run.peft_type == "lora")
+    assert estimated_seconds(glob, finished) == 200  # nothing of its own row: its adapter's
+    assert all(estimated_seconds(run, finished) is None for run in runs if run.peft_type == "iisan")
+    for run, seconds in finished.items():
+        finish(run, 0.1, seconds)
+    told = told_plan(runs)
+    # three more of LoRA's at 200 s, but for what has no adapter; of nothing of IISAN's is anything known
+    assert told.endswith("16 of 18 runs to do, about 13 min, and 12 of which nothing alike is finished")
+
+
+def test_runs_of_several_adapters_share_what_has_none():
+    runs = plan_runs("arts", [2, 3], ["lora", "ia3", "iisan"], 2, [])
+    assert len({run.folder for run in runs}) == len(runs)
+    first = [run for run in runs if run.trial == 0]
+    assert len(first) == 2 + 3 * 6 + 1  # w/o MM and Frozen once; six of every adapter; a larger rank of LoRA alone
+    assert [run.trial for run in runs] == sorted(run.trial for run in runs)
+    assert runs[0].folder.name == "arts_lora_lr0.0001_wd0.0001_seed0"  # whom others start from comes first
+    iisan = next(run for run in runs if run.peft_type == "iisan")
+    assert iisan.command() == "python3 perpeft_iisan.py --dataset arts --trial 0"
+
+
+@pytest.mark.parametrize("flag", ["--method", "--trial", "--init_from=x", "--peft_type"])
+def test_what_the_rows_set_cannot_be_passed_on(flag):
+    with pytest.raises(PerPEFTError, match="leave it out"):
+        plan_runs("arts", [2], ["lora"], 1, [flag, "1"])
+
+
+# ---------------------------------------------------------------- arithmetic, on runs whose files are written by hand
+
+USERS = np.arange(1, 41)
+
+
+def finish(run, share, seconds=60, valid=None):
+    """Write what the tables read of a finished run: `share` of the users have rank 0, the others rank 100."""
+    run.folder.mkdir(parents=True)
+    ranks = np.where(np.arange(len(USERS)) < share * len(USERS), 0, 100)
+    test = dict.fromkeys(("HR@20", "HR@30", "NDCG@20", "NDCG@30"), share)
+    stage = {"best_epoch": 1, "valid": {"NDCG@20": share if valid is None else valid}, "test": test}
+    summary = {run.method.stage: stage, "seconds": {"global": seconds}, "config": run.options}
+    summary |= {"dataset_fingerprint": None, "contents_fingerprint": None}
+    (run.folder / "summary.json").write_text(json.dumps(summary))
+    told = {"users": np.arange(len(USERS)), "valid": ranks, "test": ranks}
+    reporting.write_ranks(run.folder / f"{run.method.stage}_ranks.csv", USERS, told)
+
+
+@pytest.fixture
+def arts_blocks(tmp_path):
+    """Table 2 on `arts`: three trials of PerPEFT, two of Global PEFT, one of Frozen MM, none of w/o MM; one run of IISAN."""
+    runs = plan_runs("arts", [2], ["lora", "iisan"], 3, ["--output_dir", str(tmp_path / "runs")])
+    shares = {"PerPEFT": (0.5, 0.6, 0.7), "Global PEFT": (0.3, 0.5), "Frozen MM": (0.4,)}
+    for name, values in shares.items():
+        mine = [run for run in runs if run.method.name == name and run.peft_type == "lora"]
+        for run, share in zip(mine, values):
+            finish(run, share, valid=0.9 if name == "Frozen MM" else None)
+    finish(next(run for run in runs if run.method.name == "PerPEFT" and run.peft_type == "iisan"), 0.2)
+    return blocks_of(runs, "arts")
+
+
+def test_mean_and_sample_deviation_over_trials(arts_blocks):
+    block, iisan = arts_blocks
+    frozen, glob, ours = block.rows
+    assert (ours.mean["HR@20"], ours.deviation["HR@20"]) == pytest.approx((60, 10))
+    assert (glob.mean["HR@20"], glob.deviation["HR@20"]) == pytest.approx((40, math.sqrt(200)))
+    assert frozen.mean["HR@20"] == pytest.approx(40) and math.isnan(frozen.deviation["HR@20"])
+    assert [row.trials for row in block.rows] == [1, 2, 3]
+    assert [row.method for row in iisan.rows] == ["Frozen MM", "PerPEFT"]  # another adapter's runs stay out
+    assert iisan.rows[1].mean["HR@20"] == pytest.approx(20) and iisan.rows[0].gains.keys() == {0}
+
+
+def test_the_strongest_is_chosen_by_validation_and_tested_over_users_in_common_trials(arts_blocks):
+    compared = arts_blocks[0].comparison()
+    assert compared.strongest == "Frozen MM"  # whose test figures are no better than the global's, but its validation's are
+    assert (compared.users, compared.trials) == (40, 1)  # only trial 0 is there of both
+    difference = np.array([0.0] * 16 + [1] * 4 + [0] * 20)  # hits of 20 users against 16
+    assert compared.difference == pytest.approx(100 * difference.mean())
+    t = difference.mean() / (difference.std(ddof=1) / math.sqrt(40))
+    # p of Student's t with 39 degrees of freedom, by numerical integration of its density
+    grid = np.linspace(abs(t), 400, 4_000_001)
+    density = (1 + grid**2 / 39) ** -20
+    scale = math.gamma(20) / (math.sqrt(39 * math.pi) * math.gamma(19.5))
+    p = 2 * scale * float(np.trapezoid(density, grid))
+    assert compared.p == pytest.approx(p, rel=1e-4)
+    assert f"+10.00 points, p = {p:.4f}" in str(compared)
+
+
+def test_no_user_differs_and_no_common_trial(tmp_path):
+    runs = plan_runs("arts", [2], ["lora"], 2, ["--output_dir", str(tmp_path)])
+    glob, ours = ([run for run in runs if run.method.name == name] for name in ("Global PEFT", "PerPEFT"))
+    finish(glob[1], 0.5)
+    finish(ours[0], 0.5)
+    assert blocks_of(runs, "arts")[0].comparison() is None
+    finish(glob[0], 0.5)
+    compared = blocks_of(runs, "arts")[0].comparison()
+    assert compared.difference == 0 and math.isnan(compared.p) and "no user differs" in str(compared)
+
+
+def test_runs_with_other_settings_are_never_taken_for_these(tmp_path, monkeypatch, capsys):
+    common = ["--output_dir", str(tmp_path / "runs")]
+    finish(plan_runs("arts", [2], ["lora"], 1, common)[0], 0.5)
+    shorter = plan_runs("arts", [2], ["lora"], 1, [*common, "--num_epochs", "3"])
+    with pytest.raises(PerPEFTError, match="num_epochs 20 instead of 3"):
+        shorter[0].summary()
+    assert blocks_of(shorter, "arts") == []
+    arguments = ["--dataset", "arts", "--trials", 1, "--tables_dir", tmp_path / "tables", *common, "--num_epochs", 3]
+    with pytest.raises(PerPEFTError, match="num_epochs 20 instead of 3"):  # before anything is trained or written
+        reproduce(monkeypatch, *arguments)
+    assert not (tmp_path / "tables").exists()
+
+
+def test_tables_hold_all_that_is_finished_whatever_was_asked_for_last(tiny_tables, monkeypatch):
+    _, tables, arguments = tiny_tables
+    reproduce(monkeypatch, *arguments, "--tables", 2)
+    told = (tables / "tiny.md").read_text()
+    assert "## Table 2, lora" in told and "## Table 3, lora" in told
+
+
+def test_runs_of_different_data_make_no_table(tmp_path):
+    runs = plan_runs("arts", [2], ["lora"], 2, ["--output_dir", str(tmp_path)])[:2]
+    for run in runs:
+        finish(run, 0.5)
+    path = runs[1].folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset_fingerprint": "other"}))
+    with pytest.raises(PerPEFTError, match="different data"):
+        blocks_of(runs, "arts")
+
+
+def test_options_of_clips_adapters_do_not_reach_iisan():
+    runs = plan_runs("arts", [2], ["lora", "iisan"], 1, ["--rank", "8", "--maxlen", "8", "--gradient_checkpointing"])
+    lora, iisan = (next(run for run in runs if run.peft_type == kind and run.method.peft_types) for kind in ("lora", "iisan"))
+    assert lora.options["rank"] == 8 and iisan.options["rank"] is None and iisan.options["maxlen"] == 8
+    assert "--rank" not in iisan.arguments and iisan.arguments[-2:] == ("--maxlen", "8")
+
+
+def test_methods_without_an_adapter_are_one_run_for_all_adapters():
+    found = {tuple(run.folder for run in plan_runs("beauty_care", [2], [kind], 1, [])[:2]) for kind in ("lora", "ia3", "iisan")}
+    assert len(found) == 1
+    assert {path.name for path in found.pop()} == {f"beauty_care_{kind}_lr0.0001_wd0.0001_seed0" for kind in ("none", "frozen")}
+
+
+def test_markdown_csv_and_latex_of_the_same_figures(arts_blocks, tmp_path):
+    write_tables(tmp_path / "tables", "arts", arts_blocks, trials=3)
+    told = (tmp_path / "tables" / "arts.md").read_text()
+    assert "| method | HR@20 | paper | HR@30 | paper | NDCG@20 | paper | NDCG@30 | paper |" in told
+    assert "| PerPEFT | **60.00 (10.00)** | 6.62 |" in told  # the paper's figure beside ours
+    assert "| Global PEFT [2 of 3 trials] | 40.00 (14.14) | 6.01 |" in told
+    assert "| Frozen MM [1 of 3 trials] | 40.00 | 4.87 |" in told
+    tex = (tmp_path / "tables" / "arts.tex").read_text()
+    assert r"PerPEFT & \textbf{60.00 (10.00)} & 6.62 &" in tex and r"Global PEFT [2 of 3 trials] & 40.00 (14.14) & 6.01" in tex
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2 and "% PerPEFT against Frozen MM" in tex
+    rows = list(csv.DictReader((tmp_path / "tables" / "arts.csv").open()))
+    assert rows[2]["HR@20"] == "60.0000" and rows[2]["HR@20_sd"] == "10.0000"
+    assert (rows[2]["strongest_other"], rows[2]["difference"]) == ("Frozen MM", "10.0000") and rows[1]["p"] == ""
+
+
+def test_the_papers_figures():
+    assert paper_figures(2, "lora", "Global PEFT", "arts") == {"HR@20": 6.01, "HR@30": 7.81, "NDCG@20": 2.42, "NDCG@30": 2.81}
+    assert paper_figures(2, "iisan", "w/o MM", "arts")["HR@20"] == 3.91
+    assert paper_figures(3, "lora", "PerPEFT", "sports_outdoors")["HR@20"] == 4.82
+    assert paper_figures(3, "ia3", "Random grouping", "arts") == {} == paper_figures(2, "lora", "PerPEFT", "mine")
+
+
+def test_gains():
+    assert ndcg_at(20, np.array([0, 2, 19, 20])).tolist() == pytest.approx([1, 0.5, 1 / math.log2(21), 0])
+
+
+def test_nothing_finished_gives_no_table(tmp_path):
+    runs = plan_runs("arts", [2, 3], ["lora"], 1, ["--output_dir", str(tmp_path)])
+    assert blocks_of(runs, "arts") == [] == finished_blocks("arts", 1, ["--output_dir", str(tmp_path)])
+    assert "arts" in markdown("arts", [], 1)
+
+
+def test_a_damaged_summary_is_one_clear_sentence(tmp_path):
+    run = plan_runs("arts", [2], ["lora"], 1, ["--output_dir", str(tmp_path)])[0]
+    run.folder.mkdir()
+    (run.folder / "summary.json").write_text("{}")
+    with pytest.raises(PerPEFTError, match="is damaged"):
+        run.summary()

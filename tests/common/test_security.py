@@ -1,0 +1,482 @@
+"""Nothing in a data set, a checkpoint or a CLIP folder runs code, makes the project read elsewhere, or reaches the network."""
+import contextlib
+import copyreg
+import io
+import json
+import os
+import pickle
+import pickletools
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPImageProcessor
+
+from models import IISAN, IISANEncoder
+from scripts import check_data, extract_hidden_states
+from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_options, tiny_titles, write_dataset
+from utils.common.errors import PerPEFTError
+from utils.common.pickles import PLAIN_OPERATIONS, PlainUnpickler, load_pickle
+from utils.data.dataset import read_dataset
+from utils.items.foundation import ensure_hidden_states, load_foundation
+from utils.items.hidden_states import HiddenStateStore, states_path
+from utils.items.store import PictureTitleStore, read_picture
+from utils.run.hyperparameters import read_hyperparameters
+from utils.run.pipeline import build_model, open_run
+from utils.training.checkpoints import ResumeState, load_global, load_personalized
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+CPU = torch.device("cpu")
+TITLES = ["a lamp", "a mug", "a chair", "a clock", "a bag"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small sound data set `shop` of 5 items."""
+    return write_dataset(tmp_path / "dataset", "shop", {1: [1, 2, 3, 4, 5], 2: [2, 1, 3]}, TITLES)
+
+
+# ---------------------------------------------------------------- pickles that run something when they are read
+
+RAN = []
+
+
+def run(*words):
+    """What the payloads call; it returns something that they can go on with."""
+    RAN.append(words)
+    return Fillable()
+
+
+class Fillable:
+    """Runs code when it is made or when its state is set."""
+
+    def __new__(cls, *words):
+        if words:
+            RAN.append(words)
+        return super().__new__(cls)
+
+    def __init__(self, *words):
+        if words:
+            RAN.append(words)
+
+    def __setstate__(self, state):
+        RAN.append(state)
+
+
+class Reduced:
+    """Pickles as a call of `run`."""
+
+    def __reduce__(self):
+        return run, ("by REDUCE",)
+
+
+MODULE = Fillable.__module__.encode()
+CODE = 240  # of the extension registry, for private use
+PAYLOADS = {
+    **{f"a function called, protocol {protocol}": pickle.dumps(Reduced(), protocol) for protocol in range(6)},
+    "an instance in text": b"(Vby INST\ni" + MODULE + b"\nFillable\n.",
+    "an object": b"(c" + MODULE + b"\nFillable\nVby OBJ\no.",
+    "a new object": b"\x80\x02c" + MODULE + b"\nFillable\nX\x09\x00\x00\x00by NEWOBJ\x85\x81.",
+    "a new object with names": b"\x80\x04c" + MODULE + b"\nFillable\nX\x0c\x00\x00\x00by NEWOBJ_EX\x85}\x92.",
+    "a state that is set": b"\x80\x02c" + MODULE + b"\nFillable\n)\x81X\x08\x00\x00\x00by BUILDb.",
+    "an extension": b"\x80\x02\x82" + bytes([CODE]) + b"X\x04\x00\x00\x00by 1\x85R.",
+    "an extension of two bytes": b"\x80\x02\x83" + bytes([CODE, 0]) + b"X\x04\x00\x00\x00by 2\x85R.",
+    "an extension of four bytes": b"\x80\x02\x84" + bytes([CODE, 0, 0, 0]) + b"X\x04\x00\x00\x00by 4\x85R.",
+    "within a dict": pickle.dumps({1: "B001", 2: [Reduced()]}),
+    "evaluated text": b"cbuiltins\neval\n(V__import__('tests.common.test_security').test_security.RAN.append(1)\ntR.",
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_ran():
+    """No test of this module lets a payload run, but for those that show that it would."""
+    copyreg.add_extension(__name__, "run", CODE)
+    pickle.loads(PAYLOADS["an extension"])  # from now on the registry hands the function out without asking find_class
+    RAN.clear()
+    yield
+    copyreg.remove_extension(__name__, "run", CODE)
+    assert RAN == []
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_payload_is_live(kind):
+    """Without protection each would run: otherwise nothing would follow from their not running."""
+    pickle.loads(PAYLOADS[kind])
+    assert RAN
+    RAN.clear()
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_pickle_with_code_is_refused_by_every_reader_of_pickles(kind, folder, tmp_path):
+    path = tmp_path / "payload.pickle"
+    path.write_bytes(PAYLOADS[kind])
+    with pytest.raises(PerPEFTError, match="refused"):
+        load_pickle(path)
+    with pytest.raises(PerPEFTError, match=str(path)):
+        read_hyperparameters("shop", "lora", path)
+    for end in ("item2id", "texts"):
+        place = folder / f"shop_{end}_final.pickle"
+        sound = place.read_bytes()
+        shutil.copy(path, place)
+        with pytest.raises(PerPEFTError, match=f"shop_{end}_final.pickle"):
+            read_dataset(folder, "shop")
+        place.write_bytes(sound)
+
+
+def test_operations_that_can_call_or_fill_anything_are_not_carried_out():
+    """Every operation of pickle is either among those that build plain values, or refused by name."""
+    danger = {"REDUCE", "BUILD", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+    assert not danger & PLAIN_OPERATIONS
+    names = {operation.name: ord(operation.code) for operation in pickletools.opcodes}
+    assert set(names) >= PLAIN_OPERATIONS
+    for name in set(names) - PLAIN_OPERATIONS:
+        with pytest.raises(PerPEFTError, match=name):
+            PlainUnpickler.dispatch[names[name]](None)
+
+
+def test_names_are_never_looked_up():
+    """Importing a module runs it, so a name must be refused before it is."""
+    for content in (b"cthis\ns\n.", b"\x80\x04\x8c\x04this\x8c\x01s\x93.", b"(ithis\ns\n."):
+        sys.modules.pop("this", None)
+        with pytest.raises(PerPEFTError, match="names the type this.s"):
+            PlainUnpickler(content).load()
+        assert "this" not in sys.modules
+
+
+# ---------------------------------------------------------------- files of torch
+
+
+def with_payload(sound, payload):
+    """A file of torch in which what says what is where is replaced by a payload."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(sound) as old, zipfile.ZipFile(buffer, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, payload if member.filename.endswith("data.pkl") else old.read(member))
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def replaced(path, content):
+    """A file with another content, for a while."""
+    sound = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(sound)
+
+
+TORCH_PAYLOADS = [kind for kind in PAYLOADS if "protocol" not in kind or kind[-1] in "24"]
+
+
+@pytest.fixture(scope="module")
+def torch_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("torch") / "sound.pt"
+    torch.save({"weight": torch.ones(3)}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", TORCH_PAYLOADS)
+def test_payload_in_a_file_of_torch_is_live(kind, torch_file, tmp_path):
+    for content in (with_payload(torch_file, PAYLOADS[kind]), PAYLOADS[kind]):  # as saved today, and as of old
+        path = tmp_path / "payload.pt"
+        path.write_bytes(content)
+        with contextlib.suppress(Exception):  # a payload is no tensor, so what comes after it may fail
+            torch.load(path, weights_only=False)
+        assert RAN
+        RAN.clear()
+
+
+def test_hidden_states_with_code_are_refused(folder):
+    path = states_path(folder, "shop")
+    torch.save((torch.randn(5, 3, 8), torch.randn(5, 3, 4), [f"B{item:03d}" for item in range(1, 6)]), path)
+    dataset = read_dataset(folder, "shop")
+    for kind in TORCH_PAYLOADS:
+        for content in (with_payload(path, PAYLOADS[kind]), PAYLOADS[kind]):
+            with replaced(path, content), pytest.raises(PerPEFTError, match="shop_preX.pt"):
+                HiddenStateStore.open(dataset, None)
+    assert HiddenStateStore.open(dataset, None).num_items == 5
+
+
+@pytest.fixture
+def lora_model(tiny_dataset, tiny_run):
+    """A model with one group, as the saved run's."""
+    options = tiny_options(tiny_dataset, tiny_run.options.clip_model, tiny_run.folder.parent)
+    options.device = "cpu"
+    return build_model(options, read_dataset(tiny_dataset.train_dir, "tiny"))[0]
+
+
+def load_both(model, folder):
+    load_global(model, folder / "global")
+    model.clone_groups(3)
+    load_personalized(model, folder / "personalized")
+
+
+@pytest.mark.parametrize(
+    "name", ["global/sasrec.pth", "global/projector.pth", "personalized/sasrec.pth", "personalized/group_1/projector.pth"]
+)
+def test_saved_weights_with_code_are_refused(name, lora_model, copied_run):
+    path = copied_run.folder / name
+    if name.startswith("personalized"):
+        lora_model.clone_groups(3)
+    load = load_global if name.startswith("global") else load_personalized
+    for kind in TORCH_PAYLOADS:
+        for content in (with_payload(path, PAYLOADS[kind]), PAYLOADS[kind]):
+            with replaced(path, content), pytest.raises(PerPEFTError):
+                load(lora_model, copied_run.folder / name.split("/")[0])
+    load(lora_model, copied_run.folder / name.split("/")[0])
+
+
+def test_inference_with_weights_that_carry_code_ends_in_a_sentence(copied_run):
+    path = copied_run.folder / "global" / "sasrec.pth"
+    path.write_bytes(with_payload(path, PAYLOADS["within a dict"]))
+    with pytest.raises(PerPEFTError, match="sasrec.pth"):
+        run_script([*copied_run.arguments, "--inference_only"])
+
+
+@pytest.mark.parametrize("kind", TORCH_PAYLOADS)
+def test_state_to_continue_from_with_code_is_refused(kind, torch_file, tmp_path):
+    path = tmp_path / "global.pt"
+    for content in (with_payload(torch_file, PAYLOADS[kind]), PAYLOADS[kind]):
+        path.write_bytes(content)
+        with pytest.raises(PerPEFTError, match="global.pt"):
+            ResumeState(path).load()
+
+
+def test_iisan_weights_with_code_are_refused(tmp_path):
+    encoder = IISANEncoder(IISAN(8, 4, 3))
+    encoder.save_group(tmp_path, 0)
+    path = tmp_path / "iisan.pth"
+    for kind in TORCH_PAYLOADS:
+        for content in (with_payload(path, PAYLOADS[kind]), PAYLOADS[kind]):
+            with replaced(path, content), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+                encoder.load_group(tmp_path, 0)
+    encoder.load_group(tmp_path, 0)
+
+
+def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
+    adapter = copied_run.folder / "global" / "adapter"
+    weights = adapter / "adapter_model.safetensors"
+    as_torch = with_payload(copied_run.folder / "global" / "sasrec.pth", PAYLOADS["within a dict"])
+    (adapter / "adapter_model.bin").write_bytes(as_torch)  # what peft falls back to
+    for content in (as_torch, *PAYLOADS.values()):
+        with replaced(weights, content), pytest.raises(PerPEFTError):
+            load_global(lora_model, copied_run.folder / "global")
+    load_global(lora_model, copied_run.folder / "global")  # the other file beside it is not looked at
+    sound = load_file(weights)
+    weights.unlink()
+    for content in (None, sound):  # nor without it, whether it carries code or the very weights
+        if content is not None:
+            torch.save(content, adapter / "adapter_model.bin")
+        with pytest.raises(PerPEFTError):
+            load_global(lora_model, copied_run.folder / "global")
+
+
+# ---------------------------------------------------------------- a CLIP folder
+
+
+def test_clip_weights_with_code_are_refused(tmp_path, torch_file):
+    clip = save_tiny_clip(tmp_path / "clip", tiny_titles())
+    (clip / "model.safetensors").unlink()
+    for kind in TORCH_PAYLOADS:
+        for content in (with_payload(torch_file, PAYLOADS[kind]), PAYLOADS[kind]):
+            (clip / "pytorch_model.bin").write_bytes(content)
+            with pytest.raises(PerPEFTError, match="cannot be loaded"):
+                load_foundation(str(clip))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_code_beside_clip_weights_is_not_run(name, known, tmp_path):
+    """The library can fetch classes from files that a model brings; none of them is asked for here."""
+    clip = save_tiny_clip(tmp_path / "clip", tiny_titles())
+    (clip / "own.py").write_text(f"import {__name__} as tests\ntests.RAN.append('imported')\nclass Own: pass\n")
+    settings = json.loads((clip / name).read_text())
+    own = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor", "AutoProcessor"), "own.Own")
+    settings["auto_map"] = own | {"AutoTokenizer": ["own.Own", "own.Own"]}
+    if not known:
+        settings.update(tokenizer_class="Own", image_processor_type="Own", model_type="own")
+    (clip / name).write_text(json.dumps(settings))
+    with contextlib.suppress(PerPEFTError):
+        load_foundation(str(clip))
+
+
+# ---------------------------------------------------------------- the store
+
+
+def test_store_with_pickled_arrays_is_refused(folder, tmp_path, tiny_clip):
+    dataset = read_dataset(folder, "shop")
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
+    PictureTitleStore.open(dataset, processor, tokenizer, 16)
+    titles, pixels = next((folder / "shop_store").rglob("titles.npz")), next((folder / "shop_store").rglob("pictures.npy"))
+    evil = np.array([Reduced()], dtype=object)
+    as_npz, as_npy = io.BytesIO(), io.BytesIO()
+    np.savez(as_npz, tokens=evil, lengths=evil)
+    np.save(as_npy, evil)
+    for path, content in ((titles, as_npz), (pixels, as_npy), (titles, as_npy)):
+        with replaced(path, content.getvalue()), pytest.raises(PerPEFTError, match="store.*damaged"):
+            PictureTitleStore.open(dataset, processor, tokenizer, 16)
+    for path in (titles, pixels):
+        with replaced(path, path.read_bytes()[:-100]), pytest.raises(PerPEFTError, match="store.*damaged"):
+            PictureTitleStore.open(dataset, processor, tokenizer, 16)
+    assert PictureTitleStore.open(dataset, processor, tokenizer, 16).num_items == 5
+    np.load(io.BytesIO(as_npy.getvalue()), allow_pickle=True)
+    assert RAN  # the payload is live
+    RAN.clear()
+
+
+# ---------------------------------------------------------------- names that could lead elsewhere
+
+OPENED = []  # every file that this process opens while `watching`
+WATCHING = []
+
+
+def _audit(event, arguments):
+    if WATCHING and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        OPENED.append(os.path.realpath(os.fsdecode(arguments[0])))
+
+
+sys.addaudithook(_audit)
+
+
+@contextlib.contextmanager
+def watching():
+    """Note the real paths of all files that are opened meanwhile."""
+    OPENED.clear()
+    WATCHING.append(True)
+    try:
+        yield OPENED
+    finally:
+        WATCHING.pop()
+
+
+def with_raw_id(folder, raw_id):
+    raw_ids = {**{item: f"B{item:03d}" for item in range(1, 5)}, 5: raw_id}
+    (folder / "shop_item2id_final.pickle").write_bytes(pickle.dumps(raw_ids))
+
+
+LEADING_AWAY = [
+    "../secret", "..\\secret", "/etc/passwd", "a/../../secret", "./B005", "a/b", "\\\\host\\share", "C:\\x", "B005\0", "\0", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw_id", LEADING_AWAY)
+@pytest.mark.parametrize("missing_images", ["error", "blank"])
+def test_raw_id_that_leads_away_is_refused_and_not_followed(folder, raw_id, missing_images):
+    shutil.copy(folder / "shop_images" / "B001.jpg", folder / "secret.jpg")
+    with_raw_id(folder, raw_id)
+    with watching() as opened, pytest.raises(PerPEFTError, match="not item number: raw id"):
+        read_dataset(folder, "shop", missing_images=missing_images)
+    assert opened and str((folder / "secret.jpg").resolve()) not in opened and "/etc/passwd" not in opened
+
+
+ODD_BUT_HARMLESS = ["..", ".", "...", "~", "~root", "$HOME", "%2e%2e%2f", "a b", "-rf", "|id", "file:x", "‥", "／", "CON", "é"]
+
+
+def test_odd_raw_ids_stay_inside_their_folder(folder, tiny_clip):
+    images = folder / "shop_images"
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
+    for raw_id in ODD_BUT_HARMLESS:
+        shutil.copy(images / "B005.jpg", images / f"{raw_id}.jpg")
+        with_raw_id(folder, raw_id)
+        with watching() as opened:
+            dataset = read_dataset(folder, "shop")
+            PictureTitleStore.open(dataset, processor, tokenizer, 16)
+        assert dataset.image_paths[4].parent == images
+        pictures = [path for path in opened if path.endswith(".jpg")]
+        assert sorted(pictures) == sorted(str(path.resolve()) for path in dataset.image_paths)
+        assert all(path.startswith(str(folder.resolve())) for path in opened)
+
+
+LEADING_NAMES = ["../shop", "/shop", "a/shop", "..", ".", "", "shop/", "..\\shop", "shop\0"]
+
+
+@pytest.mark.parametrize("name", LEADING_NAMES)
+def test_name_of_a_data_set_that_leads_away_is_refused(folder, name):
+    (folder / "inner").mkdir()
+    with watching() as opened, pytest.raises(PerPEFTError, match="a name is wanted"):
+        read_dataset(folder / "inner", name)
+    assert opened == []
+
+
+@pytest.mark.parametrize("name", ["../shop", "a/shop", ".."])
+def test_scripts_refuse_such_a_name(folder, name, tiny_dataset, tiny_clip, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(tiny_arguments(tiny_dataset, tiny_clip, folder / "runs", dataset=name))
+    assert ended.value.code == 2 and "a name is wanted" in capsys.readouterr().err
+    for script in (check_data, extract_hidden_states):
+        monkeypatch.setattr(sys, "argv", ["script", "--dataset", name, "--train_dir", str(folder / "inner")])
+        with pytest.raises(PerPEFTError, match="a name is wanted"):
+            script.main()
+
+
+def test_picture_that_another_program_would_draw_is_not_handed_to_it(folder, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, which has run many a picture's commands."""
+    handed = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: handed.append(args))
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: handed.append(args))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    (folder / "shop_images" / "B001.jpg").write_bytes(postscript)
+    with pytest.raises(OSError, match="no picture of a kind"):
+        read_picture(folder / "shop_images" / "B001.jpg", CLIPImageProcessor())
+    assert handed == []
+
+
+# ---------------------------------------------------------------- the network
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every way out of this process raises, and is noted."""
+    tried = []
+
+    def refuse(name):
+        def refused(*arguments, **_):
+            tried.append((name, arguments))
+            raise OSError(f"{name} in a test that must not reach the network")
+
+        return refused
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse(name))
+    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse(name))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # nothing but the code keeps it inside
+    return tried
+
+
+def test_the_guard_sees_who_reaches_for_the_hub(no_network, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the hub's client tries again and again
+    with pytest.raises(PerPEFTError, match="cannot be loaded"):
+        load_foundation("nobody/no-such-model-at-all")
+    assert no_network
+
+
+def test_local_data_and_a_local_clip_reach_for_nothing(folder, tiny_clip, no_network):
+    dataset = read_dataset(folder, "shop")
+    store = load_foundation(str(tiny_clip)).store(dataset)
+    assert store.fetch(np.array([1, 5]), CPU)[0].shape == (2, 3, 32, 32)
+    ensure_hidden_states(dataset, str(tiny_clip), CPU)
+    assert HiddenStateStore.open(dataset, None).num_items == 5
+    assert no_network == []
+
+
+@pytest.mark.parametrize("peft_type", ["lora", "ia3"])
+def test_a_model_is_trained_and_saved_without_the_network(peft_type, tiny_dataset, tiny_clip, tmp_path, no_network):
+    changes = {"peft_type": peft_type, "global_epochs": 1, "num_epochs": 1, "C": 2}
+    with open_run(tiny_options(tiny_dataset, tiny_clip, tmp_path / "runs", **changes)) as run_:
+        run_.train_global()
+        run_.group_users()
+        run_.train_personalized()
+        run_.report()
+    assert no_network == []

@@ -1,0 +1,364 @@
+"""2,000 damaged versions of each kind of input file: they are read or refused in a sentence, fast and in little memory.
+
+All of them are read in one other process, so that a crash, a reader that never ends or one that fills the memory is a failed
+test instead of the end of all tests. `python -m tests.data.test_fuzz` is that process; with a kind and a seed it reads one input.
+"""
+import faulthandler
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+INPUTS = 2000
+SECONDS_AN_INPUT = 10.0  # where others share the machine; alone, the slowest takes one
+KINDS = ("final.txt", "item2id.pickle", "texts.pickle", "preX.pt", "zip", "picture")
+# How far the process may grow. A picture may have BOMB_PIXELS, four bytes each; the rest may not go beyond the file by much.
+MEGABYTES = dict.fromkeys(KINDS, 150) | {"picture": 1300}
+ROOM = 3 * 2**30  # of addresses, beyond those that the libraries take; what wants more would also be caught by MEGABYTES
+ITEMS = 12
+TELLING_BYTES = (
+    b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff", b"\0\0\0\x7f", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff",
+    b"\xed\xa0\x80", b"-", b"--", b"9", b".",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damaged(bases, seed):
+    """One of some files with one to four wounds, or as many more as it takes to differ from all of them; the seed says which."""
+    source = random.Random(seed)
+    content = bytearray(source.choice(bases))
+    wounds = source.choice((1, 1, 1, 2, 4))
+    while wounds > 0 or content in bases:
+        wounds -= 1
+        start = source.randrange(len(content) + 1)
+        end = min(len(content), start + 2 ** source.randrange(10))
+        wound = source.randrange(9)
+        if wound == 0 and content:  # a flipped bit
+            content[source.randrange(len(content))] ^= 1 << source.randrange(8)
+        elif wound == 1:  # cut off
+            del content[start:]
+        elif wound == 2:  # something put in between
+            content[start:start] = source.randbytes(end - start)
+        elif wound == 3:  # something left out
+            del content[start:end]
+        elif wound == 4:  # a piece of another file, or of another place
+            other = source.choice(bases)
+            begin = source.randrange(len(other))
+            content[start:end] = other[begin : begin + 2 ** source.randrange(10)]
+        elif wound == 5:  # zeros, as a file system leaves them after a crash
+            content[start:end] = bytes(end - start)
+        elif wound == 6:  # a piece twice
+            content[start:start] = content[start:end]
+        elif wound == 7:  # random bytes
+            content[start:end] = source.randbytes(end - start)
+        else:  # lengths, signs and ends that mean something to readers
+            telling = source.choice(TELLING_BYTES)
+            content[start : start + source.choice((0, len(telling)))] = telling
+    return bytes(content)
+
+
+# ---------------------------------------------------------------- the other process
+
+
+class Reader:
+    """Sound files of a small data set, and for each kind a method that puts a damaged one in place and reads it.
+
+    Each method returns whether the input was read, and raises AssertionError for one that was read wrongly.
+    """
+
+    def __init__(self, folder):
+        import torch
+        from PIL import Image
+        from transformers import CLIPImageProcessor
+
+        from tests.conftest import draw_picture, write_dataset
+        from utils.prepare.small_clip import train_tokenizer
+
+        torch.set_num_threads(1)
+        os.fsync = lambda _: None  # what counts here is not that it lasts
+        self.folder = folder
+        self.raw_ids = [f"B{item:03d}" for item in range(1, ITEMS + 1)]
+        titles = [f"red lamp number {item}" for item in range(1, ITEMS)] + ["Lämpchen 灯"]
+        histories = {user: [1 + (user + step) % ITEMS for step in range(user)] for user in (9, 2, 5, 7, 3)}
+        write_dataset(folder, "shop", histories, titles)
+        self.tokenizer = train_tokenizer(titles, vocab_size=300, max_tokens=16)
+        self.processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        self.dataset = self.read_dataset()
+        self.states = torch.randn(ITEMS, 3, 8), torch.randn(ITEMS, 3, 4)
+        self.path("preX.pt").write_bytes(self.saved(torch, (*self.states, self.raw_ids)))
+        raw_ids, texts = dict(enumerate(self.raw_ids, 1)), dict(zip(self.raw_ids, titles))
+        lines = self.path("final.txt").read_bytes()
+        picture = draw_picture(1)
+        self.sound = {
+            "final.txt": [lines, lines.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + lines.replace(b" ", b"\t")],
+            "item2id.pickle": [pickle.dumps(raw_ids, protocol) for protocol in range(6)],
+            "texts.pickle": [pickle.dumps(texts, protocol) for protocol in range(6)],
+            "preX.pt": [
+                self.saved(torch, (*self.states, self.raw_ids)),
+                self.saved(torch, [self.states[0].half(), self.states[1].double(), tuple(self.raw_ids)]),
+                self.saved(torch, tuple(torch.cat([states[:1], states]) for states in self.states) + ([0, *self.raw_ids],)),
+            ],
+            "zip": [self.zipped(lines, zipfile.ZIP_DEFLATED), self.zipped(lines, zipfile.ZIP_STORED)],
+            "picture": [
+                *(self.encoded(picture, "JPEG", quality=quality) for quality in (75, 90, 95)),
+                self.encoded(picture, "JPEG", progressive=True),
+                self.encoded(picture.convert("CMYK"), "JPEG"),
+                self.encoded(picture.convert("L"), "JPEG", optimize=True),
+                self.encoded(picture, "PNG"),
+                self.encoded(picture, "WEBP"),
+                self.encoded(picture.quantize(16), "GIF"),
+                self.encoded(picture, "TIFF", compression="raw"),
+                self.encoded(Image.new("1", (3000, 2000)), "TIFF", compression="group4"),
+            ],
+        }
+
+    def path(self, end):
+        return self.folder / f"shop_{end}"
+
+    def read_dataset(self, missing_images="error"):
+        from utils.data.dataset import read_dataset
+
+        return read_dataset(self.folder, "shop", missing_images=missing_images, num_groups=2)
+
+    @staticmethod
+    def saved(torch, value):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer.getvalue()
+
+    @staticmethod
+    def encoded(picture, kind, **options):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    def zipped(self, lines, method):
+        buffer = io.BytesIO()
+        self.members = {"shop_final.txt": lines, "shop_texts_final.pickle": bytes(range(256)), "shop_images/B001.jpg": b"p" * 700}
+        with zipfile.ZipFile(buffer, "w", method) as archive:
+            for name, content in self.members.items():
+                archive.writestr(f"data/{name}", content)
+        return buffer.getvalue()
+
+    # Each of the following reads one damaged input.
+
+    def read_in_place(self, end, kind, seed):
+        path = self.path(end)
+        sound = path.read_bytes()
+        path.write_bytes(damaged(self.sound[kind], seed))
+        try:
+            dataset = self.read_dataset("blank" if seed % 10 else "error")  # "error" also tries all pictures, which takes longest
+        finally:
+            path.write_bytes(sound)
+        items = dataset.histories.items
+        assert 1 <= items.min() <= items.max() <= dataset.num_items and dataset.histories.lengths.sum() == len(items)
+        assert len(dataset.raw_ids) == len(dataset.titles) == len(dataset.image_paths) == len(set(dataset.raw_ids))
+        assert all(title.strip() and title.encode() for title in dataset.titles)
+        assert all(path.parent == self.path("images") for path in dataset.image_paths)
+
+    def read_final(self, seed):
+        self.read_in_place("final.txt", "final.txt", seed)
+
+    def read_item2id(self, seed):
+        self.read_in_place("item2id_final.pickle", "item2id.pickle", seed)
+
+    def read_texts(self, seed):
+        self.read_in_place("texts_final.pickle", "texts.pickle", seed)
+
+    def read_states(self, seed):
+        import torch
+
+        from utils.items.hidden_states import HiddenStateStore
+
+        whole_file = seed % 2 == 0
+        if whole_file:
+            content = damaged(self.sound["preX.pt"], seed)
+        else:  # a file with right checksums that says wrong things of its contents: damage by intent
+            content = self.with_damaged_contents(random.Random(seed).choice(self.sound["preX.pt"]), seed)
+        self.path("preX.pt").write_bytes(content)
+        store = HiddenStateStore.open(self.dataset, None)
+        image_states, text_states = store.fetch(np.arange(1, ITEMS + 1), torch.device("cpu"))
+        assert torch.isfinite(image_states).all() and torch.isfinite(text_states).all()
+        if whole_file:  # what was read in spite of the damage is what was written
+            assert torch.allclose(image_states, self.states[0], atol=1e-2) and torch.allclose(text_states, self.states[1])
+
+    @staticmethod
+    def with_damaged_contents(content, seed):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
+            for member in old.infolist():
+                data = old.read(member)
+                new.writestr(member.filename, damaged([data], seed) if member.filename.endswith("data.pkl") else data)
+        return buffer.getvalue()
+
+    def read_zip(self, seed):
+        from utils.common.errors import PerPEFTError
+        from utils.data.archives import unpack
+
+        around, target = self.folder / "around", self.folder / "around" / "dataset"
+        shutil.rmtree(around, ignore_errors=True)
+        around.mkdir()
+        archive = around / "mmrec_datasets.zip"
+        archive.write_bytes(damaged(self.sound["zip"], seed))
+        try:
+            unpack(archive, target)
+        except PerPEFTError:
+            assert sorted(path.name for path in around.iterdir()) == [archive.name]  # nothing half-written, nothing lost
+            raise
+        finally:
+            assert {path.name for path in around.iterdir()} <= {archive.name, target.name}  # nothing written elsewhere
+        for path in target.rglob("*"):
+            assert path.is_dir() or path.read_bytes() in self.members.values()  # no damaged content
+
+    def read_picture(self, seed):
+        """A picture's reader has errors of its own, which the store turns into the project's; every 50th time a store is made."""
+        from utils.items.store import read_picture
+
+        content = damaged(self.sound["picture"], seed)
+        path = self.folder / "shop_images" / f"{self.raw_ids[seed % ITEMS]}.jpg"
+        path.write_bytes(content)
+        if seed % 50 == 49:
+            self.make_store()
+        try:
+            pixels = read_picture(path, self.processor)
+        except (OSError, ValueError) as error:
+            raise self.refusal(str(error)) from error
+        assert pixels.shape == (3, 32, 32) and pixels.dtype == np.uint8
+
+    def make_store(self):
+        from utils.common.errors import PerPEFTError
+        from utils.items.store import PictureTitleStore
+
+        shutil.rmtree(self.folder / "shop_store", ignore_errors=True)
+        store = PictureTitleStore.open(self.dataset, self.processor, self.tokenizer, 16, missing_images="blank")
+        assert store.pixels.shape == (ITEMS, 3, 32, 32)
+        try:
+            PictureTitleStore.open(self.dataset, self.processor, self.tokenizer, 16)
+        except PerPEFTError as error:
+            assert ".jpg (item" in str(error)
+
+    @property
+    def refusal(self):
+        from utils.common.errors import PerPEFTError
+
+        return PerPEFTError
+
+    def method(self, kind):
+        methods = (self.read_final, self.read_item2id, self.read_texts, self.read_states, self.read_zip, self.read_picture)
+        return dict(zip(KINDS, methods))[kind]
+
+
+def peak_kilobytes():
+    """The most memory that this process has held; `getrusage` would count its parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+def in_chain(error, kind):
+    """Whether an error is of some kind or was raised because of one."""
+    while error is not None:
+        if isinstance(error, kind):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def read_all(reader, kind, seeds, log):
+    """Read the inputs of one kind; what is wrong with any is written down with its seed."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_kilobytes()
+    outcomes, wrong, slowest = Counter(), [], (0.0, None)
+    for seed in seeds:
+        log.seek(0)
+        log.write(f"{kind} {seed}      ")
+        log.flush()
+        faulthandler.dump_traceback_later(6 * SECONDS_AN_INPUT, exit=True)
+        begun = time.monotonic()
+        try:
+            reader.method(kind)(seed)
+            outcomes["read"] += 1
+        except reader.refusal as error:
+            outcomes["refused"] += 1
+            if not str(error) or len(str(error)) > 5000:
+                wrong.append(f"seed {seed}: a message of {len(str(error))} characters")
+            if in_chain(error, MemoryError):
+                wrong.append(f"seed {seed}: more than {ROOM} bytes were asked for")
+        except Exception:
+            wrong.append(f"seed {seed}: {traceback.format_exc()[-1500:]}")
+        faulthandler.cancel_dump_traceback_later()
+        slowest = max(slowest, (time.monotonic() - begun, seed))
+    return {"outcomes": outcomes, "wrong": wrong, "slowest": slowest, "megabytes": (peak_kilobytes() - before) // 1024}
+
+
+def main(arguments):
+    """Read inputs of the kinds named (or `kind seed`), and print what came of it as JSON, a line a kind."""
+    one = len(arguments) == 2 and arguments[1].isdigit()
+    kinds, seeds = (arguments[:1], [int(arguments[1])]) if one else (arguments or KINDS, range(INPUTS))
+    with tempfile.TemporaryDirectory() as folder, open(os.environ.get("FUZZ_LOG", os.devnull), "w") as log:
+        reader = Reader(Path(folder) / "dataset")
+        addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _, allowed = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (addresses + ROOM if allowed < 0 else min(addresses + ROOM, allowed), allowed))
+        for kind in kinds:
+            begun = time.monotonic()
+            result = read_all(reader, kind, seeds, log)
+            print(json.dumps({"kind": kind, "seconds": time.monotonic() - begun, **result}), flush=True)
+
+
+# ---------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{kind: what came of its inputs}, and what the process said at its end."""
+    log = tmp_path_factory.mktemp("fuzz") / "log"
+    environment = {**os.environ, "FUZZ_LOG": str(log), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.data.test_fuzz"]
+    root = Path(__file__).parents[2]
+    outcome = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+    found = {result["kind"]: result for result in map(json.loads, outcome.stdout.splitlines())}
+    ending = f"exit code {outcome.returncode} at input {log.read_text().strip()}\n{outcome.stderr[-2000:]}"
+    return found, ending
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_input_is_refused_or_read_in_bounded_time_and_memory(kind, results):
+    found, ending = results
+    assert kind in found, ending
+    result = found[kind]
+    print(f"{kind}: {result['outcomes']}, {result['seconds']:.1f} s, slowest {result['slowest']}, {result['megabytes']} MB")
+    assert not result["wrong"], "\n".join(result["wrong"][:5])
+    assert sum(result["outcomes"].values()) == INPUTS
+    assert result["outcomes"]["refused"] > INPUTS // 10  # the damage reaches what is read
+    assert result["outcomes"].get("read", 0) > 0  # and some of it is harmless, so the files are sound without it
+    assert result["slowest"][0] < SECONDS_AN_INPUT
+    assert result["megabytes"] < MEGABYTES[kind]
+
+
+def test_damage_is_real_repeatable_and_ever_different():
+    bases = [random.Random(base).randbytes(900) for base in range(2)]
+    found = [damaged(bases, seed) for seed in range(500)]
+    assert found == [damaged(bases, seed) for seed in range(500)]
+    assert not set(found) & set(bases)
+    assert len(set(found)) > 450
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

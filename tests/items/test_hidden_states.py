@@ -1,0 +1,232 @@
+"""IISAN's cached hidden states: what is computed, what files are read, what is refused, and a run on them alone."""
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+import perpeft_iisan
+from tests.conftest import NUM_ITEMS, iisan_arguments
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import read_dataset
+from utils.items.foundation import ensure_hidden_states, load_foundation
+from utils.items.hidden_states import HiddenStateStore, cached_layers, hidden_states, states_path
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def computed(tiny_dataset, tiny_clip, tmp_path_factory):
+    """The tiny data set copied, with its hidden states computed beside it."""
+    folder = tmp_path_factory.mktemp("states") / "dataset"
+    shutil.copytree(tiny_dataset.train_dir, folder)
+    dataset = read_dataset(folder, tiny_dataset.name)
+    path = ensure_hidden_states(dataset, str(tiny_clip), CPU)
+    return SimpleNamespace(folder=folder, dataset=dataset, path=path, content=torch.load(path, weights_only=True))
+
+
+@pytest.fixture
+def copied(computed, tmp_path):
+    """The same in a folder of the test's own, with a function that rewrites the file."""
+    folder = tmp_path / "dataset"
+    shutil.copytree(computed.folder, folder)
+    path = folder / computed.path.name
+    return SimpleNamespace(
+        folder=folder, path=path, dataset=read_dataset(folder, "tiny"), rewrite=lambda *content: torch.save(content, path)
+    )
+
+
+def run_iisan(arguments):
+    before, sys.argv = sys.argv, ["perpeft_iisan.py", *arguments]
+    try:
+        perpeft_iisan.main()
+    finally:
+        sys.argv = before
+
+
+def test_states_equal_those_of_clip_given_one_item_at_a_time(computed, tiny_clip):
+    clip, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPImageProcessor.from_pretrained(tiny_clip)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
+    image_states, text_states, ids = computed.content
+    assert ids == computed.dataset.raw_ids and len(ids) == NUM_ITEMS
+    assert image_states.shape == (NUM_ITEMS, 2, 32) and text_states.shape == (NUM_ITEMS, 2, 32)  # layers 0 and 2 of two
+    for row, (title, path) in enumerate(zip(computed.dataset.titles, computed.dataset.image_paths)):
+        tokens = tokenizer([title], truncation=True, max_length=16, return_tensors="pt")
+        pixels = processor(Image.open(path), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            output = clip(input_ids=tokens["input_ids"], pixel_values=pixels, output_hidden_states=True)
+        end = tokens["input_ids"][0].tolist().index(tokenizer.eos_token_id)
+        for state, layer in enumerate((0, 2)):
+            picture = output.vision_model_output.hidden_states[layer][0, 0]
+            words = output.text_model_output.hidden_states[layer][0, end]
+            torch.testing.assert_close(image_states[row, state], picture, atol=1e-5, rtol=0)
+            torch.testing.assert_close(text_states[row, state], words, atol=1e-5, rtol=0)
+
+
+def test_a_title_cut_at_77_tokens_is_read_at_its_end_of_text_token():
+    config = CLIPConfig(
+        text_config={
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99,
+            "eos_token_id": 98, "bos_token_id": 97, "pad_token_id": 98, "max_position_embeddings": 77,
+        },
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+            "patch_size": 8,
+        },
+    )  # fmt: skip
+    clip = CLIPModel(config).eval()
+    body = torch.arange(1, 76)
+    long = torch.cat([torch.tensor([97]), body, torch.tensor([98])])  # 77 tokens, the last one is end of text
+    short = torch.cat([torch.tensor([97, 5, 98]), torch.full((74,), 98)])  # padded by the same token
+    _, states = hidden_states(clip, torch.zeros(2, 3, 8, 8), torch.stack([long, short]), end_of_text=98)
+    with torch.no_grad():
+        for row, (tokens, place) in enumerate(((long, 76), (short[:3], 2))):
+            output = clip.text_model(input_ids=tokens[None], output_hidden_states=True)
+            expected = torch.stack([output.hidden_states[layer][0, place] for layer in (0, 2)])
+            torch.testing.assert_close(states[row], expected, atol=1e-5, rtol=0)
+            # and it is the token that CLIP itself pools
+            pooled = clip.text_model.final_layer_norm(states[row, -1])
+            torch.testing.assert_close(pooled, output.pooler_output[0], atol=1e-5, rtol=0)
+
+
+def test_the_store_cuts_titles_so_that_the_end_of_text_token_stays(tiny_dataset, tiny_clip):
+    foundation = load_foundation(str(tiny_clip))
+    store = foundation.store(read_dataset(tiny_dataset.train_dir, tiny_dataset.name))
+    assert store.lengths.max() == 16  # the sixth title is longer than the tiny CLIP reads
+    last = store.tokens[np.arange(NUM_ITEMS), store.lengths - 1]
+    assert (last == foundation.tokenizer.eos_token_id).all()
+
+
+def test_vit_b_32_gives_seven_states_and_a_deeper_picture_tower_as_many():
+    assert cached_layers(CLIPConfig()) == ([0, 2, 4, 6, 8, 10, 12],) * 2
+    large = CLIPConfig(vision_config={"num_hidden_layers": 24}, text_config={"num_hidden_layers": 12})
+    assert cached_layers(large) == ([0, 4, 8, 12, 16, 20, 24], [0, 2, 4, 6, 8, 10, 12])
+
+
+@pytest.mark.parametrize("padding", [None, 0, "0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_published_files_are_read_in_any_order_with_or_without_a_padding_row(copied, computed, padding, dtype):
+    image_states, text_states, ids = computed.content
+    order = torch.randperm(NUM_ITEMS, generator=torch.Generator().manual_seed(3))
+    shuffled = [image_states[order].to(dtype), text_states[order].to(dtype), [ids[row] for row in order]]
+    if padding is not None:
+        shuffled = [torch.cat([torch.zeros_like(states[:1]), states]) for states in shuffled[:2]] + [[padding, *shuffled[2]]]
+    copied.rewrite(*shuffled)
+    store = HiddenStateStore.open(copied.dataset, None)
+    items = np.array([3, 30, 1])
+    found_image, found_text = store.fetch(items, CPU)
+    assert found_image.dtype == found_text.dtype == torch.float32
+    assert torch.equal(found_image, image_states[items - 1].to(dtype).float())
+    assert torch.equal(found_text, text_states[items - 1].to(dtype).float())
+    assert sorted(store.reading_order()) == list(range(1, NUM_ITEMS + 1))
+
+
+def test_missing_ids_and_rows_with_nan_are_named_together_with_what_to_do(copied, computed):
+    image_states, text_states, ids = (computed.content[0].clone(), computed.content[1].clone(), list(computed.content[2]))
+    copied.rewrite(image_states[:-2], text_states[:-2], ids[:-2])
+    with pytest.raises(PerPEFTError, match=rf"(?s)compute it anew.*without states \(2\): {ids[-2]}, {ids[-1]}"):
+        HiddenStateStore.open(copied.dataset, None)
+    image_states[4, 1, 3], text_states[7, 0, 0] = float("nan"), float("inf")
+    copied.rewrite(image_states, text_states, ids)
+    with pytest.raises(PerPEFTError, match=rf"NaN or infinity \(2\): {ids[4]}, {ids[7]}"):
+        HiddenStateStore.open(copied.dataset, None)
+
+
+def test_nan_in_the_padding_row_or_of_items_not_in_the_data_set_is_no_matter(copied, computed):
+    image_states, text_states, ids = computed.content
+    nothing = torch.full_like(image_states[:1], float("nan"))
+    copied.rewrite(torch.cat([nothing, image_states, nothing]), torch.cat([nothing, text_states, nothing]), [0, *ids, "other"])
+    assert torch.equal(HiddenStateStore.open(copied.dataset, None).fetch(np.array([1]), CPU)[0], image_states[:1])
+
+
+def test_ids_that_stand_twice_are_named(copied, computed):
+    image_states, text_states, ids = computed.content
+    copied.rewrite(torch.cat([image_states, image_states[:1]]), torch.cat([text_states, text_states[:1]]), [*ids, ids[0]])
+    with pytest.raises(PerPEFTError, match=rf"stand twice \(1\): {ids[0]}"):
+        HiddenStateStore.open(copied.dataset, None)
+
+
+def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, computed, tiny_clip):
+    with pytest.raises(PerPEFTError, match=r"another CLIP.*\(2, 32\).*\(7, 768\).*--clip_model"):
+        HiddenStateStore.open(copied.dataset, CLIPConfig())  # ViT-B/32
+    with pytest.raises(PerPEFTError, match="was computed by CLIP .*tiny_clip.*not 'elsewhere'"):
+        HiddenStateStore.open(copied.dataset, None, "elsewhere")
+    assert json.loads(copied.path.with_suffix(".json").read_text())["clip_model"] == str(tiny_clip)
+
+
+@pytest.mark.parametrize("content", [("a", "b", "c"), (torch.zeros(3, 2, 4), torch.zeros(3, 2, 4)), {"image": 1}, "text"])
+def test_files_of_another_form_are_one_clear_error(copied, content):
+    torch.save(content, copied.path)
+    with pytest.raises(PerPEFTError, match="tiny_preX.pt.*anew"):
+        HiddenStateStore.open(copied.dataset, None)
+
+
+def test_lengths_that_do_not_fit_together_are_refused(copied, computed):
+    image_states, text_states, ids = computed.content
+    copied.rewrite(image_states, text_states[:-1], ids)
+    with pytest.raises(PerPEFTError, match="does not fit together"):
+        HiddenStateStore.open(copied.dataset, None)
+
+
+def test_iisan_trains_all_stages_from_the_states_alone_without_pictures_titles_or_weights(copied, tiny_clip, tmp_path):
+    shutil.rmtree(copied.folder / "tiny_images")
+    (copied.folder / "tiny_texts_final.pickle").unlink()
+    copied.path.with_suffix(".json").unlink()  # a published file has none
+    dataset = SimpleNamespace(name="tiny", train_dir=copied.folder)
+    run_iisan(iisan_arguments(dataset, tmp_path / "no_such_clip", tmp_path / "runs"))
+    folder = tmp_path / "runs" / "tiny_iisan_lr0.001_wd0.0001_seed0"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["config"]["peft_type"] == "iisan" and set(summary["personalized"]) == {"best_epoch", "valid", "test"}
+    for group in range(3):
+        weights = torch.load(folder / "personalized" / f"group_{group}" / "iisan.pth", weights_only=True)
+        assert weights["CombProj.1.0.weight"].shape == (32, 32) and weights["weight_scalar"].shape == (3, 2)
+        # 2 layers x (2 blocks of 32-32-32 for text and picture, one joint block, one projection), and the gates
+        assert sum(tensor.numel() for tensor in weights.values()) == 2 * (3 * 2 * (32 * 32 + 32) + 32 * 32 + 32) + 6
+        assert summary["trainable_parameters"]["adapter_of_one_group"] == sum(tensor.numel() for tensor in weights.values())
+
+
+def test_iisan_gives_the_same_figures_twice_and_groups_train_apart(copied, tiny_clip, tmp_path):
+    dataset = SimpleNamespace(name="tiny", train_dir=copied.folder)
+    rows = []
+    for place in ("a", "b"):
+        run_iisan(iisan_arguments(dataset, tiny_clip, tmp_path / place, global_epochs=1, num_epochs=1))
+        lines = (tmp_path / place / "tiny_iisan_lr0.001_wd0.0001_seed0" / "metrics.csv").read_text().splitlines()
+        rows.append([line.split(",")[:3] + line.split(",")[4:] for line in lines])
+    assert rows[0] == rows[1]
+    groups = tmp_path / "a" / "tiny_iisan_lr0.001_wd0.0001_seed0" / "personalized"
+    first, second = (torch.load(groups / f"group_{group}" / "iisan.pth", weights_only=True) for group in (0, 1))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tiny_clip, computed, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset.train_dir, folder)
+    command = [sys.executable, "-m", "scripts.extract_hidden_states", "--dataset", "tiny", "--train_dir", str(folder)]
+    done = subprocess.run([*command, "--clip_model", str(tiny_clip), "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    image_states, text_states, ids = torch.load(states_path(folder, "tiny"), weights_only=True, mmap=True)
+    assert ids == computed.content[2]
+    assert torch.equal(image_states, computed.content[0]) and torch.equal(text_states, computed.content[1])
+
+
+def test_a_clip_is_known_again_by_its_files_wherever_they_lie(copied, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_clip.parent)
+    assert HiddenStateStore.open(copied.dataset, None, tiny_clip.name).num_items == NUM_ITEMS
+    moved = shutil.copytree(tiny_clip, tmp_path / "moved")
+    assert HiddenStateStore.open(copied.dataset, None, str(moved)).num_items == NUM_ITEMS
+    (moved / "config.json").write_text("{}")  # another one now
+    with pytest.raises(PerPEFTError, match="was computed by CLIP"):
+        HiddenStateStore.open(copied.dataset, None, str(moved))
+
+
+def test_a_note_of_a_clip_from_the_hub_goes_by_its_name(copied):
+    copied.path.with_suffix(".json").write_text(json.dumps({"clip_model": "openai/clip-vit-base-patch32", "clip_files": None}))
+    assert HiddenStateStore.open(copied.dataset, None, "openai/clip-vit-base-patch32").num_items == NUM_ITEMS
+    with pytest.raises(PerPEFTError, match="not 'openai/clip-vit-large-patch14'"):
+        HiddenStateStore.open(copied.dataset, None, "openai/clip-vit-large-patch14")

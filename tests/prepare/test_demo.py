@@ -1,0 +1,214 @@
+"""The demo data set: its files, that it comes out the same every time, and that its groups choose by what they are said to."""
+import csv
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
+
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import read_dataset
+from utils.prepare import demo
+from utils.prepare.demo import GROUPS, Item, choose_purchases, draw_caption_pairs, draw_items, draw_picture, make_demo, shop_title
+
+NUM_USERS, NUM_ITEMS = 200, 60
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def words_of(text):
+    return set(text.lower().replace(",", " ").split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "dataset"
+    make_demo(folder, NUM_USERS, NUM_ITEMS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def purchases():
+    """Purchases at the demo's real size: items, histories, groups."""
+    rng = np.random.default_rng(5)
+    items = draw_items(400, rng)
+    return items, *choose_purchases(items, 1200, rng)
+
+
+def test_files_are_those_of_any_data_set(folder):
+    dataset = read_dataset(folder, "demo")
+    assert (dataset.num_users, dataset.num_items, dataset.missing_titles) == (NUM_USERS, NUM_ITEMS, 0)
+    assert all(Image.open(path).size == (demo.PICTURE_SIZE,) * 2 for path in dataset.image_paths)
+    with open(folder / "demo_item2id_final.pickle", "rb") as file:
+        assert list(pickle.load(file)) == list(range(1, NUM_ITEMS + 1))
+    assert not [path for path in folder.iterdir() if path.suffix in (".tmp", ".old")]
+
+
+def test_every_item_is_bought_and_no_user_buys_one_twice(folder):
+    histories = read_dataset(folder, "demo").histories
+    assert set(histories.items) == set(range(1, NUM_ITEMS + 1))
+    for user in range(NUM_USERS):
+        bought = histories[user].tolist()
+        assert len(bought) >= demo.SHORTEST
+        assert len(set(bought)) == len(bought)
+
+
+def test_items_nobody_would_choose_are_bought_all_the_same():
+    rng = np.random.default_rng(0)
+    histories, groups = choose_purchases(draw_items(300, rng), 8, rng)
+    assert {item for history in histories for item in history} == set(range(1, 301))
+    assert sorted(groups) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_true_groups_and_attributes_name_every_user_and_item(folder):
+    users = rows_of(folder / "demo_true_groups.csv")
+    assert [int(row["user"]) for row in users] == list(range(1, NUM_USERS + 1))
+    assert Counter(int(row["group"]) for row in users) == dict.fromkeys(range(len(GROUPS)), NUM_USERS // len(GROUPS))
+    items = rows_of(folder / "demo_attributes.csv")
+    assert [row["raw_id"] for row in items] == read_dataset(folder, "demo").raw_ids
+    assert list(items[0]) == ["item", "raw_id", *Item._fields]
+
+
+def test_same_seed_same_files_other_seed_others(tmp_path):
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        make_demo(tmp_path / name, 12, 8, seed=seed)
+    files = {
+        name: {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*.*")
+               if path.is_file() and not path.name.startswith(".")}
+        for name in ("one", "two", "other")
+    }  # fmt: skip
+    assert files["one"] == files["two"]
+    assert len(files["one"]) == 8 + 5
+    assert files["one"]["demo_images/D0001.jpg"] != files["other"]["demo_images/D0001.jpg"]
+    assert files["one"]["demo_final.txt"] != files["other"]["demo_final.txt"]
+
+
+def test_global_random_numbers_are_left_alone(tmp_path):
+    np.random.seed(1)
+    expected = np.random.random()
+    np.random.seed(1)
+    make_demo(tmp_path, 8, 4)
+    assert np.random.random() == expected
+
+
+def test_what_is_there_is_kept(tmp_path):
+    make_demo(tmp_path, 8, 4)
+    before = (tmp_path / "demo_final.txt").read_text()
+    make_demo(tmp_path, 40, 20, seed=9)
+    assert (tmp_path / "demo_final.txt").read_text() == before
+
+
+def test_broken_off_making_is_started_again(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "_write_pickle", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        make_demo(tmp_path, 8, 4)
+    with pytest.raises(PerPEFTError):
+        read_dataset(tmp_path, "demo")
+    monkeypatch.undo()
+    make_demo(tmp_path, 8, 4)
+    assert read_dataset(tmp_path, "demo").num_items == 4
+
+
+@pytest.mark.parametrize(("users", "items"), [(3, 10), (10, 0)])
+def test_too_small_a_demo_is_refused(tmp_path, users, items):
+    with pytest.raises(ValueError, match="at least"):
+        make_demo(tmp_path, users, items)
+    assert not list(tmp_path.iterdir())
+
+
+def test_titles_tell_brand_material_category_and_nothing_that_only_the_picture_shows(folder):
+    hidden = {*demo.COLOURS, *demo.PATTERNS, *demo.SHAPES}
+    for title, item in zip(read_dataset(folder, "demo").titles, rows_of(folder / "demo_attributes.csv")):
+        assert {item["brand"].lower(), item["material"], item["category"]} <= words_of(title)
+        assert not words_of(title) & hidden
+
+
+def test_each_group_chooses_by_its_own_aspect(purchases):
+    items, histories, groups = purchases
+    for group, (own, _) in enumerate(GROUPS):
+        mine = [history for history, other in zip(histories, groups) if other == group]
+        # the share of a user's purchases that show the user's two commonest values of an aspect, beside that of any 9 items
+        shares = {}
+        for aspect in ("shape", "colour", "brand", "material"):
+            values = [[getattr(items[item - 1], aspect) for item in history] for history in mine]
+            shares[aspect] = np.mean([sum(count for _, count in Counter(v).most_common(2)) / len(v) for v in values])
+        others = max(share for aspect, share in shares.items() if aspect != own)
+        assert shares[own] > demo.LIKED_SHARE
+        assert shares[own] > others + 0.2
+
+
+def test_groups_lean_to_their_categories_and_buy_elsewhere_too(purchases):
+    items, histories, groups = purchases
+    for group, (_, home) in enumerate(GROUPS):
+        bought = [items[item - 1].category for history, other in zip(histories, groups) if other == group for item in history]
+        assert demo.HOME_SHARE < np.mean([category in home for category in bought]) < demo.HOME_SHARE + 0.12
+        assert set(bought) == set(demo.CATEGORIES)
+    buyers = {item: set() for item in range(1, len(items) + 1)}
+    for history, group in zip(histories, groups):
+        for item in history:
+            buyers[item].add(group)
+    assert np.mean([len(found) >= 3 for found in buyers.values()]) > 0.8
+
+
+def test_groups_can_be_found_from_purchases(purchases):
+    items, histories, groups = purchases
+    at_home = {category: group for group, (_, home) in enumerate(GROUPS) for category in home}
+    shares = np.zeros((len(histories), len(GROUPS)))  # [users, departments]
+    for user, history in enumerate(histories):
+        for item in history[:-1]:  # as in training: without the test item
+            shares[user, at_home[items[item - 1].category]] += 1 / (len(history) - 1)
+    assert adjusted_rand_score(groups, KMeans(len(GROUPS), n_init=10, random_state=0).fit_predict(shares)) > 0.7
+
+
+def test_two_pictures_of_the_same_aspects_differ_a_little():
+    rng = np.random.default_rng(0)
+    item = Item("mug", "round", "blue", "dotted", "Kumo", "metal")
+    first, second = (np.asarray(draw_picture(item, rng)).astype(float) for _ in range(2))  # [height, width, RGB]
+    red = np.asarray(draw_picture(item._replace(colour="red"), rng)).astype(float)
+    middle = np.s_[30:65, 30:60]  # the body's face
+    assert (first != second).mean() > 0.5
+    for blue in (first, second):
+        assert blue[middle][..., 2].mean() > blue[middle][..., 0].mean() + 20
+    assert red[middle][..., 0].mean() > red[middle][..., 2].mean() + 20
+
+
+@pytest.mark.parametrize("aspect", Item._fields)
+def test_every_value_of_every_aspect_can_be_drawn_and_shows(aspect):
+    plain = Item("mug", "round", "blue", "plain", "Kumo", "metal")
+    values = {
+        "category": demo.CATEGORIES, "shape": demo.SHAPES, "colour": demo.COLOURS, "pattern": demo.PATTERNS, "brand": demo.BRANDS,
+        "material": demo.MATERIALS,
+    }[aspect]  # fmt: skip
+    items = [plain._replace(**{aspect: value}) for value in values]
+    pictures = [np.asarray(draw_picture(item, np.random.default_rng(2))).astype(int) for item in items]
+    for row, picture in enumerate(pictures):
+        for other in pictures[:row]:  # the same chance, so what differs is the aspect
+            assert (abs(picture - other).max(2) > 30).mean() > 0.003
+
+
+def test_caption_pairs_are_seeded_and_speak_of_what_titles_hide():
+    pictures, captions = draw_caption_pairs(60, seed=1)
+    again, same_captions = draw_caption_pairs(60, seed=1)
+    assert (pictures.shape, pictures.dtype) == ((60, 3, demo.PICTURE_SIZE, demo.PICTURE_SIZE), np.uint8)
+    assert (pictures == again).all()
+    assert captions == same_captions
+    assert captions != draw_caption_pairs(60, seed=2)[1]
+    spoken = set().union(*map(words_of, captions))
+    assert len(spoken & set(demo.COLOURS)) > 4
+    assert len(spoken & set(demo.PATTERNS)) > 2
+
+
+def test_captions_know_every_word_of_the_titles():
+    rng = np.random.default_rng(0)
+    items = draw_items(400, rng)
+    captions = set().union(*(words_of(demo.web_caption(item, rng)) for item in draw_items(2000, rng)))
+    assert set().union(*(words_of(shop_title(item, rng)) for item in items)) <= captions

@@ -1,0 +1,330 @@
+"""The downloader against servers of every temper, and the folder that it fills."""
+import errno
+import http.server
+import io
+import itertools
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from email.utils import formatdate
+
+import pytest
+from PIL import Image
+
+from tests.conftest import draw_picture
+from utils.common.errors import PerPEFTError
+from utils.prepare import downloads
+from utils.prepare import image_folder as picture_folder
+from utils.prepare.downloads import Downloader, PassingError, PictureError, _seconds
+from utils.prepare.image_folder import fill_folder, keep_picture, read_picture
+
+
+def encoded(kind="JPEG", item=1, mode="RGB"):
+    content = io.BytesIO()
+    draw_picture(item).convert(mode).save(content, kind)
+    return content.getvalue()
+
+
+JPEG = encoded()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers by the path: what comes in the dictionary `answers` of the server is called, all else is the JPEG."""
+
+    def do_GET(self):
+        with self.server.lock:
+            self.server.asked[self.path] += 1
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        try:
+            self.server.answers.get(self.path, send)(self)
+        except (ConnectionError, TimeoutError):
+            pass
+        finally:
+            with self.server.lock:
+                self.server.now -= 1
+
+    def log_message(self, *_):
+        pass
+
+
+def send(handler, status=200, content=JPEG, length=None, **headers):
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("Content-Length", str(len(content) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def answer(*args, **options):
+    return lambda handler: send(handler, *args, **options)
+
+
+def after(times, first, then=send):
+    """Answer in one way so many times, and then in another."""
+    count = itertools.count()
+    return lambda handler: (first if next(count) < times else then)(handler)
+
+
+def drip(handler, begin=b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", piece=b"x"):
+    """Something every 20 ms, for as long as anyone listens."""
+    handler.wfile.write(begin)
+    while not handler.server.closing.wait(0.02):
+        handler.wfile.write(piece)
+
+
+def pour(handler):
+    """As much as is taken."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    while not handler.server.closing.is_set():
+        handler.wfile.write(bytes(2**16))
+
+
+def cut_short(handler):
+    send(handler, content=JPEG[:50], length=len(JPEG))
+
+
+def cut_chunks(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100\r\nabc")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.daemon_threads, made.lock, made.closing = True, threading.Lock(), threading.Event()
+    made.answers, made.asked, made.now, made.most = {}, Counter(), 0, 0
+    made.url = f"http://127.0.0.1:{made.server_port}"
+    thread = threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield made
+    made.closing.set()
+    made.shutdown()
+    made.server_close()
+
+
+def downloader(**changes):
+    return Downloader(**{"retries": 2, "timeout": 5, "first_wait": 0.01, **changes})
+
+
+def test_a_picture_comes_byte_for_byte(server):
+    assert downloader().get(server.url + "/a.jpg") == JPEG
+
+
+def test_addresses_are_sent_as_they_are_and_made_sendable(server):
+    downloader().get(server.url + "/81%2B+a b.jpg")
+    downloader().get(server.url + "/ü.jpg")
+    assert set(server.asked) == {"/81%2B+a%20b.jpg", "/%C3%BC.jpg"}
+
+
+@pytest.mark.parametrize("trouble", [answer(500), answer(503), answer(429), cut_short, cut_chunks])
+def test_trouble_that_passes_is_waited_for(server, trouble):
+    server.answers["/a.jpg"] = after(2, trouble)
+    assert downloader().get(server.url + "/a.jpg") == JPEG
+    assert server.asked["/a.jpg"] == 3
+
+
+@pytest.mark.parametrize("trouble", [answer(500), cut_short, cut_chunks])
+def test_trouble_that_stays_ends(server, trouble):
+    server.answers["/a.jpg"] = trouble
+    with pytest.raises(PassingError):
+        downloader().get(server.url + "/a.jpg")
+    assert server.asked["/a.jpg"] == 3
+
+
+@pytest.mark.parametrize("status", [204, 304, 400, 403, 404, 410])
+def test_what_no_other_attempt_mends_is_asked_for_once(server, status):
+    server.answers["/a.jpg"] = answer(status, b"")
+    with pytest.raises(PictureError, match=f"HTTP {status}") as caught:
+        downloader().get(server.url + "/a.jpg")
+    assert not isinstance(caught.value, PassingError)
+    assert server.asked["/a.jpg"] == 1
+
+
+def waits_of(getter, url):
+    """What `getter` would wait between attempts."""
+    waits = []
+    getter._stopped.wait = waits.append
+    getter.get(url)
+    return waits
+
+
+def test_waits_double_and_the_servers_wish_counts_within_a_limit(server):
+    server.answers["/a"] = after(3, answer(500))
+    waits = waits_of(downloader(retries=3, first_wait=1), server.url + "/a")
+    assert all(0.5 * 2**n <= wait <= 2**n for n, wait in enumerate(waits)) and len(waits) == 3
+    for wish, wait in (("7", 7), ("99999", downloads.LONGEST_WAIT), ("0", 0), (formatdate(time.time() - 50), 0)):
+        server.answers["/b"] = after(1, answer(429, Retry_After=wish))
+        assert waits_of(downloader(), server.url + "/b") == [wait]
+    server.answers["/c"] = after(1, answer(429, Retry_After="soon"))
+    assert waits_of(downloader(first_wait=1), server.url + "/c")[0] <= 1
+
+
+def test_retry_after_dates():
+    assert 28 < _seconds(formatdate(time.time() + 30, usegmt=True)) < 32
+    assert [_seconds(text) for text in ("", "-3", "nan", "1e5", None)] == [None] * 5
+
+
+@pytest.mark.parametrize("begin, piece", [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"x"),  # the content
+    (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),  # whose end would be the connection's
+    (b"HTTP/1.1 200 OK\r\n", b"x: y\r\n"),  # the headers
+    (b"H", b"x"),  # the first line
+    (b"", b""),  # nothing at all
+])  # fmt: skip
+def test_what_trickles_ends_in_time(server, begin, piece):
+    server.answers["/a"] = lambda handler: drip(handler, begin, piece)
+    started = time.monotonic()
+    with pytest.raises(PassingError, match="not there within 0.3 seconds"):
+        downloader(timeout=0.3, retries=1).get(server.url + "/a")
+    assert time.monotonic() - started < 3
+    assert server.asked["/a"] == 2
+
+
+def test_a_server_that_says_nothing_in_a_handshake_ends_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(PassingError, match="not there within 0.3 seconds"):
+            downloader(timeout=0.3, retries=0).get(f"https://127.0.0.1:{silent.getsockname()[1]}/a")
+        assert time.monotonic() - started < 3
+
+
+def test_endless_and_large_content_is_not_taken(server):
+    server.answers["/endless"] = pour
+    server.answers["/large"] = lambda handler: send(handler, content=b"", length=2**40)
+    for path in server.answers:
+        with pytest.raises(PictureError, match="more than 100,000 bytes"):
+            downloader(max_bytes=100_000).get(server.url + path)
+    assert set(server.asked.values()) == {1}
+    assert downloader(max_bytes=len(JPEG)).get(server.url + "/a") == JPEG
+    with pytest.raises(PictureError, match="more than"):
+        downloader(max_bytes=len(JPEG) - 1).get(server.url + "/a")
+
+
+@pytest.mark.parametrize("place", ["file:///etc/hostname", "ftp://127.0.0.1/a", "data:image/gif;base64,R0lG", "javascript:1", "http://["])
+def test_redirects_lead_nowhere_but_to_http(server, place):
+    server.answers["/a"] = answer(302, b"", Location=place)
+    with pytest.raises(PictureError, match="no http or https address"):
+        downloader().get(server.url + "/a")
+
+
+def test_redirects_are_followed_so_far(server):
+    server.answers["/a"] = answer(301, b"", Location="/b.jpg")
+    server.answers["/circle"] = answer(302, b"", Location="/circle")
+    assert downloader().get(server.url + "/a") == JPEG
+    with pytest.raises(PictureError, match="more than 5 redirects"):
+        downloader().get(server.url + "/circle")
+    assert server.asked["/circle"] == 6
+
+
+@pytest.mark.parametrize("url", [
+    "", "a.jpg", "file:///etc/hostname", "ftp://127.0.0.1/a", "http://", "http://[", "http://127.0.0.1:port/a", "http:///a",
+    "http://127.0.0.1:99999999/a", "http://127.0.0.1\r\nX: y/", "http://" + "a" * 300 + ".example/",
+])  # fmt: skip
+def test_addresses_that_are_none(url):
+    with pytest.raises(PictureError):
+        downloader(retries=0).get(url)
+
+
+def test_no_server():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(PassingError, match="connection failed: .*refused"):
+        downloader().get(f"http://127.0.0.1:{port}/a")
+
+
+def test_other_kinds_become_jpeg_and_jpegs_stay_as_they_are(tmp_path):
+    for kind, mode in (("PNG", "RGBA"), ("GIF", "P"), ("WEBP", "RGB"), ("PNG", "L")):
+        keep_picture(encoded(kind, mode=mode), tmp_path / "a.jpg")
+        with Image.open(tmp_path / "a.jpg") as picture:
+            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", draw_picture(1).size)
+    keep_picture(JPEG, tmp_path / "a.jpg")
+    assert (tmp_path / "a.jpg").read_bytes() == JPEG
+    assert os.listdir(tmp_path) == ["a.jpg"]
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", JPEG[:200], encoded("PNG")[:90], b"%!PS-Adobe-3.0\n"])
+def test_what_is_no_picture_leaves_nothing(tmp_path, content):
+    with pytest.raises(PictureError, match="no picture"):
+        keep_picture(content, tmp_path / "a.jpg")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_is_filled_and_failures_are_told(server, tmp_path):
+    server.answers.update({"/html": answer(content=b"<html>"), "/gone": answer(404, b""), "/down": answer(500)})
+    sources = {name: f"{server.url}/{name}" for name in ("html", "gone", "down", "a", "b", "x" * 251)}
+    filling = fill_folder(tmp_path / "images", sources, downloader().get, 3)
+    assert (filling.fetched, filling.kept) == (3, 0)
+    assert filling.failed == {
+        "html": "no picture: no picture of a kind that is read", "gone": "HTTP 404", "down": "HTTP 500"
+    }  # fmt: skip
+    assert set(os.listdir(tmp_path / "images")) == {"a.jpg", "b.jpg", "x" * 251 + ".jpg"}
+
+
+def test_what_is_there_is_not_fetched_again_unless_it_is_broken(server, tmp_path):
+    sources = {str(number): f"{server.url}/{number}" for number in range(6)}
+    fill_folder(tmp_path, sources, downloader().get, 2)
+    (tmp_path / "3.jpg").write_bytes(JPEG[:300])
+    (tmp_path / "4.jpg").unlink()
+    (tmp_path / ".77.tmp").write_bytes(JPEG[:300])  # as a killed process leaves it
+    filling = fill_folder(tmp_path, sources, downloader().get, 2)
+    assert (filling.fetched, filling.kept) == (2, 4)
+    assert server.asked == {"/0": 1, "/1": 1, "/2": 1, "/3": 2, "/4": 2, "/5": 1}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {f"{number}.jpg": JPEG for number in range(6)}
+
+
+def test_never_more_at_once_than_workers(server, tmp_path):
+    sources = {str(number): f"{server.url}/{number}" for number in range(40)}
+    server.answers.update({f"/{number}": lambda handler: (time.sleep(0.02), send(handler)) for number in range(40)})
+    fill_folder(tmp_path, sources, downloader().get, 5)
+    assert 2 <= server.most <= 5
+
+
+@pytest.mark.parametrize("slow", [drip, answer(503, Retry_After="50")])
+def test_interrupted_it_ends_at_once_and_goes_on_later(server, tmp_path, slow):
+    sources = {str(number): f"{server.url}/{number}" for number in range(30)}
+    server.answers.update({f"/{number}": after(1, slow) for number in range(10, 14)})
+    main = threading.main_thread().ident
+    server.answers["/14"] = after(1, lambda handler: (time.sleep(0.2), signal.pthread_kill(main, signal.SIGINT), drip(handler)))
+    web = downloader(timeout=100)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        fill_folder(tmp_path, sources, web.get, 5, web.stop)
+    assert time.monotonic() - started < 5
+    there = {path.stem for path in tmp_path.iterdir()}
+    assert 10 <= len(there) < 30 and all((tmp_path / f"{name}.jpg").read_bytes() == JPEG for name in there)
+    before = Counter(server.asked)
+    filling = fill_folder(tmp_path, sources, downloader().get, 5)
+    assert (filling.fetched, filling.kept) == (30 - len(there), len(there))
+    assert {path[1:] for path in server.asked - before} == set(sources) - there
+
+
+def test_without_a_connection_it_gives_up(server, tmp_path):
+    sources = {str(number): f"{server.url}/{number}" for number in range(40)}
+    fill_folder(tmp_path, {"0": sources["0"]}, downloader().get, 2)
+    server.answers.update({f"/{number}": answer(503) for number in range(40)})
+    with pytest.raises(PerPEFTError, match=r"10 pictures in a row could not be fetched \(the last: HTTP 503\)"):
+        fill_folder(tmp_path, sources, downloader(retries=0).get, 2, give_up=10)
+    assert len(fill_folder(tmp_path, sources, downloader(retries=0).get, 2).failed) == 39
+    server.answers.update({f"/{number}": answer(404, b"") for number in range(0, 40, 4)})  # the server is there, so it goes on
+    assert len(fill_folder(tmp_path, sources, downloader(retries=0).get, 2, give_up=10).failed) == 39
+
+
+def test_a_full_disk_is_no_failed_picture(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(picture_folder.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        fill_folder(tmp_path, {"a": "a", "b": "b"}, lambda source: JPEG, 2)
+    assert not os.listdir(tmp_path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(PictureError, match="cannot be read"):
+            read_picture(str(path))

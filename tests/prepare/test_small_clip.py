@@ -1,0 +1,272 @@
+"""The small CLIP: its tokenizer, its loss, that it learns, and that what it leaves is an ordinary CLIPModel folder."""
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPTokenizerFast
+
+from scripts import make_small_clip
+from utils.common.errors import PerPEFTError
+from utils.prepare import small_clip
+from utils.prepare.small_clip import contrastive_loss, read_pictures, retrieval, train_small_clip, train_tokenizer
+from utils.run.options import run_main
+
+SIZES = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2}
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240), "black": (10, 10, 10)}
+
+
+def coloured_pairs(num, seed=0):
+    """Noisy pictures of one colour each, and titles that name it; many titles are the same."""
+    rng = np.random.default_rng(seed)
+    names = [list(COLOURS)[row] for row in rng.integers(len(COLOURS), size=num)]
+    plain = np.array([COLOURS[name] for name in names])[:, :, None, None]  # [num, RGB, 1, 1]
+    pictures = np.clip(plain + rng.normal(0, 20, size=(num, 3, 32, 32)), 0, 255).astype(np.uint8)
+    titles = [f"{name} {['mug', 'a much longer lamp, no. 7'][row]}" for name, row in zip(names, rng.integers(2, size=num))]
+    return torch.from_numpy(pictures), titles
+
+
+def trained(folder, steps=40, seed=0, **options):
+    pictures, titles = coloured_pairs(200)
+    return train_small_clip(pictures, titles, folder, **SIZES, steps=steps, batch_size=32, seed=seed, **options)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip") / "small"
+    return folder, trained(folder, progress=False)
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def test_tokenizer_is_the_same_every_time():
+    titles = ["silver lamp no. 12, 30 cm", "glass mug", "café crème", "lamp", "mugs and lamps"] * 3
+    vocabularies = [train_tokenizer(titles).backend_tokenizer.to_str() for _ in range(4)]
+    assert len(set(vocabularies)) == 1
+
+
+def test_frequent_words_are_one_token_and_no_text_is_unknown():
+    tokenizer = train_tokenizer(["Red lamp", "red mug"] * 5, vocab_size=600)
+    assert tokenizer.tokenize("RED lamp") == ["red</w>", "lamp</w>"]
+    for text in ("zebra", "ελληνικά", "漢字 🙂", "50% off!", "x"):
+        ids = tokenizer(text)["input_ids"]
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert tokenizer.eos_token_id not in ids[:-1]  # EOS is also the unknown token: inside, it would end the title
+        assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+
+
+def test_vocabulary_size_is_kept_and_specials_come_last():
+    titles = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]
+    tokenizer = train_tokenizer(titles, vocab_size=550)
+    assert len(tokenizer) == 550
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (548, 549)
+
+
+def test_long_titles_are_cut_and_still_end_with_eos():
+    tokenizer = train_tokenizer(["red lamp"], max_tokens=8)
+    ids = tokenizer("red lamp " * 20, truncation=True)["input_ids"]
+    assert len(ids) == 8
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer("", truncation=True)["input_ids"] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+# ---------------------------------------------------------------- loss and retrieval
+
+
+def test_loss_of_different_titles_is_clips():
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    numbers = torch.arange(6)
+    expected = (F.cross_entropy(logits, numbers) + F.cross_entropy(logits.T, numbers)) / 2
+    torch.testing.assert_close(contrastive_loss(logits.float(), numbers), expected.float())
+
+
+def test_same_titles_are_no_false_negatives():
+    # Pairs 0 and 1 share a title, so all four of their logits are high: nothing is wrong, and the loss is the least there can be.
+    logits = torch.tensor([[9.0, 9, -9], [9, 9, -9], [-9, -9, 9]])
+    least = np.log(2) * 2 / 3  # two rows must share their probability between two matches
+    assert contrastive_loss(logits, torch.tensor([4, 4, 1])).item() == pytest.approx(least, abs=1e-5)
+    pulled_apart = torch.tensor([[9.0, -9, -9], [-9, 9, -9], [-9, -9, 9]])
+    assert contrastive_loss(pulled_apart, torch.tensor([4, 4, 1])) > least + 1
+
+
+def test_retrieval_by_hand():
+    similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.3, 0.4], [0.7, 0.6, 0.5]])  # every picture likes title 0 best
+    assert retrieval(similarity, torch.tensor([0, 1, 2])) == pytest.approx(
+        {"picture_to_title": 1 / 3, "title_to_picture": 2 / 3, "chance": 1 / 3}
+    )
+    assert retrieval(similarity, torch.tensor([0, 0, 2])) == pytest.approx(
+        {"picture_to_title": 2 / 3, "title_to_picture": 2 / 3, "chance": 5 / 9}
+    )
+
+
+# ---------------------------------------------------------------- training and what it leaves
+
+
+def test_training_lowers_the_loss_and_finds_unseen_pairs(clip_folder):
+    _, result = clip_folder
+    assert result["held_out"] == 20
+    assert result["last_loss"] < 0.75 * result["first_loss"]
+    assert min(result["picture_to_title"], result["title_to_picture"]) > 2 * result["chance"]
+
+
+def test_drawn_items_are_learnt_above_chance(tmp_path):
+    pictures, captions = small_clip.demo_pairs(num=500)
+    assert (pictures.shape, pictures.dtype) == ((500, 3, small_clip.IMAGE_SIZE, small_clip.IMAGE_SIZE), torch.uint8)
+    result = train_small_clip(pictures, captions, tmp_path / "clip", steps=60, batch_size=64, vary=False, progress=False)
+    assert result["last_loss"] < result["first_loss"] - 0.2
+    assert (result["title_to_picture"] + result["picture_to_title"]) / 2 > 2 * result["chance"]
+
+
+def test_same_seed_same_weights_and_the_callers_random_numbers_go_on(tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    for name, seed in (("one", 1), ("two", 1), ("other", 2)):
+        trained(tmp_path / name, steps=3, seed=seed, progress=False)
+    assert torch.equal(torch.rand(3), expected)
+    one, two, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "other"))
+    assert one == two
+    assert one != other
+
+
+def test_folder_opens_with_transformers_alone(clip_folder):
+    folder, result = clip_folder
+    model = CLIPModel.from_pretrained(folder)
+    assert model.num_parameters() == result["parameters"]
+    assert model.config.projection_dim == small_clip.PROJECTION_DIM
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    assert (processor.size, processor.crop_size) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
+    assert processor.image_mean == CLIPImageProcessor().image_mean
+    texts = ["red mug", "Blue lamp, no. 7", "unheard-of thing"]
+    expected = AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
+    for kind in (CLIPTokenizer, CLIPTokenizerFast):
+        assert kind.from_pretrained(folder)(texts)["input_ids"] == expected
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == model.config.text_config.max_position_embeddings
+    inputs = CLIPProcessor.from_pretrained(folder)(texts, Image.new("RGB", (50, 40)), padding=True, return_tensors="pt")
+    assert model(**inputs).logits_per_image.shape == (1, 3)
+
+
+def test_pooled_token_is_eos_whatever_the_padding(clip_folder):
+    folder, _ = clip_folder
+    model, tokenizer = CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config = model.config.text_config
+    specials = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == specials
+    assert config.eos_token_id != 2  # which transformers reads as "pool the largest id"
+    texts = ["red mug", "a much longer lamp of blue"]
+    batch = tokenizer(texts, padding="max_length", max_length=20, return_tensors="pt")
+    with torch.no_grad():
+        output = model.text_model(input_ids=batch["input_ids"])
+        ends = batch["attention_mask"].sum(1) - 1  # [texts]: where EOS stands
+        assert (batch["input_ids"][torch.arange(2), ends] == tokenizer.eos_token_id).all()
+        torch.testing.assert_close(output.pooler_output, output.last_hidden_state[torch.arange(2), ends])
+        alone = model.text_model(**tokenizer(texts[:1], return_tensors="pt")).pooler_output
+    torch.testing.assert_close(output.pooler_output[:1], alone)
+
+
+def test_training_sees_what_the_saved_processor_makes(clip_folder):
+    folder, _ = clip_folder
+    model, processor = CLIPModel.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pictures, _ = coloured_pairs(4, seed=5)
+    tokens = tokenizer(["red mug", "blue mug"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        found = small_clip._similarity(model, pictures, tokens)
+        inputs = processor([Image.fromarray(picture.transpose(1, 2, 0)) for picture in pictures.numpy()], return_tensors="pt")
+        expected = model(input_ids=tokens, **inputs).logits_per_image / model.logit_scale.exp()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_varied_pictures_keep_their_size_and_content():
+    pictures, _ = coloured_pairs(16)
+    random = torch.Generator().manual_seed(0)
+    varied = small_clip._varied(pictures, random)
+    assert varied.shape == pictures.shape
+    assert not torch.equal(varied, pictures.float())
+    torch.testing.assert_close(varied.mean((2, 3)), pictures.float().mean((2, 3)), atol=6, rtol=0)
+
+
+def test_progress_prints_one_line(tmp_path, capsys):
+    trained(tmp_path / "clip", steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert "among 20 unseen pairs" in lines[0]
+
+
+def test_sizes_that_make_no_clip_are_refused(tmp_path):
+    pictures, titles = coloured_pairs(30)
+    wrong = ({"patch_size": 15}, {"heads": 3}, {"layers": 0}, {"image_size": 48})
+    for change in wrong:
+        with pytest.raises(PerPEFTError):
+            train_small_clip(pictures, titles, tmp_path / "clip", **{**SIZES, **change}, steps=1)
+    with pytest.raises(PerPEFTError, match="too few"):
+        train_small_clip(pictures[:10], titles[:10], tmp_path / "clip", **SIZES, steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- pictures from files, the demo's CLIP, the script
+
+
+def test_pictures_are_read_as_the_processor_does(tiny_dataset):
+    paths = sorted((tiny_dataset.train_dir / "tiny_images").iterdir())
+    processor = small_clip.image_processor(32)
+    expected = processor([Image.open(path) for path in paths], do_rescale=False, do_normalize=False, return_tensors="pt")
+    assert torch.equal(read_pictures(paths, 32), expected["pixel_values"].to(torch.uint8))
+
+
+def test_unreadable_pictures_are_named(tmp_path, tiny_dataset):
+    good = next((tiny_dataset.train_dir / "tiny_images").iterdir())
+    (tmp_path / "B7.jpg").write_bytes(b"no picture")
+    with pytest.raises(PerPEFTError, match=r"(?s)B7\.jpg \(item 2.*gone\.jpg \(item 3"):
+        read_pictures([good, tmp_path / "B7.jpg", tmp_path / "gone.jpg"], 32)
+
+
+def test_demo_clip_is_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def train(pictures, captions, folder, **options):
+        made.append((len(captions), options["seed"]))
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(small_clip, "demo_pairs", lambda seed: coloured_pairs(25, seed))
+    monkeypatch.setattr(small_clip, "train_small_clip", train)
+    folder = small_clip.demo_clip(tmp_path / "cache")
+    assert folder == tmp_path / "cache" / "demo_small_clip"
+    assert small_clip.demo_clip(tmp_path / "cache") == folder
+    assert small_clip.demo_clip(tmp_path / "cache", seed=3) != folder
+    assert made == [(25, 0), (25, 3)]
+
+
+def script(monkeypatch, *arguments):
+    sizes = [part for name, value in SIZES.items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["make_small_clip", *sizes, *map(str, arguments)])
+
+
+def test_script_trains_on_any_data_set(tiny_dataset, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "own" / "clip"
+    script(monkeypatch, "--dataset", "tiny", "--train_dir", tiny_dataset.train_dir, "--output", folder, "--steps", 2)
+    make_small_clip.main()
+    assert CLIPModel.from_pretrained(folder).config.vision_config.image_size == 32
+    assert f"--clip_model {folder}" in capsys.readouterr().out
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(PerPEFTError, match="is there already"):
+        make_small_clip.main()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_script_ends_a_mistake_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    script(monkeypatch, "--dataset", "nowhere", "--train_dir", tmp_path)
+    try:
+        with pytest.raises(SystemExit) as ending:
+            run_main(make_small_clip.main)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ending.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: data set 'nowhere'")
+    assert len(told.splitlines()) == 1

@@ -1,0 +1,557 @@
+"""What goes wrong is told in a sentence, with what was saved and what to do; afterwards the same command ends the same."""
+import argparse
+import collections
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from models.clip_peft import ClipPeftEncoder, lora_config
+from tests.conftest import run_script, tiny_arguments
+from tests.run.test_resume import RUN, leftovers, outcome
+from tests.zygote import shared_zygote, write_instead_of_drawing
+from utils.common.files import save_tensors
+from utils.items.foundation import load_foundation
+from utils.run import options as cli
+from utils.run import pipeline
+from utils.run.options import build_parser, parse_options
+from utils.training import trainer as training
+from utils.training.checkpoints import ResumeState
+
+NUMERIC = {
+    name: action
+    for action in build_parser("", ("lora", "ia3"))._actions
+    for name in action.option_strings
+    if action.type is not None
+}
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", write_instead_of_drawing)
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    return shared_zygote()
+
+
+@pytest.fixture
+def run(tiny_dataset, tiny_clip, tmp_path):
+    """A tiny run that has not begun: its arguments and its folder."""
+    arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", save_every=1)
+    return SimpleNamespace(arguments=[str(part) for part in arguments], folder=tmp_path / "runs" / RUN)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_dataset, tiny_clip, tmp_path_factory):
+    """What an undisturbed run leaves."""
+    output_dir = tmp_path_factory.mktemp("expected")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", write_instead_of_drawing)
+        run_script(tiny_arguments(tiny_dataset, tiny_clip, output_dir, save_every=1))
+    return outcome(output_dir / RUN)
+
+
+@pytest.fixture
+def end(monkeypatch, capsys):
+    """Run the script as a process would, up to its end; gives the exit code (0 without one) and what it said on stderr."""
+
+    def run_to_the_end(arguments, *more):
+        arguments = [*arguments, *more]
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *arguments])
+            try:
+                cli.run_main(lambda: run_script(arguments))
+                code = 0
+            except SystemExit as ended:
+                code = ended.code
+        return code, capsys.readouterr().err
+
+    return run_to_the_end
+
+
+def at_step(monkeypatch, number, action):
+    """Call `action(trainer, loss)` instead of the update at the `number`-th step from now on."""
+    original, count = training.Trainer.update, iter(range(1, 10**6))
+
+    def update(self, loss):
+        return action(self, loss) if next(count) == number else original(self, loss)
+
+    monkeypatch.setattr(training.Trainer, "update", update)
+
+
+# ---------------------------------------------------------------- disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own of so many bytes: a folder; None where this machine mounts none."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        return folder if shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode else None
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def check_told_and_whole(end, folder):
+    """A full disk was told, without a traceback, and no file is half-written."""
+    assert end.code == 1, end.output
+    assert "Traceback" not in end.output and "No space left on device: '" in end.output
+    assert "Make room on that disk" in end.output and f"{folder}" in end.output
+    assert "the same command continues from there" in end.output or "the same command starts again" in end.output
+    assert not leftovers(folder)
+    for path in folder.rglob("*.pt*"):
+        torch.load(path, weights_only=True)
+
+
+def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(zygote, tiny_dataset, tiny_clip, small_disk, expected):
+    """One run meets a full disk again and again, with more room each time."""
+    disk = small_disk(8 * 2**20)
+    if disk is None:
+        return  # nothing can be mounted here; the next test stands in
+    arguments = tiny_arguments(tiny_dataset, tiny_clip, disk, save_every=1)
+    full_at = []
+    for room in (0, 60_000, 400_000, 600_000):
+        free = shutil.disk_usage(disk).free
+        (disk / "ballast").write_bytes(b"0" * (free - room))
+        end = zygote.run(arguments)
+        full_at.append(end.events[-1])
+        check_told_and_whole(end, disk / RUN)
+        (disk / "ballast").unlink()
+    assert {place.split(":")[0] for place in full_at} >= {"global/state", "personalized/state"}, full_at
+    assert zygote.run(arguments).code == 0
+    assert outcome(disk / RUN) == expected
+
+
+@pytest.mark.slow
+def test_disk_that_is_full_at_any_write_is_told_and_the_run_goes_on(zygote, tiny_dataset, tiny_clip, tmp_path, expected):
+    """Every part of a run that writes fails once, at a write drawn from a seeded generator."""
+    through = zygote.run(tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "through", save_every=1))
+    writes, counts = {}, collections.Counter()
+    for event in through.events:
+        part, what = event.split(": ")
+        counts[part] += 1
+        if any(word in what for word in ("amid save", "replace", "rename .", "fsync", "mkdir adapter", "mkdir .")):
+            writes.setdefault(part, []).append(counts[part])
+    assert writes.keys() >= {"global/state", "global/best weights", "personalized/draw_curves", "report/write_json"}
+    seeded, num_runs = random.Random(0), 5  # so many, that no run fails twice in one stage and every count is reached
+    for number in range(num_runs):
+        arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / str(number), save_every=1)
+        for part in list(writes)[number::num_runs]:
+            end = zygote.run(arguments, full_at=(part, seeded.choice(writes[part])))
+            check_told_and_whole(end, tmp_path / str(number) / RUN)
+        assert zygote.run(arguments).code == 0
+        assert outcome(tmp_path / str(number) / RUN) == expected
+
+
+def test_full_disk_while_the_store_is_built_leaves_no_half_of_it(zygote, tiny_dataset, tiny_clip, small_disk, tmp_path):
+    disk = small_disk(2**20)
+    data = SimpleNamespace(name="tiny", train_dir=(disk or tmp_path) / "dataset")
+    shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store"))
+    full_at = None
+    if disk:
+        (disk / "ballast").write_bytes(b"0" * (shutil.disk_usage(disk).free - 50_000))  # the pictures take 92 kB
+    else:
+        full_at = ("opening/store", 9)
+    end = zygote.run(tiny_arguments(data, tiny_clip, tmp_path / "runs"), full_at=full_at)
+    assert end.code == 2 and "Traceback" not in end.output
+    assert "the picture store" in end.output and "No space left" in end.output and "make room" in end.output
+    assert [path.name for path in (data.train_dir / "tiny_store").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_failing_write_of_tensors_is_told_as_the_oserror_it_is(small_disk, tmp_path):
+    disk = small_disk(100_000)
+    path = (disk or tmp_path) / "tensors.pt"
+    target = path if disk else Path("/dev/full")  # a file that no byte can be written to
+    with pytest.raises(OSError) as error:
+        save_tensors({"weights": torch.zeros(10**6)}, target)
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_adapters_that_do_not_fit_on_the_disk_are_an_oserror(tiny_clip, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    foundation = load_foundation(str(tiny_clip))
+    encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        encoder.save_group(tmp_path, 0)
+
+
+def test_folder_that_turns_read_only_is_told(run, end, expected, monkeypatch):
+    def replace(source, target):
+        if next(count) == 6:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
+        return original(source, target)
+
+    original, count = os.replace, iter(range(10**6))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        code, told = end(run.arguments)
+    assert code == 1 and "Read-only file system" in told and "--output_dir" in told
+    assert f"{run.folder} is saved up to global epoch " in told and "the same command continues from there" in told
+    assert not leftovers(run.folder)
+    assert end(run.arguments)[0] == 0
+    assert outcome(run.folder) == expected
+
+
+def test_output_dir_that_is_a_file_is_told(run, end, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, told = end(run.arguments, "--output_dir", str(output_dir))
+        assert code == 2 and "--output_dir" in told and str(output_dir) in told
+
+
+def test_train_dir_that_is_a_file_is_told(run, end, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, told = end(run.arguments, "--train_dir", str(tmp_path / "file"))
+    assert code == 2 and "'tiny' is not in" in told
+
+
+# ---------------------------------------------------------------- memory
+
+
+def real_cpu_error(*_):
+    torch.empty(2**60)
+
+
+def real_numpy_error(*_):
+    np.empty(2**55)
+
+
+def cuda_error(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total capacity of 79 GiB")
+
+
+def cublas_error(*_):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize("fail", [real_cpu_error, real_numpy_error, cuda_error, cublas_error])
+def test_full_memory_is_told_with_what_is_saved_and_what_to_try(run, end, expected, monkeypatch, fail):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, fail)
+        code, told = end(run.arguments)
+    assert code == 1 and told.count("\n") <= 4, told
+    assert "memory is full" in told and "--gradient_checkpointing" in told and "--batch_size" in told
+    assert f"{run.folder} is saved up to global epoch 1, step 2; the same command continues from there" in told
+    if fail is cuda_error:  # the advice holds: the run goes on with the option, to the same end
+        assert end(run.arguments, "--gradient_checkpointing")[0] == 0
+        assert outcome(run.folder) == expected
+
+
+def test_failing_device_is_told(run, end, monkeypatch):
+    def fail(*_):
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    at_step(monkeypatch, 2, fail)
+    code, told = end(run.arguments)
+    assert code == 1 and "the device failed" in told and "saved up to global epoch 1, step 1" in told
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a mistake"), KeyError("x"), AssertionError()])
+def test_mistakes_in_the_code_are_not_dressed_up(run, end, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    at_step(monkeypatch, 1, fail)
+    with pytest.raises(type(error)):
+        end(run.arguments)
+
+
+def encoder_with(tiny_clip, checkpointing):
+    torch.manual_seed(3)
+    foundation = load_foundation(str(tiny_clip))
+    encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor, checkpointing)
+    with torch.no_grad():
+        for parameter in encoder.group_parameters(0).values():
+            parameter.copy_(torch.randn_like(parameter))
+    encoder.clone_groups(2)
+    return encoder.train()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(tiny_clip):
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.tensor([[1, 5, 6, 2]]).repeat(4, 1)
+    kept, results = {}, {}
+    for checkpointing in (False, True):
+        encoder = encoder_with(tiny_clip, checkpointing)
+        encoder.use_group(1)
+        torch.manual_seed(5)  # of LoRA's dropout, which the second computation has to repeat
+        kept[checkpointing] = []
+
+        def keep(tensor, at=kept[checkpointing]):
+            at.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            features = encoder(pixels, tokens)
+        (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in encoder.group_parameters(1).items()}
+        assert all(parameter.grad is None for parameter in encoder.group_parameters(0).values())
+        results[checkpointing] = (features.detach(), gradients)
+    torch.testing.assert_close(results[True], results[False])
+    assert any(gradient.abs().max() > 0 for gradient in results[True][1].values())
+    assert sum(kept[True]) < 0.5 * sum(kept[False])
+
+
+@pytest.mark.parametrize("peft_type", ["lora", "ia3"])
+def test_run_with_gradient_checkpointing_ends_the_same(tiny_dataset, tiny_clip, tmp_path, peft_type):
+    rows = {}
+    for checkpointing in (True, False):
+        output_dir = tmp_path / str(checkpointing)
+        changes = {"gradient_checkpointing": True} if checkpointing else {}
+        run_script(tiny_arguments(tiny_dataset, tiny_clip, output_dir, peft_type, global_epochs=1, num_epochs=1, **changes))
+        lines = next(output_dir.glob("*/metrics.csv")).read_text().splitlines()[1:]
+        rows[checkpointing] = np.array([[float(value) for value in line.split(",")[2:]] for line in lines])
+        rows[checkpointing][:, 1] = 0  # seconds
+    np.testing.assert_allclose(rows[True], rows[False], rtol=1e-4)
+
+
+def test_gradient_checkpointing_is_an_option_of_the_clip_adapters_alone():
+    assert parse_options("", ("lora", "ia3"), ["--dataset", "x", "--gradient_checkpointing"]).gradient_checkpointing
+    assert not parse_options("", ("iisan",), ["--dataset", "x"]).gradient_checkpointing
+    with pytest.raises(SystemExit):
+        parse_options("", ("iisan",), ["--dataset", "x", "--gradient_checkpointing"])
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def spoil_loss(monkeypatch, number, value=float("nan")):
+    """Make the loss of the `number`-th step from now on not finite; gives the list that its batch is put into."""
+    original, count, batches = training.Trainer.loss, iter(range(1, 10**6)), []
+
+    def loss(self, batch, inputs):
+        if next(count) != number:
+            return original(self, batch, inputs)
+        batches.append(batch)
+        return original(self, batch, inputs) * value
+
+    monkeypatch.setattr(training.Trainer, "loss", loss)
+    return batches
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("number", "place", "saved"), [(2, "global epoch 1, step 2", 1), (11, "personalized epoch 2, step 1", 0)]
+)
+def test_loss_that_is_not_finite_stops_with_step_group_and_items(run, end, expected, monkeypatch, value, number, place, saved):
+    with monkeypatch.context() as patch:
+        batches = spoil_loss(patch, number, value)
+        code, told = end(run.arguments)
+    batch = batches[0]
+    assert code == 2 and f"the loss is {value} at {place}, in a batch of group {batch.group} " in told
+    assert ", ".join(map(str, batch.items[1:11])) in told and "--lr" in told
+    assert f"saved up to {place.split(',')[0]}, step {saved}" in told
+    assert end(run.arguments)[0] == 0  # what was saved is good
+    assert outcome(run.folder) == expected
+
+
+@pytest.mark.parametrize(("save_every", "saved"), [(1, 1), (2, None), (500, None)])
+def test_where_losses_are_read_late_no_state_is_saved_after_a_bad_one(run, end, expected, monkeypatch, save_every, saved):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "STEPS_BETWEEN_READS", {})  # as on a GPU
+        spoil_loss(patch, 2)
+        code, told = end(run.arguments, "--save_every", str(save_every))
+    assert code == 2 and "at global epoch 1, step 2, in a batch" in told
+    state = ResumeState(run.folder / "resume" / "global.pt")
+    state.load()
+    assert state.saved == (saved and f"global epoch 1, step {saved}")
+    assert end(run.arguments)[0] == 0
+    assert outcome(run.folder) == expected
+
+
+@pytest.mark.parametrize("what", ["weights", "moments"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_after_a_finite_loss_are_never_saved(run, end, expected, monkeypatch, what, value):
+    def spoil(trainer, loss):
+        recommender = trainer.optimizers[0]
+        parameter = trainer.model.sasrec.item_emb.weight
+        tensor = parameter.data if what == "weights" else recommender.state[parameter]["exp_avg_sq"]
+        tensor[3, 1] = value
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, spoil)  # the last step of the epoch: no later loss would tell before the evaluation
+        code, told = end(run.arguments)
+    assert code == 2 and "infinite or NaN at global epoch 1, step 3, in a batch of group 0 with items " in told
+    assert "saved up to global epoch 1, step 2" in told
+    assert end(run.arguments)[0] == 0
+    assert outcome(run.folder) == expected
+
+
+def test_metrics_that_are_not_finite_stop_the_run(run, end, expected, monkeypatch):
+    original = pipeline.Run.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Run, "evaluate", lambda self: {**original(self), "test_HR@10": float("nan")})
+        code, told = end(run.arguments)
+    assert code == 2 and "metrics of global epoch 1 are not finite" in told
+    assert not (run.folder / "metrics.csv").exists() and not (run.folder / "global").exists()
+    assert end(run.arguments)[0] == 0
+    assert outcome(run.folder) == expected
+
+
+def overflowing_scaler(device, enabled):
+    """As on CUDA, with a scale that makes the first gradients overflow."""
+    return torch.amp.grad_scaler.GradScaler(device, init_scale=2.0**127, enabled=True)
+
+
+def test_overflow_is_skipped_counted_and_shown(run, monkeypatch, capsys):
+    monkeypatch.setattr(torch.amp, "GradScaler", overflowing_scaler)
+    run_script(run.arguments)
+    output = capsys.readouterr().out
+    skipped = json.loads((run.folder / "summary.json").read_text())["skipped_steps"]
+    assert 1 <= skipped["global"] <= 6 and 1 <= skipped["personalized"] <= 8
+    told = [int(line.split(" steps skipped")[0].split()[-1]) for line in output.splitlines() if "steps skipped" in line]
+    assert sum(told) == sum(skipped.values())
+    assert "skipped" not in (run.folder / "metrics.csv").read_text()
+
+
+def test_skipped_steps_leave_the_weights_and_are_counted_on_after_an_interruption(run, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", overflowing_scaler)
+    before = {}
+
+    def look(trainer, loss):
+        old = {name: tensor.clone() for name, tensor in trainer.model.sasrec.state_dict().items()}
+        trainer.scaler.scale(loss).backward()
+        trainer.apply_gradients()
+        assert trainer.skipped_steps == 1
+        assert all(torch.equal(old[name], tensor) for name, tensor in trainer.model.sasrec.state_dict().items())
+        before["checked"] = True
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, look)
+        patch.setattr(pipeline.Run, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_script(run.arguments)
+    assert before["checked"]
+    saved = torch.load(run.folder / "resume" / "global.pt", weights_only=True)["trainer"]["skipped_steps"]
+    assert 1 <= saved <= 3
+    seen = []
+    monkeypatch.setattr(pipeline.Run, "_report_epoch", lambda self, stage, epochs: seen.append(self._rows[stage][-1]))
+    run_script(run.arguments)
+    assert seen[0]["epoch"] == 1 and seen[0]["skipped_steps"] == saved
+
+
+def test_state_saved_without_a_scaler_goes_on_with_one(run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_script(run.arguments)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: torch.amp.grad_scaler.GradScaler(device, enabled=True))
+    run_script(run.arguments)
+    assert (run.folder / "summary.json").is_file()
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("option", sorted(NUMERIC))
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "9" * 400, "many", "", "0x10", "1,5"])
+def test_no_number_option_takes_nonsense(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_options("", ("lora", "ia3"), ["--dataset", "x", f"{option}={value}"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"argument {option}: " in told and len(told.splitlines()[-1]) < 200
+
+
+def test_zero_is_refused_where_it_means_nothing(capsys):
+    may_be_zero = {"--wdecay", "--l2_emb", "--dropout_rate", "--weight_scalar", "--trial"}
+    for option in sorted(NUMERIC):
+        arguments = ["--dataset", "x", f"{option}=0"]
+        if option in may_be_zero:
+            assert getattr(parse_options("", ("lora", "ia3"), arguments), option.strip("-")) == 0
+        else:
+            with pytest.raises(SystemExit):
+                parse_options("", ("lora", "ia3"), arguments)
+            assert option in capsys.readouterr().err
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(NUMERIC)), st.one_of(st.text(max_size=12), st.floats().map(str), st.integers().map(str)))
+def test_any_text_is_a_number_in_range_or_a_clear_refusal(option, value):
+    try:
+        parsed = NUMERIC[option].type(value)
+    except argparse.ArgumentTypeError as error:
+        assert "number" in str(error) or "must be" in str(error)
+    else:
+        assert 0 <= parsed <= 2**31 and np.isfinite(parsed)
+
+
+def test_heads_must_divide_the_width(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_options("", ("lora", "ia3"), ["--dataset", "x", "--num_heads", "5"])
+    assert "--num_heads 5 must divide --hidden_units 32" in capsys.readouterr().err
+
+
+def test_options_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit):
+        parse_options("", ("lora", "ia3"), ["--dataset", "x", "--rest"])
+    assert "--rest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a/b", "../tiny", "/tmp/tiny", ".", "..", "tiny/"])
+def test_data_set_name_is_no_path(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_options("", ("lora", "ia3"), ["--dataset", name])
+    assert f"--dataset {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", "cuda:99", "cpu:5", "meta", "", "mps:1", "cuda:99999999999"])
+def test_bad_device_is_named(run, end, device):
+    code, told = end(run.arguments, f"--device={device}")
+    assert code == 2 and f"--device {device}" in told and len(told.splitlines()) == 1
+
+
+def test_bad_rate_in_the_hyperparameter_file_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "read_hyperparameters", lambda *_: {"lr": -1.0, "wdecay": 1e-4})
+    with pytest.raises(SystemExit, match="2"):
+        parse_options("", ("lora", "ia3"), ["--dataset", "arts"])
+    assert "perpeft_hyperparameter.pickle's lr for arts and lora: -1.0 must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"dataset": "tinny"},
+        {"dataset": "n" * 300},
+        {"clip_model": "/nowhere/at/all"},
+        {"device": "cuda:7"},
+        {"C": 41},
+        {"train_dir": "/nowhere"},
+    ],
+)
+def test_mistakes_are_told_in_a_sentence_and_shown_in_full_with_debug(zygote, run, mistake):
+    arguments = [*run.arguments, *(part for name, value in mistake.items() for part in (f"--{name}", str(value)))]
+    plain = zygote.run(arguments)
+    assert plain.code in (1, 2) and "error: " in plain.output and "Traceback" not in plain.output
+    shown = zygote.run([*arguments, "--debug"])
+    assert shown.code == plain.code and "Traceback" in shown.output
+    assert shown.output.splitlines()[-1] == plain.output.splitlines()[-1]

@@ -1,0 +1,124 @@
+"""The hyperparameter pickle is the paper's table, plain values in a pickle, and no pickle can run anything here."""
+import os
+import pickle
+import pickletools
+
+import pytest
+
+from utils.common.errors import PerPEFTError
+from utils.common.pickles import load_pickle
+from utils.run.hyperparameters import HYPERPARAMETER_FILE, read_hyperparameters, write_hyperparameters
+from utils.run.options import parse_options
+
+# DESIGN.md section 4: weight decay of lora / ia3 / iisan; the learning rate is 1e-4 always
+PAPER = {
+    "sports_outdoors": (1e-4, 1e-4, 5e-4),
+    "toys_games": (5e-5, 1e-4, 1e-4),
+    "beauty_care": (1e-5, 1e-5, 5e-4),
+    "arts": (1e-4, 5e-5, 1e-5),
+}
+TABLE = {
+    dataset: {peft: {"lr": 1e-4, "wdecay": decay} for peft, decay in zip(("lora", "ia3", "iisan"), decays)}
+    for dataset, decays in PAPER.items()
+}
+
+
+def test_file_in_the_repository_is_the_papers_table_in_plain_values():
+    assert HYPERPARAMETER_FILE.name == "perpeft_hyperparameter.pickle"
+    data = HYPERPARAMETER_FILE.read_bytes()
+    assert pickle.loads(data) == TABLE
+    assert not [opcode.name for opcode, _, _ in pickletools.genops(data) if "GLOBAL" in opcode.name or opcode.name == "REDUCE"]
+
+
+def test_written_file_is_the_papers_table(tmp_path):
+    write_hyperparameters(tmp_path / "table.pickle")
+    assert pickle.loads((tmp_path / "table.pickle").read_bytes()) == TABLE
+    assert [path.name for path in tmp_path.iterdir()] == ["table.pickle"]
+
+
+@pytest.mark.parametrize(("dataset", "peft_type"), [(dataset, peft) for dataset in PAPER for peft in ("lora", "ia3", "iisan")])
+def test_every_entry_is_read(dataset, peft_type):
+    assert read_hyperparameters(dataset, peft_type) == TABLE[dataset][peft_type]
+
+
+def test_entry_that_is_not_there_is_none(tmp_path):
+    assert read_hyperparameters("grocery", "lora") is None
+    assert read_hyperparameters("arts", "other") is None
+    assert read_hyperparameters("arts", "lora", tmp_path / "missing.pickle") is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [["arts"], {"arts": 3}, {"arts": {"lora": {"lr": 1e-4}}}, {"arts": {"lora": {"lr": "fast", "wdecay": 1e-4}}}, {"arts": None}],
+)
+def test_file_of_another_form_is_told(tmp_path, value):
+    path = tmp_path / "table.pickle"
+    path.write_bytes(pickle.dumps(value))
+    with pytest.raises(PerPEFTError, match="table.pickle"):
+        read_hyperparameters("arts", "lora", path)
+
+
+# ---------------------------------------------------------------- pickles
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_values_come_back_in_every_protocol(tmp_path, protocol):
+    value = {1: "B001", "k": [1.5, None, True, -(2**70), (1, "é"), {}], "": "x" * 70_000}
+    (tmp_path / "plain.pickle").write_bytes(pickle.dumps(value, protocol=protocol))
+    assert load_pickle(tmp_path / "plain.pickle") == value
+
+
+class RunsACommand:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def payloads(marker):
+    """Live pickles that make `marker`, in the ways a pickle can call something."""
+    command = f"touch {marker}"
+    yield from (pickle.dumps({"a": [RunsACommand(command)]}, protocol=protocol) for protocol in range(6))
+    yield f"cos\nsystem\n(S'{command}'\ntR.".encode()  # GLOBAL and REDUCE
+    yield f"(S'{command}'\nios\nsystem\n.".encode()  # INST
+    yield f"(cos\nsystem\nS'{command}'\no.".encode()  # OBJ
+
+
+def test_pickle_that_runs_a_command_is_refused_and_not_run(tmp_path):
+    marker, path = tmp_path / "was_run", tmp_path / "hostile.pickle"
+    for payload in payloads(marker):
+        path.write_bytes(payload)
+        with pytest.raises(PerPEFTError, match="hostile.pickle"):
+            load_pickle(path)
+        assert not marker.exists()
+        pickle.loads(payload)  # proof that the payload is live
+        assert marker.exists()
+        marker.unlink()
+
+
+def test_types_beyond_the_plain_ones_are_refused(tmp_path):
+    path = tmp_path / "odd.pickle"
+    for value in (os.path.join, complex(1, 2), PerPEFTError("x"), range(3)):
+        path.write_bytes(pickle.dumps(value))
+        with pytest.raises(PerPEFTError, match="odd.pickle"):
+            load_pickle(path)
+
+
+def test_damaged_pickle_is_told_and_never_crashes(tmp_path):
+    path = tmp_path / "damaged.pickle"
+    whole = pickle.dumps({item: f"B{item:03d}" for item in range(40)})
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(PerPEFTError, match="damaged.pickle"):
+            load_pickle(path)
+    path.unlink()
+    with pytest.raises(PerPEFTError, match="damaged.pickle is missing"):
+        load_pickle(path)
+
+
+@pytest.mark.parametrize("peft_types, lr", [(("lora", "ia3"), 1e-3), (("iisan",), 3e-4)])
+def test_the_demo_has_a_learning_rate_for_each_adapter(peft_types, lr, capsys):
+    options = parse_options("", peft_types, ["--dataset", "demo"])
+    assert (options.lr, options.wdecay) == (lr, 1e-4)
+    assert f"lr {lr:g} (the demo's)" in capsys.readouterr().out

@@ -1,0 +1,552 @@
+"""Nothing is lost: a run that is killed, interrupted or restarted at any moment ends as one that ran through."""
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_titles
+from tests.zygote import ROOT, shared_zygote, write_instead_of_drawing
+from utils.common.errors import PerPEFTError
+from utils.common.files import folder_written_atomically, made_by_one, remove_leftovers, write_atomically, write_text_atomically
+from utils.run import options as cli
+from utils.run import pipeline
+from utils.training.checkpoints import ResumeState
+from utils.training.trainer import stop_requests
+
+RUN = "tiny_lora_lr0.001_wd0.0001_seed0"
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    return shared_zygote()
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", write_instead_of_drawing)
+
+
+@pytest.fixture
+def begin(tiny_dataset, tiny_clip, tmp_path):
+    """Make a fresh copy of the data, without what runs keep beside it, and give a tiny run's arguments and its folder."""
+
+    def make(name="run", **changes):
+        data = SimpleNamespace(name="tiny", train_dir=tmp_path / name / "dataset")
+        shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))
+        arguments = tiny_arguments(data, tiny_clip, tmp_path / name / "runs", **{"save_every": 1, **changes})
+        return SimpleNamespace(arguments=arguments, folder=tmp_path / name / "runs" / RUN, train_dir=data.train_dir)
+
+    return make
+
+
+def outcome(folder):
+    """All that a run left, bytes for bytes, without what may differ: times, drawings, the lock, the order in a set."""
+    left = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or path.name == ".lock":
+            continue
+        left[name] = path.read_bytes()
+        if path.suffix == ".png":
+            left[name] = None
+        if path.name == "adapter_config.json":  # holds a set, in another order in every process
+            options = json.loads(path.read_text()).items()
+            left[name] = {option: sorted(value) if isinstance(value, list) else value for option, value in options}
+        if name == "metrics.csv":
+            rows = [line.split(",") for line in path.read_text().splitlines()]
+            seconds = rows[0].index("seconds")
+            left[name] = [row[:seconds] + row[seconds + 1 :] for row in rows]
+        if name == "summary.json":
+            left[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
+    return left
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".old")]
+
+
+@pytest.fixture(scope="module")
+def through(zygote, tiny_dataset, tiny_clip, tmp_path_factory):
+    """A run that was not disturbed: its outcome, and the events that it consists of."""
+    folder = tmp_path_factory.mktemp("through")
+    data = SimpleNamespace(name="tiny", train_dir=folder / "dataset")
+    shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))
+    run = zygote.run(tiny_arguments(data, tiny_clip, folder / "runs", save_every=1))
+    assert run.code == 0, run.output
+    return SimpleNamespace(outcome=outcome(folder / "runs" / RUN), events=run.events)
+
+
+# ---------------------------------------------------------------- killed
+
+
+@pytest.mark.slow
+def test_run_killed_at_any_moment_and_continued_ends_the_same(zygote, through, begin):
+    """Every part of a run is struck once, at a moment drawn from a seeded generator, and six kills come by the clock."""
+    seeded = random.Random(0)
+    moments = collections.Counter(label.split(":")[0] for label in through.events)  # part of the run: its events
+    parts = list(moments)
+    assert {"opening/store", "global/state", "global/evaluation", "grouping", "personalized/best weights", "report"} <= set(parts)
+    struck = []
+    num_runs = 8
+    for number in range(num_runs):
+        run = begin(f"run{number}")
+        for part in parts[number::num_runs]:  # each run is killed in several of its parts, one after another
+            moment = (part, seeded.randint(1, moments[part]))
+            killed = zygote.run(run.arguments, kill_at=moment)
+            if killed.code == 0:  # the kill before had left fewer events of this part: strike it in a run of its own
+                assert outcome(run.folder) == through.outcome, struck
+                run = begin(f"run{number}_{part.replace('/', '_').replace(' ', '_')}")
+                killed = zygote.run(run.arguments, kill_at=moment)
+            assert killed.code == -signal.SIGKILL, killed.output
+            struck.append(killed.events[-1])
+        end = zygote.run(run.arguments)
+        assert end.code == 0, end.output
+        assert outcome(run.folder) == through.outcome, struck
+        assert not leftovers(run.folder) + leftovers(run.train_dir), struck
+    run = begin("by_the_clock")
+    for _ in range(6):
+        killed = zygote.run(run.arguments, kill_after=seeded.uniform(0.05, 1.5))
+        struck.append(killed.events[-1] if killed.code else "after the end")
+    assert zygote.run(run.arguments).code == 0
+    assert outcome(run.folder) == through.outcome, struck[-6:]
+    assert len(struck) >= 20
+    print(f"\n{len(struck)} kills survived:", *struck, sep="\n  ")
+
+
+def test_kill_between_the_renames_that_replace_a_folder_loses_nothing(zygote, begin):
+    for dropout in (0.3, 0.2, 0.1, 0.4, 0.5, 0.6):  # until a later epoch's best weights take the place of an earlier's
+        changes = {"global_epochs": 4, "num_epochs": 1, "dropout_rate": dropout}
+        expected = begin(f"expected_{dropout}", **changes)
+        through = zygote.run(expected.arguments)
+        events = [label for label in through.events if label.startswith("global/best weights")]
+        if "global/best weights: after rename global" in events:
+            break
+    for label in ("before rename .global.tmp", "after rename global", "before rmtree .global.old"):
+        last = max(number for number, event in enumerate(events, 1) if event.endswith(label))
+        run = begin(label.replace(" ", "_"), **changes)
+        assert zygote.run(run.arguments, kill_at=("global/best weights", last)).code == -signal.SIGKILL
+        assert zygote.run(run.arguments).code == 0
+        assert outcome(run.folder) == outcome(expected.folder) and not leftovers(run.folder)
+
+
+def test_kill_while_restart_clears_leaves_nothing_that_is_refused_or_taken_up(zygote, begin):
+    shorter = {"global_epochs": 1, "num_epochs": 1, "trial": 0}
+    expected = begin("expected", **shorter)
+    assert zygote.run(expected.arguments).code == 0
+    run = begin("run")
+    assert zygote.run(run.arguments).code == 0
+    kept = shutil.copytree(run.folder, run.folder.with_name("kept"))
+    other = begin("other", **shorter).arguments  # the same folder name, other settings
+    other[other.index("--output_dir") + 1] = str(run.folder.parent)
+    restart = zygote.run([*other, "--restart"], kill_at=("opening/clearing", 10**6))
+    assert restart.code == 0
+    events = [label for label in restart.events if label.startswith("opening/clearing")]
+    first = 1 + events.index("opening/clearing: after unlink summary.json")
+    for number in sorted(random.Random(1).sample(range(first, len(events) + 1), 4)):
+        shutil.rmtree(run.folder)
+        shutil.copytree(kept, run.folder)
+        assert zygote.run([*other, "--restart"], kill_at=("opening/clearing", number)).code == -signal.SIGKILL
+        again = zygote.run(other)  # even without --restart: there is no old run any more
+        assert again.code == 0 and "continuing" not in again.output, again.output
+        assert outcome(run.folder) == outcome(expected.folder), events[number - 1]
+
+
+def test_iisan_killed_while_hidden_states_are_saved_and_in_training_ends_the_same(zygote, begin):
+    def iisan(name):
+        run = begin(name, global_epochs=1, num_epochs=1)
+        kind = run.arguments.index("--peft_type")
+        del run.arguments[kind : kind + 2]
+        return run.arguments, run.folder.with_name(RUN.replace("lora", "iisan")), run.train_dir
+
+    arguments, expected, _ = iisan("expected")
+    through = zygote.run(arguments, script="perpeft_iisan")
+    assert through.code == 0, through.output
+    opening = [label for label in through.events if label.startswith("opening: ")]
+    arguments, folder, train_dir = iisan("run")
+    for kill_at in (("opening", 1 + opening.index("opening: amid save")), ("global/state", 3), ("personalized/best weights", 9)):
+        assert zygote.run(arguments, script="perpeft_iisan", kill_at=kill_at).code == -signal.SIGKILL
+    assert zygote.run(arguments, script="perpeft_iisan").code == 0
+    assert outcome(folder) == outcome(expected)
+    assert not leftovers(folder) + leftovers(train_dir)
+
+
+def test_restart_removes_only_what_runs_leave(copied_run):
+    note = copied_run.folder / "note.txt"
+    note.write_text("mine")
+    run_script([*copied_run.arguments, "--restart", "--global_epochs", "1", "--num_epochs", "1"])
+    assert note.read_text() == "mine"
+    assert len((copied_run.folder / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_kill_right_after_the_summary_leaves_a_finished_run_whose_state_is_removed(copied_run, capsys):
+    before = outcome(copied_run.folder)
+    state = copied_run.folder / "resume" / "global.pt"
+    state.parent.mkdir()
+    state.write_bytes(b"of a run that is over")
+    run_script(copied_run.arguments)
+    assert "is finished" in capsys.readouterr().out
+    assert outcome(copied_run.folder) == before
+
+
+@pytest.mark.parametrize("stage", ["global", "personalized"])
+def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, through, monkeypatch, stage):
+    run = begin()
+
+    def broken_off(self, at, epochs):
+        if at == stage and len(self._rows[stage]) == epochs:
+            raise KeyboardInterrupt
+        report(self, at, epochs)
+
+    report = pipeline.Run._report_epoch
+    monkeypatch.setattr(pipeline.Run, "_report_epoch", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(run.arguments)
+    (run.folder / "curves.png").unlink()
+    monkeypatch.undo()
+    run_script(run.arguments)
+    assert outcome(run.folder) == through.outcome
+
+
+# ---------------------------------------------------------------- interrupted
+
+
+class RealRun:
+    """The script as a user starts it, in a process of its own."""
+
+    def __init__(self, arguments):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "perpeft_lora_ia3.py", *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def until(self, text):
+        """Read lines until one holds `text`."""
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(f"the run ended without '{text}'")
+
+    def end(self):
+        """What it still says, and its exit code."""
+        output, _ = self.process.communicate(timeout=120)
+        return output, self.process.returncode
+
+
+@pytest.mark.slow
+def test_script_stopped_by_sigterm_sigint_and_sigkill_says_how_to_go_on_and_ends_the_same(zygote, begin):
+    expected, run = begin("expected", num_epochs=6), begin("run", num_epochs=6)
+    assert zygote.run(expected.arguments).code == 0
+    for number, moment in ((signal.SIGTERM, "global epoch 1"), (signal.SIGINT, "groups of"), (signal.SIGKILL, "continuing")):
+        real = RealRun(run.arguments)
+        real.until(moment)
+        real.process.send_signal(number)
+        output, code = real.end()
+        if number == signal.SIGKILL:
+            assert code == -number
+            continue
+        assert code == 128 + number
+        assert f"interrupted by {number.name}" in output and "Traceback" not in output
+        assert f"{run.folder} is saved up to " in output
+        assert "the same command continues from there" in output
+    assert zygote.run(run.arguments).code == 0
+    assert outcome(run.folder) == outcome(expected.folder)
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGTERM, 3)])  # 3 is the last
+def test_signal_in_a_step_saves_after_it_and_the_same_command_goes_on(begin, through, monkeypatch, capsys, number, step):
+    run = begin(save_every=500)
+    steps = []
+
+    def update(self, loss):
+        steps.append(step)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        original(self, loss)
+
+    original = pipeline.Trainer.update
+    monkeypatch.setattr(pipeline.Trainer, "update", update)
+    monkeypatch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *run.arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.run_main(lambda: run_script(run.arguments))
+    assert ended.value.code == 128 + number
+    assert f"is saved up to global epoch 1, step {step}; the same command continues" in capsys.readouterr().err
+    monkeypatch.undo()
+    run_script(run.arguments)
+    assert outcome(run.folder) == through.outcome
+
+
+def test_restart_is_left_out_of_the_advice_to_go_on(begin, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    run = begin()
+    monkeypatch.setattr(pipeline.Trainer, "update", interrupt)
+    monkeypatch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *run.arguments, "--restart"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.run_main(lambda: run_script([*run.arguments, "--restart"]))
+    told = capsys.readouterr().err
+    assert told.endswith("\ninterrupted by SIGINT\nthe same command without --restart starts again\n")
+
+
+def test_signal_after_the_last_look_is_not_lost():
+    with pytest.raises(KeyboardInterrupt) as interrupt, stop_requests():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert interrupt.value.args == (signal.SIGTERM,)
+
+
+def test_second_signal_breaks_off_and_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    reached = []
+    with pytest.raises(KeyboardInterrupt), stop_requests() as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append(True)
+    assert not reached and signal.getsignal(signal.SIGTERM) == before
+
+
+# ---------------------------------------------------------------- never mixed
+
+
+@pytest.fixture
+def begun(begin, monkeypatch):
+    """A run that was interrupted after its first epoch."""
+    run = begin()
+
+    def interrupt(self, stage, epochs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.Run, "_report_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(run.arguments)
+    monkeypatch.undo()
+    return run
+
+
+def changed(run, **changes):
+    arguments = list(run.arguments)
+    for name, value in changes.items():
+        arguments += [f"--{name}", str(value)]  # the last of two wins
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("num_epochs", 3, "num_epochs was 2, is now 3"),
+        ("C", 2, "C was 3, is now 2"),
+        ("dropout_rate", 0.25, "dropout_rate was 0.3, is now 0.25"),
+        ("missing_images", "blank", "missing_images was error, is now blank"),
+        ("lr", "1.0000001e-3", "lr was 0.001, is now 0.0010000001"),  # another run under the same folder name
+    ],
+)
+def test_begun_run_refuses_other_settings_and_names_them(begun, name, value, told):
+    before = outcome(begun.folder)
+    with pytest.raises(PerPEFTError) as refusal:
+        run_script(changed(begun, **{name: value}))
+    assert told in str(refusal.value) and "--restart" in str(refusal.value)
+    assert outcome(begun.folder) == before
+
+
+def add_purchase(run, tiny_clip):
+    path = run.train_dir / "tiny_final.txt"
+    path.write_text(path.read_text() + "2 5\n")
+
+
+def change_title(run, tiny_clip):
+    path = run.train_dir / "tiny_texts_final.pickle"
+    path.write_bytes(path.read_bytes().replace(b"number 1", b"number X", 1))
+
+
+def change_picture(run, tiny_clip):
+    images = run.train_dir / "tiny_images"
+    shutil.copy(images / "B002.jpg", images / "B003.jpg")
+
+
+def retrain_clip(run, tiny_clip):
+    folder = save_tiny_clip(run.train_dir / "clip", tiny_titles(), seed=1)
+    shutil.copytree(tiny_clip, run.train_dir / "kept")
+    shutil.copytree(folder, tiny_clip, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (add_purchase, "dataset_fingerprint.*purchases or raw ids have changed"),
+        (change_title, "contents_fingerprint.*titles or pictures"),
+        (change_picture, "contents_fingerprint.*titles or pictures"),
+        (retrain_clip, "contents_fingerprint.*files of the CLIP"),
+    ],
+)
+def test_begun_run_refuses_changed_data(begun, tiny_clip, change, told):
+    change(begun, tiny_clip)
+    try:
+        with pytest.raises(PerPEFTError, match=told):
+            run_script(begun.arguments)
+    finally:
+        if change is retrain_clip:
+            shutil.copytree(begun.train_dir / "kept", tiny_clip, dirs_exist_ok=True)
+
+
+def test_options_that_change_no_figure_may_change_on_the_way(begun, through, tmp_path):
+    moved = tmp_path / "moved"
+    begun.train_dir.rename(moved)
+    run_script([*changed(begun, train_dir=moved, save_every=7), "--debug"])
+    assert outcome(begun.folder) == through.outcome
+
+
+def test_folder_without_a_saved_state_has_nothing_to_lose(begin, through):
+    run = begin()
+    (run.folder / "resume").mkdir(parents=True)
+    (run.folder / "resume" / "config.json").write_text('{"lr": 7}')  # killed before the first save, with other settings
+    (run.folder / "groups.csv").write_text("user,group\n1,0\n")
+    run_script(run.arguments)
+    assert outcome(run.folder) == through.outcome
+
+
+def test_second_run_in_one_folder_is_refused(begun, through):
+    with FileLock(begun.folder / ".lock"), pytest.raises(PerPEFTError, match="another process is training in"):
+        run_script(begun.arguments)
+    run_script(begun.arguments)
+    assert outcome(begun.folder) == through.outcome
+
+
+def test_lock_of_a_dead_process_does_not_hold(begun, through):
+    code = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(100)"
+    lock = begun.folder / ".lock"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(PerPEFTError, match="another process is training in"):
+        run_script(begun.arguments)
+    holder.kill()
+    holder.communicate()
+    assert lock.is_file()
+    run_script(begun.arguments)
+    assert outcome(begun.folder) == through.outcome
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another shape", "no state"])
+def test_damaged_state_is_told_with_the_way_out(begun, damage):
+    path = begun.folder / "resume" / "global.pt"
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        state = torch.load(path, weights_only=True)
+        state["trainer"]["sasrec"]["pos_emb.weight"] = torch.zeros(3, 3)
+        torch.save([1, 2] if damage == "no state" else state, path)
+    with pytest.raises(PerPEFTError, match=r"global\.pt .*--restart"):
+        run_script(begun.arguments)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "null"])
+def test_damaged_config_is_told_with_the_way_out(begun, content):
+    (begun.folder / "resume" / "config.json").write_text(content)
+    with pytest.raises(PerPEFTError, match=r"config\.json is damaged.*--restart"):
+        run_script(begun.arguments)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"config": 3}'])
+def test_damaged_summary_is_told_with_the_way_out(copied_run, content):
+    (copied_run.folder / "summary.json").write_text(content)
+    with pytest.raises(PerPEFTError, match=r"summary\.json is damaged.*--restart"):
+        run_script(copied_run.arguments)
+
+
+# ---------------------------------------------------------------- whole or not at all
+
+
+def test_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_text_atomically(path, "old")
+
+    def half(temporary):
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_atomically(path, half)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "folder"
+    with folder_written_atomically(folder) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError), folder_written_atomically(folder) as temporary:
+        (temporary / "a").write_text("new")
+        raise ZeroDivisionError
+    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
+    with folder_written_atomically(folder) as temporary:
+        (temporary / "b").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [folder]
+
+
+def test_failure_between_the_renames_brings_the_old_folder_back(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    rename = os.rename
+
+    def rename_once(source, target):
+        if Path(source).name == ".folder.tmp":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_once)
+    with pytest.raises(OSError, match="Input/output error"), folder_written_atomically(folder) as temporary:
+        (temporary / "a").write_text("new")
+    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_leftovers_of_a_kill_are_removed_and_a_folder_that_stepped_aside_comes_back(tmp_path):
+    for name in (".global.tmp", ".global.old", ".personalized.tmp", ".personalized.old", "personalized", ".other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / ".metrics.csv.tmp").write_text("half")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other", "global", "personalized"]
+    assert (tmp_path / "global" / "file").read_text() == ".global.old"
+    assert (tmp_path / "personalized" / "file").read_text() == "personalized"
+
+
+def test_what_several_processes_need_is_made_by_one_of_them(tmp_path):
+    path, made, there = tmp_path / "inner" / "thing", [], threading.Barrier(2)
+
+    def need():
+        there.wait()
+        with made_by_one(path) as missing:
+            if missing:
+                made.append(threading.get_ident())
+                time.sleep(0.2)
+                path.mkdir()
+
+    threads = [threading.Thread(target=need) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+
+
+def test_state_says_how_far_it_has_come(tmp_path):
+    state = ResumeState(tmp_path / "global.pt")
+    assert state.load() is None and state.saved is None
+    state.save({"epoch": 3, "step": 40})
+    assert state.saved == "global epoch 3, step 40"
+    again = ResumeState(tmp_path / "global.pt")
+    again.load()
+    assert again.saved == state.saved

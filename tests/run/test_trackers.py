@@ -1,0 +1,196 @@
+"""--log_with: what TensorBoard's own reader and a stand-in for wandb find is what metrics.csv says, each epoch once."""
+import csv
+import json
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import run_script, tiny_arguments
+from utils.common.errors import PerPEFTError
+from utils.run import pipeline, trackers
+
+RUN = "tiny_lora_lr0.001_wd0.0001_seed0"
+# Written beside the test, so that importing and calling it go the real way; every call is a line of a file.
+WANDB = """
+import json, os, pathlib
+
+class _Config:
+    def update(self, values, allow_val_change=False):
+        _note(["config", values])
+
+config = _Config()
+__version__ = "0.20.0"
+
+def _note(call):
+    with open(os.environ["WANDB_CALLS"], "a") as file:
+        file.write(json.dumps(call) + "\\n")
+
+class _Run:
+    def log(self, values, step=None):
+        _note(["log", step, values])
+
+    def finish(self):
+        _note(["finish"])
+
+def init(**options):
+    (pathlib.Path(options["dir"]) / "wandb").mkdir(exist_ok=True)
+    _note(["init", options, os.environ["WANDB_MODE"]])
+    return _Run()
+"""
+
+
+@pytest.fixture
+def arguments(tiny_dataset, tiny_clip, tmp_path):
+    def make(log_with, **changes):
+        return tiny_arguments(tiny_dataset, tiny_clip, tmp_path, log_with=log_with, **changes)
+
+    return make
+
+
+def run_interrupted(arguments, epochs):
+    """Run until so many epochs were reported, and then break off."""
+    report, reported = pipeline.Run._report_epoch, []
+
+    def report_and_break_off(self, stage, of):
+        report(self, stage, of)
+        reported.append(stage)
+        if len(reported) == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline.Run, "_report_epoch", report_and_break_off)
+        run_script(arguments)
+
+
+def metrics(folder):
+    """{stage/name: [value of every epoch that has it]} and the steps, from metrics.csv."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    series = {}
+    for step, row in enumerate(rows, 1):
+        for name in set(row) - {"stage", "epoch", "seconds"}:
+            series.setdefault(f"{row['stage']}/{name}", []).append((step, float(row[name])))
+    return series
+
+
+def scalars(folder):
+    """{tag: [(step, value)]} of all event files directly in a folder."""
+    found = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def assert_equal_series(found, expected):
+    for tag, series in expected.items():
+        assert [step for step, _ in found[tag]] == [step for step, _ in series], tag
+        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in series], rel=1e-6), tag
+
+
+def calls(path):
+
+
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """Put the stand-in where it is imported from; gives the file of its calls."""
+    place = tmp_path / "packages"
+    place.mkdir()
+    (place / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setenv("WANDB_CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("WANDB_MODE", "")  # so that it is undone, whoever sets it
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield tmp_path / "calls"
+    sys.modules.pop("wandb", None)
+
+
+def test_tensorboard_holds_every_epoch_once_after_an_interruption_too(arguments, tmp_path):
+    folder = tmp_path / RUN
+    run_interrupted(arguments("tensorboard"), 3)  # in the personalized stage
+    assert len({step for series in scalars(folder / "tensorboard").values() for step, _ in series}) == 3
+    run_script(arguments("tensorboard"))
+    found, expected = scalars(folder / "tensorboard"), metrics(folder)
+    assert [step for step, _ in expected["personalized/train_loss"]] == [3, 4]
+    assert_equal_series(found, expected)
+    assert len(found["global/seconds"]) == 2
+    settings = list((folder / "tensorboard").rglob("hparams.yml"))
+    assert len(settings) == 1 and "\nlr: 0.001\n" in settings[0].read_text()
+    assert not (folder / "resume").exists()
+
+
+def test_epoch_whose_report_was_missed_is_logged_by_the_continuation(arguments, monkeypatch, tmp_path):
+    def broken_off(self, stage, epochs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.Run, "_report_epoch", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(arguments("tensorboard"))
+    monkeypatch.undo()
+    run_script(arguments("tensorboard"))
+    assert_equal_series(scalars(tmp_path / RUN / "tensorboard"), metrics(tmp_path / RUN))
+
+
+def test_logging_changes_no_figure_and_may_begin_on_the_way(arguments, tiny_run, tmp_path):
+    run_interrupted(arguments("none"), 1)
+    assert not (tmp_path / RUN / "tensorboard").exists()
+    run_script(arguments("tensorboard"))
+    assert metrics(tmp_path / RUN) == metrics(tiny_run.folder)
+    assert_equal_series(scalars(tmp_path / RUN / "tensorboard"), metrics(tmp_path / RUN))
+
+
+def test_restart_removes_what_trackers_wrote(arguments, tmp_path):
+    short = {"global_epochs": 1, "num_epochs": 1}
+    run_script(arguments("tensorboard", **short))
+    old = sorted((tmp_path / RUN / "tensorboard").iterdir())
+    run_script(arguments("none", restart=True, **short))
+    assert old and not (tmp_path / RUN / "tensorboard").exists()
+
+
+def test_wandb_gets_settings_once_and_every_epoch_once_offline(arguments, wandb, tmp_path):
+    run_interrupted(arguments("wandb"), 1)
+    broken_off = calls(wandb)
+    assert [call[0] for call in broken_off] == ["init", "config", "log", "finish"]
+    run_script(arguments("wandb"))
+    all_calls = calls(wandb)
+    assert [call[0] for call in all_calls[4:]] == ["init", "log", "log", "log", "finish"]
+    (_, first, mode), (_, second, _) = (call for call in all_calls if call[0] == "init")
+    assert mode == "offline" and first == second and first["resume"] == "allow" and first["project"] == "perpeft"
+    assert first["name"] == RUN and first["dir"] == str(tmp_path / RUN) and (tmp_path / RUN / "wandb").is_dir()
+    assert all_calls[1][1]["lr"] == 1e-3 and all_calls[1][1]["C"] == 3
+    logged = {}
+    for _, step, values in (call for call in all_calls if call[0] == "log"):
+        for tag, value in values.items():
+            logged.setdefault(tag, []).append((step, value))
+    assert_equal_series(logged, metrics(tmp_path / RUN))
+
+
+def test_wandb_mode_of_the_user_is_kept(arguments, monkeypatch, wandb):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run_script(arguments("wandb", global_epochs=1, method="none", num_epochs=1))
+    assert calls(wandb)[0][2] == "disabled"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_package_that_is_not_installed_is_told_before_anything_is_done(arguments, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(PerPEFTError, match=f"--log_with {name} needs .* not installed: pip install {name}$"):
+        run_script(arguments(name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_note_is_told_with_the_way_out(arguments, tmp_path):
+    run_interrupted(arguments("tensorboard"), 1)
+    (tmp_path / RUN / "resume" / "tensorboard.json").write_text("{")
+    with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):
+        run_script(arguments("tensorboard"))
+
+
+def test_a_folder_of_the_packages_name_is_no_package(arguments, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere" / "wandb").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(PerPEFTError, match="--log_with wandb needs .* not installed"):
+        run_script(arguments("wandb"))

@@ -1,0 +1,248 @@
+"""Full ranking agrees with a naive loop over users and candidates, and doubt (ties, NaN) counts against the model."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
+from models.clip_peft import lora_config
+from utils.data.dataset import Histories, leave_last_out, read_dataset
+from utils.items.foundation import load_foundation
+from utils.items.store import PictureTitleStore
+from utils.training import evaluation
+from utils.training.evaluation import encode_all_items, last_states, metrics_of, rank_all_users, rank_targets
+
+CPU = torch.device("cpu")
+ITEMS = 40
+
+
+def naive_rank(scores, target, excluded):
+    """Other candidates that score at least as high; scores[item] for items 1.., excluded items are no candidates."""
+    others = [item for item in range(1, len(scores)) if item != target and item not in excluded]
+    return sum(1 for item in others if not scores[item] < scores[target])
+
+
+def integer_vectors(random, *shape):
+    """Small whole numbers: dot products are exact, and there are many ties."""
+    return torch.from_numpy(random.integers(-2, 3, shape).astype(np.float32))
+
+
+# ---------------------------------------------------------------- one ranking
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 7 * 41, 2**24])
+def test_ranks_equal_a_naive_loop_however_many_users_are_scored_at_once(monkeypatch, scores_at_once):
+    monkeypatch.setattr(evaluation, "SCORES_AT_ONCE", scores_at_once)
+    random = np.random.default_rng(0)
+    purchases = [random.integers(1, ITEMS + 1, random.integers(0, 12)).tolist() for _ in range(60)]
+    users = random.permutation(60)[:45]
+    targets = random.integers(1, ITEMS + 1, 45)
+    states, inputs = integer_vectors(random, 45, 4), integer_vectors(random, ITEMS + 1, 4)
+    found = rank_targets(states, inputs, targets, Histories.of_lists(purchases), users)
+    expected = [
+        naive_rank((inputs @ states[row]).tolist(), targets[row], set(purchases[user])) for row, user in enumerate(users)
+    ]
+    assert found.tolist() == expected
+    assert len(set(expected)) > 10
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_ranks_equal_a_naive_loop_for_any_histories(data):
+    items = data.draw(st.integers(1, 8))
+    purchases = data.draw(st.lists(st.lists(st.integers(1, items), max_size=6), min_size=1, max_size=5))
+    targets = data.draw(st.lists(st.integers(1, items), min_size=len(purchases), max_size=len(purchases)))
+    scores = data.draw(st.lists(st.integers(-2, 2), min_size=items + 1, max_size=items + 1))
+    inputs = torch.tensor(scores, dtype=torch.float32)[:, None]
+    found = rank_targets(
+        torch.ones(len(purchases), 1), inputs, np.array(targets), Histories.of_lists(purchases), np.arange(len(purchases))
+    )
+    assert found.tolist() == [naive_rank(scores, target, set(own)) for target, own in zip(targets, purchases)]
+
+
+def test_ranks_by_hand():
+    inputs = torch.tensor([99.0, 5, 4, 3, 2, 1])[:, None]  # the padding item would beat all
+    histories = Histories.of_lists([[1, 2], [1, 2], [], [3, 3], [4]])
+    found = rank_targets(torch.ones(5, 1), inputs, np.array([3, 5, 5, 3, 4]), histories, np.arange(5))
+    # 3 is best of {3,4,5}; 5 last of {3,4,5}; 5 last of all; 3 bought before, and still a candidate behind 1, 2; 4 behind 1, 2, 3
+    assert found.tolist() == [0, 2, 4, 2, 3]
+
+
+@pytest.mark.parametrize("num_items", [31, 100, 1003])
+def test_constant_scores_give_no_hit(num_items):
+    """A model that says the same of every item must not look good: every other candidate ties, in rounded arithmetic too."""
+    torch.manual_seed(0)
+    users = 37
+    inputs = torch.randn(1, 32).expand(num_items + 1, 32).contiguous()
+    histories = Histories.of_lists([[1, 2]] * users)
+    ranks = rank_targets(torch.randn(users, 32), inputs, np.arange(3, 3 + 28).repeat(2)[:users], histories, np.arange(users))
+    assert ranks.tolist() == [num_items - 3] * users
+    if num_items - 2 > 30:
+        assert all(metrics_of(ranks)[f"HR@{k}"] == 0 for k in (10, 20, 30))
+
+
+@pytest.mark.parametrize("where", ["everywhere", "target", "others"])
+def test_scores_that_are_no_numbers_count_against_the_model(where):
+    inputs = torch.arange(51, 0, -1, dtype=torch.float32)[:, None]
+    if where == "target":
+        inputs[1] = float("nan")
+    elif where == "others":
+        inputs[2:] = float("nan")
+    state = torch.full((1, 1), float("nan") if where == "everywhere" else 1.0)
+    rank = rank_targets(state, inputs, np.array([1]), Histories.of_lists([[50]]), np.array([0]))[0]
+    assert rank >= 48  # 50 items, less the target, less one bought before
+
+
+def test_no_users_give_no_ranks():
+    nobody = np.zeros(0, dtype=np.int64)
+    assert rank_targets(torch.zeros(0, 2), torch.zeros(4, 2), nobody, Histories.of_lists([[1]]), nobody).size == 0
+
+
+def test_metrics_by_hand():
+    metrics = metrics_of(np.array([0, 1, 9, 10, 19, 29, 30, 5000]))
+    assert list(metrics) == ["HR@10", "HR@20", "HR@30", "NDCG@10", "NDCG@20", "NDCG@30"]
+    gains = [1.0, 1 / np.log2(3), 1 / np.log2(11), 1 / np.log2(12), 1 / np.log2(21), 1 / np.log2(31)]
+    expected = {
+        "HR@10": 3 / 8, "HR@20": 5 / 8, "HR@30": 6 / 8,
+        "NDCG@10": sum(gains[:3]) / 8, "NDCG@20": sum(gains[:5]) / 8, "NDCG@30": sum(gains) / 8,
+    }  # fmt: skip
+    assert metrics == pytest.approx(expected, rel=1e-12)
+
+
+# ---------------------------------------------------------------- all users
+
+
+def make_sasrec():
+    torch.manual_seed(1)
+    return SASRec(ITEMS, hidden_units=8, maxlen=4, num_heads=2).eval()
+
+
+@torch.no_grad()
+def naive_ranks(sasrec, purchases, groups, vectors):
+    """{user: (valid rank, test rank)} by DESIGN.md section 4, one user after another."""
+    ranks = {}
+    for user, items in enumerate(purchases):
+        if len(items) < 3:
+            continue
+        P = vectors[groups[user]]
+        e = 0.5 * P + sasrec.item_emb.weight
+        found = []
+        for history, target in ((items[:-2], items[-2]), (items[:-1], items[-1])):
+            seq = torch.tensor([([0] * 4 + history)[-4:]])
+            scores = e @ sasrec.states(seq, P)[0, -1]
+            found.append(naive_rank(scores.tolist(), target, set(history)))
+        ranks[user] = tuple(found)
+    return ranks
+
+
+def rank_example(seed=0, num_users=50):
+    random = np.random.default_rng(seed)
+    purchases = [random.integers(1, ITEMS + 1, random.integers(1, 9)).tolist() for _ in range(num_users)]
+    groups = random.integers(0, 3, num_users)
+    vectors = torch.randn(4, ITEMS + 1, 8, generator=torch.Generator().manual_seed(seed))
+    return purchases, groups, vectors
+
+
+def test_every_user_is_ranked_as_a_naive_loop_does_by_their_own_groups_vectors():
+    sasrec = make_sasrec()
+    purchases, groups, vectors = rank_example()
+    encoded = []
+
+    def encode(group):
+        encoded.append(group)
+        return vectors[group]
+
+    model = SimpleNamespace(num_groups=4, sasrec=sasrec)
+    found = rank_all_users(model, leave_last_out(Histories.of_lists(purchases)), groups, encode)
+    expected = naive_ranks(sasrec, purchases, groups, vectors)
+    assert 0 < len(expected) < 50  # users without held-out items are not evaluated
+    ranks = zip(found["valid"].tolist(), found["test"].tolist())
+    assert dict(zip(found["users"].tolist(), ranks)) == expected
+    assert sorted(encoded) == [0, 1, 2]  # once a group, and not for a group without users
+    # with everybody in one group the ranks are others, so the groups did matter above
+    other = rank_all_users(model, leave_last_out(Histories.of_lists(purchases)), np.zeros(50, int), encode)
+    assert other["test"].tolist() != found["test"].tolist()
+
+
+def test_item_bought_again_is_a_candidate_when_it_is_the_target():
+    sasrec = make_sasrec()
+    purchases, vectors = [[3, 7, 3, 5, 5]], torch.randn(1, ITEMS + 1, 8)
+    model = SimpleNamespace(num_groups=1, sasrec=sasrec)
+    found = rank_all_users(model, leave_last_out(Histories.of_lists(purchases)), np.zeros(1, int), lambda group: vectors[group])
+    # valid: 5 after [3, 7, 3], others are the 38 items but 3, 7 and 5; test: 5 after [3, 7, 3, 5], the same others
+    expected = naive_ranks(sasrec, purchases, [0], vectors)[0]
+    assert (found["valid"][0], found["test"][0]) == expected and max(expected) <= 37
+
+
+def test_user_whose_group_has_no_adapter_is_an_error_and_not_a_perfect_hit():
+    purchases, _, vectors = rank_example()
+    groups = np.full(50, 5)
+    model = SimpleNamespace(num_groups=3, sasrec=make_sasrec())
+    split = leave_last_out(Histories.of_lists(purchases))
+    try:
+        hits = metrics_of(rank_all_users(model, split, groups, lambda group: vectors[group])["test"])["HR@10"]
+    except (IndexError, ValueError):
+        hits = 0
+    assert hits == 0
+
+
+@torch.no_grad()
+def test_last_states_are_read_in_portions_from_the_last_maxlen_items():
+    sasrec = make_sasrec()
+    purchases, _, vectors = rank_example(3)
+    users = np.array([5, 0, 17, 5, 30])
+    inputs = sasrec.item_inputs(vectors[0])
+    found = last_states(sasrec, inputs, Histories.of_lists(purchases), users, users_at_once=2)
+    for row, user in enumerate(users):
+        seq = torch.tensor([([0] * 4 + purchases[user])[-4:]])
+        torch.testing.assert_close(found[row], sasrec.states(seq, vectors[0])[0, -1], rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- encoding all items
+
+
+@torch.no_grad()
+def test_encoding_all_items_equals_encoding_them_one_by_one(tiny_dataset, tiny_clip):
+    foundation = load_foundation(str(tiny_clip))
+    dataset = read_dataset(tiny_dataset.train_dir, "tiny")
+    store = PictureTitleStore.open(dataset, foundation.image_processor, foundation.tokenizer, foundation.max_tokens)
+    torch.manual_seed(0)
+    encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor)
+    model = PerPEFT(encoder, MMProjector(encoder.feature_dim, 8), SASRec(30, 8, 4, 1, 2))
+    model.clone_groups(2)
+    model.eval()
+    for parameter in [*encoder.group_parameters(1).values(), *model.projectors[1].parameters()]:
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    assert store.reading_order().tolist() != list(range(1, 31))  # items are encoded in another order than they are numbered
+    found = encode_all_items(model, 1, store, CPU, items_at_once=7)
+    assert found.shape == (31, 8)
+    torch.testing.assert_close(found[0], model.projectors[1](torch.zeros(1, 32))[0], rtol=0, atol=1e-5)
+    for item in range(1, 31):
+        alone = model.item_vectors(1, store.fetch(np.array([item]), CPU))[1]
+        torch.testing.assert_close(found[item], alone, rtol=0, atol=1e-5)
+    assert (found - encode_all_items(model, 0, store, CPU)).abs().max() > 1e-2
+
+
+def test_source_is_asked_for_every_item_once():
+    asked = []
+
+    class Source:
+        num_items = 10
+
+        def fetch(self, items, device):
+            asked.extend(items.tolist())
+            return (torch.from_numpy(items).float()[:, None],)
+
+        def reading_order(self):
+            return np.array([4, 1, 9, 10, 2, 3, 8, 7, 6, 5])
+
+    class Model:
+        def item_vectors(self, group, inputs):
+            return torch.cat([torch.full((1, 1), -1.0), 10 * inputs[0]])
+
+    found = encode_all_items(Model(), 0, Source(), CPU, items_at_once=3)
+    assert sorted(asked) == list(range(1, 11))
+    assert found[:, 0].tolist() == [-1.0] + [10.0 * item for item in range(1, 11)]

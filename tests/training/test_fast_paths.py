@@ -1,0 +1,115 @@
+"""Every short cut gives the figures of the plain way: a whole tiny run is trained again with one of them taken out."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
+
+import perpeft_iisan
+from models import IISAN
+from tests.conftest import iisan_arguments, run_script, tiny_arguments
+from tests.run.test_pipeline import read_csv
+from utils.analysis.benchmark import plain_ranking_loop
+from utils.items.store import PictureTitleStore
+from utils.run import pipeline
+from utils.training import evaluation, sampling
+from utils.training import trainer as training
+
+
+class PlainItemTable:
+    """The L2 norm left to autograd, with dense gradients of the lookups."""
+
+    def __init__(self, embedding, l2):
+        self._weight, self._l2 = embedding.weight, l2
+
+    def penalty(self):
+        return self._l2 * torch.linalg.vector_norm(self._weight)
+
+    def complete(self):
+        pass
+
+
+def encode_one_by_one(model, group, source, device, **_):
+    """All items' vectors, an item at a time in the order of their numbers."""
+    with torch.no_grad():
+        rows = [model.item_vectors(group, source.fetch(np.array([item]), device)) for item in range(1, source.num_items + 1)]
+    return torch.stack([rows[0][0], *(row[1] for row in rows)])
+
+
+def bought_by_lists(self, users, items):
+    """PurchaseIndex.contains, by looking through each user's purchases."""
+    pairs = zip(np.ravel(users).tolist(), np.ravel(items).tolist())
+    found = [item in self.items_of(user).tolist() for user, item in pairs]
+    return np.array(found, dtype=bool).reshape(np.shape(users))
+
+
+def decoded_in_every_step(tiny_dataset, tiny_clip):
+    """PictureTitleStore.fetch, by CLIP's own processors from the files, titles padded to the longest there may be."""
+    processor, tokenizer = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False), AutoTokenizer.from_pretrained(tiny_clip)
+
+    def fetch(_, items, device):
+        paths = [tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg" for item in items]
+        pixels = processor([Image.open(path) for path in paths], do_rescale=False, do_normalize=False, return_tensors="pt")
+        titles = [tiny_dataset.titles[item - 1] or "No description available." for item in items]
+        tokens = tokenizer(titles, truncation=True, max_length=16, padding="max_length", return_tensors="pt")
+        return pixels["pixel_values"].to(torch.uint8), tokens["input_ids"]
+
+    return fetch
+
+
+def iisan_layer_by_layer(self, image_states, text_states):
+    """IISAN.forward as the paper writes it."""
+    w = torch.sigmoid(self.weight_scalar)
+    text = picture = joint = None
+    for i in range(self.num_states):
+        t, v = text_states[:, i], image_states[:, i]
+        both = w[2, i] * t + (1 - w[2, i]) * (v @ self.CombProj.weight[i].T + self.CombProj.bias[i])
+        text = t if i == 0 else w[0, i] * text + (1 - w[0, i]) * t
+        picture = v if i == 0 else w[1, i] * picture + (1 - w[1, i]) * v
+        joint = both if i == 0 else both + joint
+        text, picture = self.TextBlocks[i](text) + text, self.ImgBlocks[i](picture) + picture
+        joint = self.InterBlocks[i](joint) + joint
+    return torch.cat([text, picture, joint], dim=-1)
+
+
+def assert_same_figures(found, expected):
+    """Losses but for rounding; metrics, which are counts of users, exactly."""
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected):
+        assert (ours["stage"], ours["epoch"]) == (theirs["stage"], theirs["epoch"])
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-5)
+        for name in ours.keys() - {"stage", "epoch", "train_loss", "seconds"}:
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-12), name
+
+
+@pytest.mark.parametrize("path", ["item table", "encoding", "ranking", "negatives", "store"])
+def test_a_lora_run_without_the_short_cut(path, tiny_run, tiny_dataset, tiny_clip, tmp_path, monkeypatch):
+    calls = []
+    where, name, plain = {
+        "item table": (training, "ItemTableGradient", PlainItemTable),
+        "encoding": (pipeline, "encode_all_items", encode_one_by_one),
+        "ranking": (evaluation, "rank_targets", plain_ranking_loop),
+        "negatives": (sampling.PurchaseIndex, "contains", bought_by_lists),
+        "store": (PictureTitleStore, "fetch", decoded_in_every_step(tiny_dataset, tiny_clip)),
+    }[path]
+
+    def counted(*arguments, **options):
+        calls.append(path)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(where, name, counted)
+    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path))
+    (folder,) = tmp_path.iterdir()
+    assert calls  # the plain way was taken
+    assert_same_figures(read_csv(folder / "metrics.csv"), read_csv(tiny_run.folder / "metrics.csv"))
+
+
+def test_an_iisan_run_without_batched_layers(tiny_dataset, tiny_clip, tmp_path, monkeypatch):
+    def run(name):
+        perpeft_iisan.main(iisan_arguments(tiny_dataset, tiny_clip, tmp_path / name))
+        (folder,) = (tmp_path / name).iterdir()
+        return read_csv(folder / "metrics.csv")
+
+    expected = run("ours")
+    monkeypatch.setattr(IISAN, "forward", iisan_layer_by_layer)
+    assert_same_figures(run("plain"), expected)

@@ -1,0 +1,207 @@
+"""Batches hold what DESIGN.md section 4 asks: whose turn it is, aligned transitions, negatives of the right group."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import Histories
+from utils.training.sampling import PurchaseIndex, Sampler, group_items
+
+
+def drawn_histories(num_users=70, num_items=60, seed=0, shortest=1, longest=15):
+    random = np.random.default_rng(seed)
+    sizes = random.integers(shortest, longest + 1, num_users)
+    return [random.integers(1, num_items + 1, size).tolist() for size in sizes]
+
+
+def make_sampler(purchases, groups, num_items, per_group=True, batch_size=16, maxlen=10, seed=(0, 3)):
+    train = Histories.of_lists(purchases)
+    groups = np.asarray(groups)
+    num_groups = int(groups.max()) + 1 if per_group else 1
+    candidates = group_items(train, groups, num_groups) if per_group else [np.arange(1, num_items + 1)]
+    return Sampler(train, num_items, groups, candidates, batch_size, maxlen, seed)
+
+
+def global_rows(batch):
+    """The batch's three tables with item numbers in place of row numbers."""
+    return batch.items[batch.seq], batch.items[batch.positives], batch.items[batch.negatives]
+
+
+def test_group_items_are_the_distinct_training_items_of_its_users():
+    train = Histories.of_lists([[5, 1, 5], [2], [9, 2], []])
+    found = group_items(train, np.array([1, 0, 1, 3]), 4)
+    assert [items.tolist() for items in found] == [[2], [1, 2, 5, 9], [], []]
+
+
+def test_negatives_come_from_the_groups_items_and_never_from_the_users_own():
+    purchases = drawn_histories()
+    groups = np.arange(70) % 3
+    of_group = [{item for user in range(70) if groups[user] == g for item in purchases[user]} for g in range(3)]
+    sampler = make_sampler(purchases, groups, 60)
+    drawn = 0
+    for epoch in range(1, 30):
+        for step, (group, users) in enumerate(sampler.plan(epoch)):
+            batch = sampler.batch(epoch, step)
+            seq, _, negatives = global_rows(batch)
+            assert batch.group == group
+            assert ((negatives != 0) == (seq != 0)).all()
+            for user, row in zip(users, negatives):
+                own = set(row[row != 0].tolist())
+                assert groups[user] == group
+                assert own <= of_group[group] - set(purchases[user])
+                drawn += int((row != 0).sum())
+    assert drawn >= 10_000
+
+
+@pytest.mark.parametrize("per_group", [True, False])
+def test_negatives_are_uniform_over_the_candidates(per_group):
+    """Chi-square over 40,000 draws for one user: the statistic of m cells has mean m - 1 and variance 2 (m - 1)."""
+    purchases = [[2, 4, 7, 9], [1, 3, 5, 6, 8, 10, 2], [20, 21, 22, 23, 24, 25, 26]]
+    sampler = make_sampler(purchases, [0, 0, 1], 30, per_group)
+    users = np.zeros(40_000, dtype=np.int64)
+    drawn = sampler.negatives(users, 0, np.random.default_rng(1))
+    allowed = [1, 3, 5, 6, 8, 10] if per_group else sorted(set(range(1, 31)) - {2, 4, 7, 9})
+    assert set(drawn.tolist()) == set(allowed)
+    counts = np.array([(drawn == item).sum() for item in allowed])
+    expected = len(drawn) / len(allowed)
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(allowed) - 1
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_popular_items_are_no_more_likely_to_be_negatives():
+    purchases = [[1, 2]] + [[7, 8]] * 50 + [[9, 7]]
+    sampler = make_sampler(purchases, [0] * 52, 10)
+    drawn = sampler.negatives(np.zeros(30_000, dtype=np.int64), 0, np.random.default_rng(2))
+    shares = [(drawn == item).mean() for item in (7, 8, 9)]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.015)
+
+
+def test_an_epoch_has_the_batches_of_every_group_and_meets_every_trainable_user_once():
+    purchases = drawn_histories(num_users=90, shortest=1, longest=6)
+    groups = np.random.default_rng(3).choice(3, 90, p=[0.6, 0.3, 0.1])
+    sampler = make_sampler(purchases, groups, 60)
+    trainable = [{user for user in range(90) if groups[user] == g and len(purchases[user]) >= 2} for g in range(3)]
+    assert 0 < sum(map(len, trainable)) < 90
+    orders, compositions = [], []
+    for epoch in (1, 2):
+        plan = sampler.plan(epoch)
+        assert len(plan) == sampler.num_batches
+        for g in range(3):
+            batches = [users for group, users in plan if group == g]
+            assert len(batches) == int(np.ceil(len(trainable[g]) / 16))
+            assert all(len(users) == 16 for users in sorted(batches, key=len)[1:])
+            met = np.concatenate(batches).tolist()
+            assert len(met) == len(trainable[g]) and set(met) == trainable[g]
+        orders.append([group for group, _ in plan])
+        compositions.append({frozenset(users.tolist()) for _, users in plan})
+    assert orders[0] != sorted(orders[0]) and orders[0] != orders[1]  # groups are shuffled among each other, anew each epoch
+    assert compositions[0] != compositions[1]  # and so are the users of a group
+
+
+def test_group_without_trainable_users_has_no_batches():
+    sampler = make_sampler([[1, 2, 3], [4], [5, 6]], [0, 1, 2], 10)
+    assert sorted(group for group, _ in sampler.plan(1)) == [0, 2]
+
+
+def test_transitions_are_aligned_left_padded_and_the_last_maxlen():
+    sampler = make_sampler([[11, 12, 13], list(range(1, 9)), [9]], [0, 0, 0], 20, per_group=False, maxlen=5)
+    plan = sampler.plan(1)
+    users = plan[0][1].tolist()
+    assert sorted(users) == [0, 1]
+    seq, positives, negatives = (table.tolist() for table in global_rows(sampler.batch(1, 0)))
+    assert seq[users.index(0)] == [0, 0, 0, 11, 12]
+    assert positives[users.index(0)] == [0, 0, 0, 12, 13]
+    assert seq[users.index(1)] == [3, 4, 5, 6, 7]  # the last five of seven transitions
+    assert positives[users.index(1)] == [4, 5, 6, 7, 8]
+    assert [item == 0 for item in negatives[users.index(0)]] == [True, True, True, False, False]
+    assert all(item in {*range(9, 21)} for item in negatives[users.index(1)])
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.lists(st.integers(1, 12), min_size=2, max_size=7), min_size=1, max_size=9),
+    st.integers(1, 6), st.integers(1, 4), st.integers(0, 5),
+)  # fmt: skip
+def test_any_batch_holds_its_users_transitions_and_each_distinct_item_once(purchases, maxlen, batch_size, seed):
+    sampler = make_sampler(purchases, [0] * len(purchases), 13, False, batch_size, maxlen, (seed,))
+    for step, (_, users) in enumerate(sampler.plan(1)):
+        batch = sampler.batch(1, step)
+        seq, positives, negatives = global_rows(batch)
+        for row, user in enumerate(users):
+            history = purchases[user]
+            assert seq[row].tolist() == ([0] * maxlen + history[:-1])[-maxlen:]
+            assert positives[row].tolist() == ([0] * maxlen + history[1:])[-maxlen:]
+            real = negatives[row][seq[row] != 0]
+            assert not set(real.tolist()) & set(history) and real.min() >= 1 and real.max() <= 13
+        used = np.concatenate([seq.ravel(), positives.ravel(), negatives.ravel(), [0]])
+        assert batch.items[0] == 0
+        assert batch.items.tolist() == sorted(set(used.tolist()))  # nothing twice, nothing that is not used
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_user_who_bought_nearly_all_of_the_groups_items_gets_what_is_left(left):
+    everything = list(range(1, 201))
+    purchases = [everything[: 200 - left], everything[200 - left :]]
+    sampler = make_sampler(purchases, [0, 0], 500)
+    drawn = sampler.negatives(np.zeros(300, dtype=np.int64), 0, np.random.default_rng(0))
+    assert set(drawn.tolist()) == set(everything[200 - left :])
+
+
+def test_user_who_bought_all_of_the_groups_items_gets_others_that_they_did_not_buy():
+    sampler = make_sampler([[1, 2, 3], [3, 2], [8, 9]], [0, 0, 1], 10)
+    drawn = sampler.negatives(np.zeros(200, dtype=np.int64), 0, np.random.default_rng(0))
+    assert set(drawn.tolist()) == {4, 5, 6, 7, 8, 9, 10}
+
+
+def test_user_who_bought_every_item_is_an_error_and_so_is_nobody_to_train_on():
+    sampler = make_sampler([[1, 2, 3, 2]], [0], 3)
+    with pytest.raises(PerPEFTError, match="every item"):
+        sampler.batch(1, 0)
+    with pytest.raises(PerPEFTError, match="two training purchases"):
+        make_sampler([[1], [2]], [0, 0], 3)
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("group", "items", "seq", "positives", "negatives"))
+
+
+def test_a_batch_depends_on_seed_epoch_and_step_alone():
+    purchases, groups = drawn_histories(), np.arange(70) % 3
+    first = make_sampler(purchases, groups, 60)
+    forwards = {(epoch, step): first.batch(epoch, step) for epoch in (1, 2) for step in range(first.num_batches)}
+    again = make_sampler(purchases, groups, 60)
+    for position in sorted(forwards, reverse=True):  # in another order, and each drawn twice
+        assert same(again.batch(*position), forwards[position]) and same(again.batch(*position), forwards[position])
+    for other in ((1, 3), (0, 1)):
+        sampler = make_sampler(purchases, groups, 60, seed=other)
+        assert not any(same(sampler.batch(*position), batch) for position, batch in forwards.items())
+
+
+def test_no_two_draws_of_a_run_share_a_random_stream(monkeypatch):
+    """Zeros at the end of a numpy seed change nothing, so the stream of (epoch) must not be that of (epoch, step 0)."""
+    sampler = make_sampler(drawn_histories(), np.arange(70) % 3, 60)
+    streams = []
+    original = np.random.default_rng
+
+    def remember(seed=None):
+        streams.append(original(seed).integers(2**63, size=4).tolist())
+        return original(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", remember)
+    for epoch in (1, 2):
+        for step in range(sampler.num_batches):
+            sampler.batch(epoch, step)
+    assert len(streams) == 2 * (1 + sampler.num_batches)
+    assert len({tuple(stream) for stream in streams}) == len(streams)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=6))
+def test_purchase_index_knows_exactly_what_was_bought(purchases):
+    index = PurchaseIndex(Histories.of_lists(purchases), 9)
+    users, items = np.meshgrid(np.arange(len(purchases)), np.arange(1, 10), indexing="ij")
+    expected = [[item in purchase for item in range(1, 10)] for purchase in purchases]
+    assert index.contains(users, items).tolist() == expected
+    assert [index.items_of(user).tolist() for user in range(len(purchases))] == [sorted(set(p)) for p in purchases]

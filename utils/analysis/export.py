@@ -1,0 +1,76 @@
+"""Item and user vectors of a finished run as plain arrays, for a vector search engine: an inner product is the model's score."""
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.common.errors import PerPEFTError
+from utils.common.files import folder_written_atomically
+from utils.data.dataset import Histories
+from utils.run.pipeline import Run, has_groups
+from utils.training.evaluation import last_states
+
+HISTORIES = ("all", "train_and_valid")
+
+
+def _save_items(path: Path, table: torch.Tensor) -> None:
+    np.save(path, table[1:].cpu().numpy().astype(np.float32))  # without the padding item: row i is item i + 1
+
+
+def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, tuple[int, ...]]:
+    """Write item vectors as every group and the global model see them, and user vectors by each user's own group.
+
+    `items_global.npy` and, for every group, `items_group_{g}.npy`, [num_items, hidden]; `users.npy` [users, hidden];
+    `item_ids.txt` and `user_ids.txt`, a line a row; `user_groups.npy` [users], in runs with groups. Vectors are float32. The
+    score of an item for a user is the inner product of the user's row with the item's row in the table of the user's group, or
+    in `items_global.npy` in runs without groups.
+
+    Args:
+        run: as `open_finished` gives it.
+        folder: to be made.
+        histories: "all" for what users have bought up to now, "train_and_valid" for what the test figures were computed from.
+    Returns:
+        each array's shape by its file's name
+    Raises:
+        PerPEFTError: the folder is there already, or the weights cannot be read.
+    """
+    if folder.exists():
+        raise PerPEFTError(f"{folder} is there already; remove it, or name another folder by --output")
+    dataset = run.dataset
+    broken = [raw_id for raw_id in dataset.raw_ids if len(raw_id.splitlines()) != 1]
+    if broken:
+        raise PerPEFTError(f"{len(broken)} raw ids of {dataset.name}, such as {broken[0]!r}, hold a line break: no list of lines")
+    bought = dataset.histories if histories == "all" else run.split.train_and_valid
+    with folder_written_atomically(folder) as temporary:
+        run.load_global()
+        table = run.item_inputs(0)
+        _save_items(temporary / "items_global.npy", table)
+        if has_groups(run.options):
+            run.load_personalized()
+            np.save(temporary / "user_groups.npy", run.groups)
+            users = _save_groups(run, temporary, bought)
+        else:
+            users = _user_vectors(run, table, bought, np.arange(dataset.num_users))
+        np.save(temporary / "users.npy", users)
+        _write_lines(temporary / "item_ids.txt", dataset.raw_ids)
+        _write_lines(temporary / "user_ids.txt", map(str, dataset.user_ids.tolist()))
+    return {path.name: np.load(path, mmap_mode="r").shape for path in sorted(folder.glob("*.npy"))}
+
+
+def _save_groups(run: Run, folder: Path, bought: Histories) -> np.ndarray:
+    users = np.zeros((run.dataset.num_users, run.options.hidden_units), dtype=np.float32)
+    for group in range(run.options.C):
+        table = run.item_inputs(group)
+        _save_items(folder / f"items_group_{group}.npy", table)
+        members = np.flatnonzero(run.groups == group)
+        users[members] = _user_vectors(run, table, bought, members)
+    return users
+
+
+def _user_vectors(run: Run, table: torch.Tensor, bought: Histories, users: np.ndarray) -> np.ndarray:
+    return last_states(run.model.sasrec, table, bought, users).cpu().numpy().astype(np.float32)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,201 @@
+"""The runs behind the paper's Tables 2 and 3: which there are, which are done, what is left."""
+import contextlib
+import io
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.common.errors import PerPEFTError
+from utils.run import reports as reporting
+from utils.run.options import parse_options
+from utils.run.pipeline import fixed_options, read_settings, run_name
+
+PERPEFT = "PerPEFT"
+# Each kind of adapter: the script that trains it, and the kinds that this script knows.
+SCRIPTS = {
+    "lora": ("perpeft_lora_ia3.py", ("lora", "ia3")),
+    "ia3": ("perpeft_lora_ia3.py", ("lora", "ia3")),
+    "iisan": ("perpeft_iisan.py", ("iisan",)),
+}
+PEFT_TYPES = tuple(SCRIPTS)
+ADAPTERS_IN_CLIP = {"--rank": 1, "--gradient_checkpointing": 0}  # options of LoRA and (IA)3 alone, and their values
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the paper's tables.
+
+    Attributes:
+        name: the paper's.
+        flags: of the training scripts.
+        stage: whose figures count.
+        shares_stage_1: whether it starts from PerPEFT's own global model.
+        peft_types: the adapters that it is defined for; None where it has none, so that one run serves all.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    stage: str = "personalized"
+    shares_stage_1: bool = False
+    peft_types: tuple[str, ...] | None = PEFT_TYPES
+
+
+WHOLE = Method(PERPEFT)
+TABLES: dict[int, tuple[Method, ...]] = {
+    2: (
+        Method("w/o MM", ("--method", "none"), "global", peft_types=None),
+        Method("Frozen MM", ("--method", "frozen"), "global", peft_types=None),
+        Method("Global PEFT", ("--method", "global"), "global"),
+        WHOLE,
+    ),
+    3: (
+        Method("w/o textual modality", ("--modality", "image")),
+        Method("w/o visual modality", ("--modality", "text")),
+        Method("w/o group-specific negatives", ("--negatives", "all"), shares_stage_1=True),
+        Method("Large Global PEFT", ("--method", "large_global"), "global", peft_types=("lora",)),
+        Method("Random grouping", ("--grouping", "random"), shares_stage_1=True),
+        WHOLE,
+    ),
+}
+OWN_FLAGS = ("--method", "--modality", "--negatives", "--grouping", "--init_from", "--peft_type", "--trial", "--inference_only")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training run.
+
+    Attributes:
+        peft_type: whose script runs it.
+        method: the row that it belongs to.
+        trial: the seed.
+        arguments: of the script.
+        folder: where it is kept.
+        options: what its figures follow from, by name.
+    """
+
+    peft_type: str
+    method: Method
+    trial: int
+    arguments: tuple[str, ...]
+    folder: Path
+    options: dict[str, Any] = field(compare=False)
+
+    @property
+    def script(self) -> str:
+        """The training script's file."""
+        return SCRIPTS[self.peft_type][0]
+
+    def command(self) -> str:
+        """As one types it."""
+        return shlex.join(["python3", self.script, *self.arguments])
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the finished run reports; None where it is not finished.
+
+        Raises:
+            PerPEFTError: its summary.json is damaged, or the folder holds a run with other settings.
+        """
+        path = self.folder / "summary.json"
+        if not path.is_file():
+            return None
+        found = read_settings(path, nested=True)
+        # Where the global model lay that it started from may have changed its name since.
+        differing = [name for name, wanted in self.options.items() if name != "init_from" and found.get(name) != wanted]
+        if differing:
+            told = ", ".join(f"{name} {found.get(name)} instead of {self.options[name]}" for name in differing)
+            raise PerPEFTError(f"{self.folder} holds a run with {told}; give the same options, or another --output_dir")
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if "test" not in summary.get(self.method.stage, {}):
+            raise PerPEFTError(f"{path} is damaged: it has no test figures; remove {self.folder}")
+        return summary
+
+    def test_ranks(self) -> dict[int, int]:
+        """Each evaluated user's rank of the test item at the best epoch, from 0, by the user's number."""
+        ranks = reporting.read_ranks(self.folder / f"{self.method.stage}_ranks.csv")
+        return dict(zip(ranks["users"].tolist(), ranks["test"].tolist()))
+
+
+def _understood(arguments: list[str], peft_type: str) -> list[str]:
+    """The arguments less those that a kind of adapter has no use for."""
+    if "lora" in SCRIPTS[peft_type][1]:
+        return arguments
+    kept, left = [], list(arguments)
+    while left:
+        name, given, _ = left[0].partition("=")
+        if name in ADAPTERS_IN_CLIP:
+            del left[: 1 if given else 1 + ADAPTERS_IN_CLIP[name]]
+        else:
+            kept.append(left.pop(0))
+    return kept
+
+
+def _planned(dataset: str, peft_type: str, method: Method, trial: int, passed_on: list[str]) -> PlannedRun:
+    kinds = SCRIPTS[peft_type][1]
+    arguments = ["--dataset", dataset, *(["--peft_type", peft_type] if len(kinds) > 1 else [])]
+    arguments += ["--trial", str(trial), *method.flags, *_understood(passed_on, peft_type)]
+    if method.shares_stage_1:
+        arguments += ["--init_from", str(_planned(dataset, peft_type, WHOLE, trial, passed_on).folder)]
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells the learning rate; so will the run
+        options = parse_options("", kinds, arguments)
+    fixed = json.loads(json.dumps(fixed_options(options)))  # as it will be compared with what lies in a file
+    return PlannedRun(peft_type, method, trial, tuple(arguments), Path(options.output_dir) / run_name(options), fixed)
+
+
+def methods_of(table: int, peft_type: str) -> list[Method]:
+    """The rows of a table for one kind of adapter."""
+    return [method for method in TABLES[table] if method.peft_types is None or peft_type in method.peft_types]
+
+
+def plan_runs(dataset: str, tables: list[int], peft_types: list[str], trials: int, passed_on: list[str]) -> list[PlannedRun]:
+    """All runs that some tables need, each once; the first trial of every row before any second.
+
+    Args:
+        dataset: its name.
+        tables: of 2 and 3.
+        peft_types: of lora, ia3 and iisan.
+        trials: seeds 0 .. trials - 1.
+        passed_on: further arguments of the training scripts.
+    Raises:
+        PerPEFTError: `passed_on` holds what the rows set themselves.
+    """
+    taken = [flag for flag in OWN_FLAGS if any(given == flag or given.startswith(f"{flag}=") for given in passed_on)]
+    if taken:
+        raise PerPEFTError(f"{taken[0]} is set by the tables' rows themselves; leave it out (seeds are 0 .. --trials - 1)")
+    runs: dict[Path, PlannedRun] = {}
+    for trial in range(trials):
+        for peft_type in peft_types:
+            wanted = [method for table in tables for method in methods_of(table, peft_type)]
+            if any(method.shares_stage_1 for method in wanted):
+                wanted.insert(0, WHOLE)
+            for method in wanted:
+                run = _planned(dataset, peft_type if method.peft_types else peft_types[0], method, trial, passed_on)
+                runs.setdefault(run.folder, run)
+    return list(runs.values())
+
+
+def estimated_seconds(run: PlannedRun, finished: dict[PlannedRun, float]) -> float | None:
+    """What a run will take by the seconds of finished ones: the mean of its row's, or else of its adapter's; None without any."""
+    alike = [seconds for other, seconds in finished.items() if (other.peft_type, other.method) == (run.peft_type, run.method)]
+    if not alike and run.method.peft_types:
+        of_adapter = [other for other in finished if other.peft_type == run.peft_type and other.method.peft_types]
+        alike = [finished[other] for other in of_adapter]
+    return sum(alike) / len(alike) if alike else None
+
+
+def told_plan(runs: list[PlannedRun]) -> str:
+    """A line a run with its time, taken or estimated, and what is left to do."""
+    summaries = {run: run.summary() for run in runs}
+    finished = {run: sum(summary["seconds"].values()) for run, summary in summaries.items() if summary}
+    lines, estimates = [], []
+    for run in runs:
+        seconds = finished.get(run, estimated_seconds(run, finished))
+        if run not in finished:
+            estimates.append(seconds)
+        told = "?" if seconds is None else f"{seconds / 60:.1f} min"
+        lines.append(f"{'done' if run in finished else 'to do':<6}{told:>10}  {run.command()}")
+    unknown = estimates.count(None)
+    total = sum(seconds for seconds in estimates if seconds is not None) / 60
+    more = f", and {unknown} of which nothing alike is finished" if unknown else ""
+    return "\n".join([*lines, f"{len(estimates)} of {len(runs)} runs to do, about {total:.0f} min{more}"])

@@ -1,0 +1,240 @@
+"""The paper's Tables 2 and 3 from finished runs, as Markdown, CSV and LaTeX: means, deviations, the paper's figures, a test."""
+import contextlib
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from utils.analysis.reproduction import PEFT_TYPES, PERPEFT, TABLES, PlannedRun, methods_of, plan_runs
+from utils.common.errors import PerPEFTError
+from utils.common.files import write_text_atomically
+from utils.training.evaluation import ndcg_at
+
+SHOWN = ("HR@20", "HR@30", "NDCG@20", "NDCG@30")
+PAPER_FILE = Path(__file__).with_name("paper_results.csv")
+TITLES = {2: "comparison of methods", 3: "ablations"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's figures in percent.
+
+    Attributes:
+        method: the paper's name of it.
+        mean, deviation: by metric; the sample standard deviation over trials, NaN of a single one.
+        paper: the paper's figures where it has some.
+        valid: mean validation NDCG@20, by which the strongest is chosen.
+        gains: by trial, each evaluated user's test NDCG@20 as a fraction, [users].
+    """
+
+    method: str
+    mean: dict[str, float]
+    deviation: dict[str, float]
+    paper: dict[str, float]
+    valid: float
+    gains: dict[int, np.ndarray]
+
+    @property
+    def trials(self) -> int:
+        """How many finished runs the figures are of."""
+        return len(self.gains)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """PerPEFT against the strongest other row of a table, by validation, in test NDCG@20.
+
+    Attributes:
+        strongest: that row's method.
+        difference: in points, the mean over users and the trials that both have.
+        p: two-sided, of a paired t-test over users, each user's figures averaged over those trials; the trained models are taken
+            as given. NaN where no user differs.
+        users, trials: how many.
+    """
+
+    strongest: str
+    difference: float
+    p: float
+    users: int
+    trials: int
+
+    def __str__(self) -> str:
+        told = "p < 0.0001" if self.p < 1e-4 else f"p = {self.p:.4f}" if np.isfinite(self.p) else "no user differs"
+        return (
+            f"PerPEFT against {self.strongest}, the strongest other row by validation NDCG@20: test NDCG@20 "
+            f"{self.difference:+.2f} points, {told} (paired t-test over {self.users} users, their figures averaged over "
+            f"{self.trials} trial{'s' if self.trials > 1 else ''}, the trained models taken as given)."
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table for one kind of adapter."""
+
+    table: int
+    peft_type: str
+    rows: list[Row]
+
+    def best(self, metric: str) -> float:
+        """The highest mean."""
+        return max(row.mean[metric] for row in self.rows)
+
+    def comparison(self) -> Comparison | None:
+        """PerPEFT against the strongest other row; None as long as they have no trial in common."""
+        ours = [row for row in self.rows if row.method == PERPEFT]
+        others = [row for row in self.rows if row.method != PERPEFT]
+        if not ours or not others:
+            return None
+        strongest = max(others, key=lambda row: row.valid)
+        common = sorted(ours[0].gains.keys() & strongest.gains.keys())
+        if not common:
+            return None
+        own, other = (np.mean([row.gains[trial] for trial in common], axis=0) for row in (ours[0], strongest))  # [users] each
+        p = float(ttest_rel(own, other).pvalue) if (own != other).any() else float("nan")
+        return Comparison(strongest.method, float(100 * (own - other).mean()), p, len(own), len(common))
+
+
+def paper_figures(table: int, peft_type: str, method: str, dataset: str) -> dict[str, float]:
+    """The paper's figures in percent by metric; empty where it has none."""
+    with PAPER_FILE.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    # PerPEFT stands in Table 2 alone, and methods without an adapter under N/A
+    wanted = [(str(table), peft_type), ("2", peft_type), (str(table), "N/A")]
+    for place in wanted:
+        for row in rows:
+            if (row["table"], row["peft"]) == place and (row["method"], row["dataset"]) == (method, dataset):
+                return {metric: float(row[metric]) for metric in SHOWN}
+    return {}
+
+
+def _row(found: dict[PlannedRun, dict[str, Any]], paper: dict[str, float]) -> Row:
+    """A row of finished runs of one method and their summaries."""
+    stages = [summary[run.method.stage] for run, summary in found.items()]
+    values = {metric: np.array([100 * stage["test"][metric] for stage in stages]) for metric in SHOWN}
+    ranks = {run.trial: run.test_ranks() for run in found}
+    return Row(
+        next(iter(found)).method.name,
+        {metric: float(each.mean()) for metric, each in values.items()},
+        {metric: float(each.std(ddof=1)) if len(each) > 1 else float("nan") for metric, each in values.items()},
+        paper,
+        float(np.mean([stage["valid"]["NDCG@20"] for stage in stages])),
+        {trial: ndcg_at(20, np.array([own[user] for user in sorted(own)])) for trial, own in ranks.items()},
+    )
+
+
+def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
+    """The tables as far as runs are finished; one of which no run with its own adapter is finished is left out.
+
+    Raises:
+        PerPEFTError: the data set has changed between runs, or a file of ranks is damaged.
+    """
+    found = {}
+    for run in runs:
+        with contextlib.suppress(PerPEFTError):  # of other settings: not these tables' runs
+            found[run] = run.summary()
+    if len({summary["dataset_fingerprint"] for summary in found.values() if summary}) > 1:
+        raise PerPEFTError(f"the runs of {dataset} are of different data: its files have changed between them; train anew")
+    blocks = []
+    for table in TABLES:
+        for peft_type in PEFT_TYPES:
+            rows, has_own = [], False
+            for method in methods_of(table, peft_type):
+                mine = {
+                    run: summary
+                    for run, summary in found.items()
+                    if summary and run.method == method and (not method.peft_types or run.peft_type == peft_type)
+                }
+                if mine:
+                    rows.append(_row(mine, paper_figures(table, peft_type, method.name, dataset)))
+                    has_own |= method.peft_types is not None and (table == 2 or method.name != PERPEFT)
+            if has_own:
+                blocks.append(Block(table, peft_type, rows))
+    return blocks
+
+
+def finished_blocks(dataset: str, trials: int, passed_on: list[str]) -> list[Block]:
+    """All tables and adapters of a data set of which something is finished under these options; arguments as of `plan_runs`."""
+    return blocks_of(plan_runs(dataset, list(TABLES), list(PEFT_TYPES), trials, passed_on), dataset)
+
+
+def write_tables(folder: Path, dataset: str, blocks: list[Block], trials: int) -> None:
+    """Write `{dataset}.md`, `.csv` and `.tex`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"md": markdown(dataset, blocks, trials), "csv": as_csv(blocks), "tex": latex(dataset, blocks, trials)}
+    for ending, text in texts.items():
+        write_text_atomically(folder / f"{dataset}.{ending}", text)
+
+
+def _cells(block: Block, trials: int, bold: str, blank: str = "") -> tuple[list[str], list[list[str]]]:
+    """Column names and the cells of each row, the best of a metric put into `bold`, a format."""
+    with_paper = any(row.paper for row in block.rows)
+    names = ["method", *(name for metric in SHOWN for name in ([metric, "paper"] if with_paper else [metric]))]
+    lines = []
+    for row in block.rows:
+        cells = [row.method if row.trials == trials else f"{row.method} [{row.trials} of {trials} trials]"]
+        for metric in SHOWN:
+            deviation = row.deviation[metric]
+            told = f"{row.mean[metric]:.2f}" + (f" ({deviation:.2f})" if np.isfinite(deviation) else "")
+            cells.append(bold.format(told) if row.mean[metric] == block.best(metric) else told)
+            if with_paper:
+                cells.append(f"{row.paper[metric]:.2f}" if row.paper else blank)
+        lines.append(cells)
+    return names, lines
+
+
+def _told_comparison(block: Block) -> str:
+    return str(block.comparison() or "No test: PerPEFT and what it is compared with have no finished trial in common yet.")
+
+
+def markdown(dataset: str, blocks: list[Block], trials: int) -> str:
+    """For people: mean (standard deviation) in percent, the best of a column in bold, the paper's figure beside it."""
+    what = "Test figures in percent at the best epoch by validation NDCG@20: mean (standard deviation) over trials."
+    parts = [f"# {dataset}", what]
+    for block in blocks:
+        names, rows = _cells(block, trials, "**{}**")
+        lines = [names, ["---"] * len(names), *rows]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        parts += [f"## Table {block.table}, {block.peft_type}: {TITLES[block.table]}", table, _told_comparison(block)]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(dataset: str, blocks: list[Block], trials: int) -> str:
+    """For papers: one booktabs tabular a block, with the same content."""
+    parts = []
+    for block in blocks:
+        names, rows = _cells(block, trials, r"\textbf{{{}}}", "--")
+        lines = [
+            f"% {dataset}, table {block.table}, {block.peft_type}: percent, mean (standard deviation); \\usepackage{{booktabs}}",
+            f"% {_told_comparison(block)}",
+            rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
+            r"\toprule",
+            " & ".join(names) + r" \\",
+            r"\midrule",
+            *(" & ".join(cells) + r" \\" for cells in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(blocks: list[Block]) -> str:
+    """For programs: a line a row, means and deviations in percent, the test on PerPEFT's line; empty where there is nothing."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{metric}{ending}" for metric in SHOWN for ending in ("", "_sd", "_paper")]
+    writer.writerow(["table", "peft", "method", "trials", *columns, "strongest_other", "difference", "p"])
+    for block in blocks:
+        compared = block.comparison()
+        for row in block.rows:
+            figures = [(row.mean[metric], row.deviation[metric], row.paper.get(metric, float("nan"))) for metric in SHOWN]
+            cells = [f"{value:.4f}" if np.isfinite(value) else "" for each in figures for value in each]
+            test = ["", "", ""]
+            if compared and row.method == PERPEFT:
+                test = [compared.strongest, f"{compared.difference:.4f}", f"{compared.p:.3g}"]
+            writer.writerow([block.table, block.peft_type, row.method, row.trials, *cells, *test])
+    return text.getvalue()

@@ -1,0 +1,81 @@
+"""Everything that can be said about a data set's files before training: the counts, and all that is wrong with them."""
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import Inspection, inspect_dataset, leave_last_out
+from utils.items.hidden_states import HiddenStateStore, states_path
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_dataset` found; its text is for people.
+
+    Attributes:
+        usable: whether training would begin.
+        text: counts, remarks, problems, and the verdict.
+    """
+
+    usable: bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check_dataset(train_dir: str | Path, name: str, num_groups: int, missing_images: str = "error") -> Report:
+    """Check all files of a data set, every picture included, and count what they hold.
+
+    Args:
+        train_dir: the folder of all data sets.
+        name: the data set.
+        num_groups: how many groups the users will be put into (--C).
+        missing_images: "error", or "blank" where items may lack a readable picture.
+    Raises:
+        PerPEFTError: there is no such data set.
+    """
+    found = inspect_dataset(train_dir, name, missing_images=missing_images, num_groups=num_groups)
+    unreadable = found.try_pictures(missing_images)
+    states = _check_states(found)
+    counts = {**_counts(found, unreadable), "hidden states": states}
+    lines = [f"data set '{name}' in {found.dataset.folder}"]
+    lines += [f"  {what:<28}{_told(count):>12}" for what, count in counts.items()]
+    if found.remarks:
+        lines += ["worth knowing:", str(found.remarks)]
+    if found.problems:
+        lines += ["cannot be used:", str(found.problems)]
+    else:
+        lines.append("usable")
+    return Report(not found.problems, "\n".join(lines))
+
+
+def _counts(found: Inspection, unreadable: list[int]) -> dict[str, int | float]:
+    """The columns of the paper's Table 1, and what else training depends on."""
+    dataset = found.dataset
+    counts = dataset.counts()
+    return {
+        **counts,
+        "purchases a user (mean)": counts["interactions"] / max(1, counts["users"]),
+        "pictures found": len(found.present) - len(unreadable),
+        "titles missing": dataset.missing_titles,
+        "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
+    }
+
+
+def _told(count: int | float | str) -> str:
+    if isinstance(count, str):
+        return count
+    return f"{count:,.2f}" if isinstance(count, float) else f"{count:,}"
+
+
+def _check_states(found: Inspection) -> str:
+    """Look at the hidden states of IISAN, if they are there; they may stay away, being made on first use."""
+    dataset = found.dataset
+    if not states_path(dataset.folder, dataset.name).is_file():
+        return "none yet"
+    try:
+        HiddenStateStore.open(dataset, None)
+    except PerPEFTError as error:
+        found.problems.add("hidden states", [" ".join(str(error).split())])
+        return "unusable"
+    return "found"

@@ -1,0 +1,69 @@
+"""CLIP's features of all items, computed at every start and kept in memory: what the frozen baseline reads."""
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import CLIPModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from models.clip_peft import channel_statistics, clip_features
+from models.item_encoder import MODALITIES
+from utils.items.store import PictureTitleStore
+
+
+class FeatureStore:
+    """Features of all items by item number.
+
+    Args:
+        features: row i of item i + 1, [items, width]; a width of 0 for items without any.
+    """
+
+    def __init__(self, features: torch.Tensor):
+        self.features = features
+        self.num_items = len(features)
+
+    def place_on(self, device: torch.device) -> None:
+        """Keep the features on a GPU, where they take little room."""
+        self.features = self.features.to(device)
+
+    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor]:
+        """Features of some items (numbers from 1), [items, width]."""
+        rows = torch.from_numpy(items - 1).to(self.features.device)
+        return (self.features.index_select(0, rows).to(device),)
+
+    def reading_order(self) -> np.ndarray:
+        """All items."""
+        return np.arange(1, self.num_items + 1)
+
+
+@torch.no_grad()
+def compute_features(
+    clip: CLIPModel,
+    processor: BaseImageProcessor,
+    store: PictureTitleStore,
+    modality: str,
+    device: torch.device,
+    items_at_once: int = 64,
+) -> torch.Tensor:
+    """CLIP's own features of all items, row i of item i + 1, on the CPU.
+
+    Args:
+        clip, processor: the foundation model and its image processor.
+        store: the items' pictures and titles.
+        modality: "both", "image" or "text".
+        device: where to compute.
+        items_at_once: items a forward pass.
+    Returns:
+        [items, 2 * projection_dim], or [items, projection_dim] of one modality
+    """
+    clip = clip.eval().to(device)
+    used = MODALITIES[modality]
+    features = torch.empty(store.num_items, len(used) * clip.config.projection_dim)
+    scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
+    order = store.reading_order()
+    for start in tqdm(range(0, len(order), items_at_once), "frozen features", unit="batch", disable=None):
+        items = order[start : start + items_at_once]
+        pixels, tokens = store.fetch(items, device)
+        pictures = torch.addcmul(shift, pixels.float(), scale) if "image" in used else None  # [items, 3, height, width]
+        found = clip_features(clip, pictures, tokens if "text" in used else None)  # [items, width]
+        features[torch.from_numpy(items - 1)] = found.cpu()
+    return features

@@ -1,0 +1,246 @@
+"""CLIP's cached hidden states for IISAN: computed once, kept in `{name}_preX.pt`, read by item number."""
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel
+
+from models.clip_peft import channel_statistics
+from utils.common.errors import PerPEFTError
+from utils.common.files import add_model_files, save_tensors, write_atomically, write_text_atomically
+from utils.common.pickles import refuse_damaged_tensors
+from utils.data.dataset import Dataset, Problems
+from utils.items.store import DEVICE_SHARE, PictureTitleStore
+
+PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
+ROWS_AT_ONCE = 4096
+
+
+def cached_layers(config: CLIPConfig) -> tuple[list[int], list[int]]:
+    """Which hidden states are cached, 0 being the embedding output: every second layer of the shallower tower, and as many
+    of the deeper one, evenly spaced. For ViT-B/32: 0, 2, ..., 12 of both.
+
+    Returns:
+        layers of the picture tower, layers of the text tower, S each.
+    """
+    image_depth, text_depth = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+    intervals = max(1, min(image_depth, text_depth) // 2)
+    return tuple([depth // intervals * step for step in range(intervals + 1)] for depth in (image_depth, text_depth))
+
+
+def state_shapes(config: CLIPConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """[S, width] of an item's picture states and of its title states."""
+    image_layers, text_layers = cached_layers(config)
+    return (len(image_layers), config.vision_config.hidden_size), (len(text_layers), config.text_config.hidden_size)
+
+
+@torch.no_grad()
+def hidden_states(
+    clip: CLIPModel, pictures: torch.Tensor, tokens: torch.Tensor, end_of_text: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cached states of some items.
+
+    Args:
+        clip: in eval mode.
+        pictures: normalised, [items, 3, height, width].
+        tokens: titles, each with its end-of-text token, [items, length].
+        end_of_text: that token's id; the state is taken at its first place, as CLIP pools.
+    Returns:
+        picture states (CLS) [items, S, image width], title states (end of text) [items, S, text width]
+    """
+    image_layers, text_layers = cached_layers(clip.config)
+    picture = clip.vision_model(pixel_values=pictures, output_hidden_states=True).hidden_states
+    title = clip.text_model(input_ids=tokens, output_hidden_states=True).hidden_states
+    place = (tokens == end_of_text).int().argmax(-1)  # [items]
+    rows = torch.arange(len(tokens), device=tokens.device)
+    image_states = torch.stack([picture[layer][:, 0] for layer in image_layers], dim=1)  # [items, S, image width]
+    text_states = torch.stack([title[layer][rows, place] for layer in text_layers], dim=1)  # [items, S, text width]
+    return image_states.float(), text_states.float()
+
+
+def states_path(train_dir: str | Path, name: str) -> Path:
+    """Where a data set's states lie."""
+    return Path(train_dir) / f"{name}_preX.pt"
+
+
+def compute_hidden_states(
+    clip: CLIPModel, processor: Any, tokenizer: Any, store: PictureTitleStore, device: torch.device, items_at_once: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All items' states, row i of item i + 1.
+
+    Args:
+        clip, processor, tokenizer: the foundation model and its processors.
+        store: the items' pictures and titles.
+        device: where to compute.
+        items_at_once: items a forward pass.
+    Returns:
+        picture states [items, S, image width], title states [items, S, text width], on the CPU
+    """
+    clip = clip.eval().to(device)
+    image_shape, text_shape = state_shapes(clip.config)
+    all_image_states = torch.empty(store.num_items, *image_shape)
+    all_text_states = torch.empty(store.num_items, *text_shape)
+    scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
+    order = store.reading_order()
+    for start in tqdm(range(0, len(order), items_at_once), "hidden states", unit="batch", disable=None):
+        items = order[start : start + items_at_once]
+        pixels, tokens = store.fetch(items, device)
+        pictures = torch.addcmul(shift, pixels.float(), scale)  # [items, 3, height, width]
+        image_states, text_states = hidden_states(clip, pictures, tokens, tokenizer.eos_token_id)
+        rows = torch.from_numpy(items - 1)
+        all_image_states[rows], all_text_states[rows] = image_states.cpu(), text_states.cpu()
+    return all_image_states, all_text_states
+
+
+def save_hidden_states(
+    path: Path, image_states: torch.Tensor, text_states: torch.Tensor, raw_ids: list[str], clip_name: str
+) -> None:
+    """Save states as they are published, and beside them, in `{name}_preX.json`, which CLIP they came from.
+
+    Raises:
+        PerPEFTError: no room or right to write there.
+    """
+    try:
+        note = {"clip_model": clip_name, "clip_files": _files_hash(clip_name)}
+        write_text_atomically(path.with_suffix(".json"), json.dumps(note) + "\n")
+        write_atomically(path, lambda temporary: save_tensors((image_states, text_states, list(raw_ids)), temporary))
+    except OSError as error:
+        raise PerPEFTError(f"the hidden states {path} cannot be written ({error}); make room or choose another folder") from error
+
+
+def _is_dense(states: Any) -> bool:
+    """Whether this is a tensor [items, layers, width] of floats, every one of them in the file."""
+    if type(states) not in (torch.Tensor, torch.nn.Parameter) or states.dim() != 3 or not states.is_floating_point():
+        return False
+    # A tensor may repeat one number any number of times: to look at it would fill the memory.
+    return 0 < states.numel() * states.element_size() <= states.untyped_storage().nbytes()
+
+
+def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
+    again = "delete it and start again to compute it anew, or fetch it again"
+    try:
+        refuse_damaged_tensors(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PerPEFTError(f"{path} cannot be read ({reason[:200]}); {again}") from error
+    if not (isinstance(content, (tuple, list)) and len(content) == 3):
+        raise PerPEFTError(f"{path} holds no (picture states, title states, ids); {again}")
+    image_states, text_states, ids = content
+    if isinstance(ids, torch.Tensor) and ids.dim() == 1 and ids.nbytes <= ids.untyped_storage().nbytes():
+        ids = ids.tolist()
+    plain_ids = isinstance(ids, (list, tuple)) and all(isinstance(raw_id, (str, int)) for raw_id in ids)
+    if not _is_dense(image_states) or not _is_dense(text_states) or not plain_ids:
+        raise PerPEFTError(f"{path} holds no two float tensors [items, layers, width] and a list of ids; {again}")
+    if not len(image_states) == len(text_states) == len(ids) or image_states.shape[1] != text_states.shape[1]:
+        raise PerPEFTError(
+            f"{path} does not fit together: picture states {list(image_states.shape)}, title states {list(text_states.shape)}, "
+            f"{len(ids)} ids; {again}"
+        )
+    return image_states.detach(), text_states.detach(), list(ids)
+
+
+def _files_hash(clip_name: str) -> str | None:
+    """What a CLIP's folder is known by; None for a name on the hub."""
+    if not Path(clip_name).is_dir():
+        return None
+    digest = hashlib.sha256()
+    add_model_files(digest, clip_name)
+    return digest.hexdigest()[:16]
+
+
+def _refuse_other_clip(note: Path, clip_name: str) -> None:
+    """Raise a PerPEFTError unless the states beside a note come from this CLIP, whatever its folder is called now."""
+    try:
+        content = json.loads(note.read_text(encoding="utf-8"))
+        made_by, files = str(content["clip_model"])[:200], content.get("clip_files")
+    except (AttributeError, ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+        raise PerPEFTError(f"{note} does not say which CLIP made the states beside it; delete both and start again") from error
+    own = _files_hash(clip_name)
+    if files != own if files and own else made_by != clip_name:
+        raise PerPEFTError(
+            f"{note.with_suffix('.pt')} was computed by CLIP '{made_by}', not '{clip_name}'; pass --clip_model {made_by}, or "
+            "delete it and start again to compute it anew"
+        )
+
+
+def _rows_with_numbers_missing(states: torch.Tensor, rows: np.ndarray) -> set[int]:
+    """Those of `rows` that hold a NaN or an infinity."""
+    wrong: set[int] = set()
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        portion = rows[start : start + ROWS_AT_ONCE]
+        finite = torch.isfinite(states[torch.from_numpy(portion)]).flatten(1).all(1).numpy()
+        wrong.update(portion[~finite].tolist())
+    return wrong
+
+
+class HiddenStateStore:
+    """Cached states of all items, for IISAN.
+
+    Attributes:
+        image_states: [rows, S, image width], float32 or float16, memory-mapped or on the device.
+        text_states: [rows, S, text width].
+    """
+
+    def __init__(self, image_states: torch.Tensor, text_states: torch.Tensor, rows: np.ndarray | None = None):
+        self.image_states = image_states
+        self.text_states = text_states
+        rows = np.arange(len(image_states)) if rows is None else rows
+        self._rows = torch.from_numpy(rows)  # [num_items], where item i + 1 lies
+        self.num_items = len(rows)
+
+    @classmethod
+    def open(cls, dataset: Dataset, config: CLIPConfig | None, clip_name: str | None = None) -> "HiddenStateStore":
+        """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
+
+        Args:
+            dataset: whose items.
+            config: of the CLIP that the states must come from; None where it is not known.
+            clip_name: as on the command line.
+        Raises:
+            PerPEFTError: unreadable, of another CLIP, items missing, or states that are not finite, with their ids.
+        """
+        path = states_path(dataset.folder, dataset.name)
+        image_states, text_states, ids = _read(path)
+        note = path.with_suffix(".json")
+        if clip_name is not None and note.is_file():
+            _refuse_other_clip(note, clip_name)
+        if config is not None:
+            found = (tuple(image_states.shape[1:]), tuple(text_states.shape[1:]))
+            if found != state_shapes(config):
+                raise PerPEFTError(
+                    f"{path} holds states of another CLIP: layers and widths {found}, where {clip_name or 'this one'} has "
+                    f"{state_shapes(config)}; pass the right --clip_model, or delete the file and start again to compute it anew"
+                )
+        place = {raw_id: row for row, raw_id in enumerate(ids)}
+        problems = Problems()
+        problems.add("items without states", [raw_id for raw_id in dataset.raw_ids if raw_id not in place])
+        repeated = {raw_id for row, raw_id in enumerate(ids) if place[raw_id] != row and raw_id not in PADDING_IDS}
+        problems.add("ids that stand twice", sorted(map(str, repeated)))
+        if not problems:
+            rows = np.array([place[raw_id] for raw_id in dataset.raw_ids], dtype=np.int64)
+            wrong = _rows_with_numbers_missing(image_states, rows) | _rows_with_numbers_missing(text_states, rows)
+            problems.add("items whose states hold NaN or infinity", [ids[row] for row in sorted(wrong)])
+        problems.raise_any(f"{path} cannot be used; delete it and start again to compute it anew, or fetch it again:")
+        return cls(image_states, text_states, rows)
+
+    def place_on(self, device: torch.device) -> None:
+        """Keep all states on a GPU if they fit there with room to spare; elsewhere they stay memory-mapped."""
+        size = self.image_states.nbytes + self.text_states.nbytes
+        if device.type == "cuda" and size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self.image_states, self.text_states = self.image_states.to(device), self.text_states.to(device)
+            self._rows = self._rows.to(device)
+
+    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """States of some items (numbers from 1): [items, S, image width] and [items, S, text width], float32."""
+        rows = self._rows[torch.from_numpy(items - 1).to(self._rows.device)]
+        image_states, text_states = self.image_states.index_select(0, rows), self.text_states.index_select(0, rows)
+        return image_states.to(device).float(), text_states.to(device).float()
+
+    def reading_order(self) -> np.ndarray:
+        """All items, in the order of the file."""
+        return torch.argsort(self._rows).cpu().numpy() + 1

@@ -1,0 +1,219 @@
+"""The picture and title store: every picture decoded once, every title tokenized once, read by item number ever after."""
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from utils.common.errors import PerPEFTError
+from utils.common.files import folder_written_atomically, made_by_one
+from utils.data.dataset import BLANK_PICTURES, UNREADABLE_PICTURES, Dataset, Problems, told_picture
+from utils.data.images import decoded_picture, on_all_cores
+
+PLAIN_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")  # of transformers 4 and 5, both by Pillow
+DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
+
+
+def _resized_size(processor: BaseImageProcessor, width: int, height: int) -> tuple[int, int]:
+    """Width and height after CLIP's resize of the shortest edge, which cuts the longer one to whole pixels."""
+    edge = processor.size["shortest_edge"]
+    if width <= height:
+        return edge, int(edge * height / width)
+    return int(edge * width / height), edge
+
+
+def _is_plain_clip(processor: BaseImageProcessor) -> bool:
+    if type(processor).__name__ not in PLAIN_PROCESSORS or "shortest_edge" not in processor.size:
+        return False
+    crops_inside = max(dict(processor.crop_size).values()) <= processor.size["shortest_edge"]
+    return processor.do_convert_rgb and processor.do_resize and processor.do_center_crop and crops_inside
+
+
+def read_picture(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
+    """Decode, resize and crop one picture, bit for bit as the image processor leaves it before rescaling.
+
+    Args:
+        path: a picture of any mode that Pillow reads.
+        processor: CLIP's image processor.
+    Returns:
+        uint8 [3, height, width]
+    Raises:
+        OSError: the file is missing or no whole picture.
+        ValueError: its pixels would fill the memory, or it is damaged.
+    """
+    with decoded_picture(path, max(dict(processor.size).values())) as picture:
+        if not _is_plain_clip(processor):
+            # The data format is said, since the processor takes a picture 3 pixels high for one with its channels first.
+            options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np", "input_data_format": "channels_last"}
+            return processor(picture, **options)["pixel_values"][0].astype(np.uint8)
+        # What the processor does, without its way through numpy, which holds the interpreter's lock: threads scale with this.
+        width, height = _resized_size(processor, *picture.size)
+        pixels = np.asarray(picture.resize((width, height), processor.resample))  # [height, width, 3]
+    crop_height, crop_width = processor.crop_size["height"], processor.crop_size["width"]
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return pixels[top : top + crop_height, left : left + crop_width].transpose(2, 0, 1)
+
+
+def picture_status(path: Path) -> os.stat_result | None:
+    """What the disk says of a picture file, in one question; None where there is none."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """A hash of everything that the store's content follows from."""
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    # What the tokenizer was last asked for is part of its state, but not of what it makes of these titles.
+    vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)
+    digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
+    digest.update(f"{vocabulary} {tokenizer.pad_token_id} {max_length}".encode())
+    for raw_id, title, path in zip(dataset.raw_ids, dataset.titles, dataset.image_paths):
+        status = picture_status(path)
+        stamp = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
+        digest.update(f"{raw_id}\0{title}\0{stamp}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _claim_room(path: Path, header: int) -> None:
+    """Have the disk give a file all its room now: a full disk is an error here, where a memory map would crash on it later."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        file.seek(header)
+        while (left := size - file.tell()) > 0:
+            file.write(bytes(min(left, 2**24)))
+
+
+def _write_pictures(path: Path, dataset: Dataset, processor: BaseImageProcessor, missing_images: str) -> None:
+    problems: list[str] = []
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    shape = (dataset.num_items, 3, size["height"], size["width"])
+    store = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    _claim_room(path, store.offset)
+    pictures = on_all_cores(lambda path: read_picture(path, processor), dataset.image_paths)
+    progress = tqdm(pictures, "pictures", dataset.num_items, unit="picture", disable=None)
+    for row, picture in enumerate(progress):
+        if isinstance(picture, np.ndarray):
+            store[row] = picture
+        elif missing_images == "error" or not isinstance(picture, FileNotFoundError):  # missing ones are told already
+            problems.append(told_picture(dataset.image_paths[row], row + 1, picture))
+    store.flush()
+    found = Problems()
+    if missing_images == "error":
+        found.add(UNREADABLE_PICTURES, problems)
+        found.raise_any(f"data set '{dataset.name}' in {dataset.folder} cannot be used:")
+    found.add(BLANK_PICTURES, problems)
+    if found:
+        print(f"warning: data set '{dataset.name}':\n{found}", file=sys.stderr)
+
+
+def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    encoded = tokenizer(titles, truncation=True, max_length=max_length)["input_ids"]
+    lengths = np.array([len(tokens) for tokens in encoded])
+    table = np.full((len(titles), lengths.max()), tokenizer.pad_token_id, dtype=np.int32)
+    for row, tokens in enumerate(encoded):
+        table[row, : len(tokens)] = tokens
+    np.savez(path, tokens=table, lengths=lengths)
+
+
+@dataclass
+class PictureTitleStore:
+    """Pictures and titles of all items, ready for CLIP; array row i is item i + 1.
+
+    Attributes:
+        pixels: uint8 [items, 3, height, width], resized and cropped, not rescaled; a memory map.
+        tokens: int32 [items, longest title], padded after the end-of-text token.
+        lengths: tokens of each title, [items].
+    """
+
+    pixels: np.ndarray
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    def __post_init__(self):
+        self.num_items = len(self.pixels)
+        self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        dataset: Dataset,
+        processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        missing_images: str = "error",
+    ) -> "PictureTitleStore":
+        """Open the store of a data set, building it first if it is not there.
+
+        It lies in `{train_dir}/{name}_store/`, keyed by a hash of the processor's and tokenizer's settings and of the data
+        set's files, and is renamed into place when complete.
+
+        Args:
+            dataset: whose pictures and titles.
+            processor, tokenizer: CLIP's own.
+            max_length: the text tower's longest input, in tokens.
+            missing_images: "error", or "blank" for black pictures in place of missing or unreadable ones.
+        Raises:
+            PerPEFTError: unreadable pictures, all of them named at once, or no room to write.
+        """
+        key = _store_key(dataset, processor, tokenizer, max_length)
+        folder = dataset.folder / f"{dataset.name}_store" / (key if missing_images == "error" else f"{key}_blank")
+        try:
+            with made_by_one(folder) as missing:
+                if missing:
+                    with folder_written_atomically(folder) as temporary:
+                        _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, max_length)
+                        _write_pictures(temporary / "pictures.npy", dataset, processor, missing_images)
+        except OSError as error:
+            raise PerPEFTError(f"the picture store {folder} cannot be written ({error}); make room there") from error
+        try:
+            titles = np.load(folder / "titles.npz", allow_pickle=False)
+            pixels = np.load(folder / "pictures.npy", mmap_mode="r", allow_pickle=False)
+            return cls(pixels, titles["tokens"], titles["lengths"])
+        except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+            reason = str(error) or type(error).__name__
+            raise PerPEFTError(f"the picture store {folder} is damaged ({reason}); delete it, it is then made anew") from error
+
+    def place_on(self, device: torch.device) -> None:
+        """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no picture."""
+        if device.type != "cuda" or self.pixels.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return
+        self._on_device = (torch.from_numpy(np.array(self.pixels)).to(device), torch.from_numpy(self.tokens).to(device))
+
+    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """What CLIP needs of some items.
+
+        Args:
+            items: item numbers from 1, [items].
+            device: where the result goes.
+        Returns:
+            pixels uint8 [items, 3, height, width], tokens int64 [items, longest title among them]
+        """
+        rows = items - 1
+        length = self.lengths[rows].max(initial=1)
+        if self._on_device is not None:
+            pixels, tokens = self._on_device
+            on_device = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+            return pixels[on_device], tokens[on_device, :length].long()
+        pixels = torch.from_numpy(self.pixels[rows])
+        tokens = torch.from_numpy(self.tokens[rows, :length].astype(np.int64))
+        if device.type == "cuda":
+            return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (pixels, tokens))
+        return pixels.to(device), tokens.to(device)
+
+    def reading_order(self) -> np.ndarray:
+        """All items by title length, so that a batch of them holds little padding."""
+        return np.argsort(self.lengths, kind="stable") + 1

@@ -1,0 +1,464 @@
+"""The demo data set: drawn shop items, and users in groups that each choose by another aspect of the same items."""
+import colorsys
+import math
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from utils.common.files import folder_written_atomically, made_by_one, write_atomically, write_text_atomically
+
+# --- The items: every item has one value of each aspect, drawn independently, so that no aspect gives another away.
+CATEGORIES = ("bag", "clock", "cushion", "kite", "lamp", "mirror", "mug", "planter")  # shown by handles, hands, leaves, ...
+SHAPES = ("round", "square", "triangular", "hexagonal", "star", "heart")  # the outline of the body
+COLOURS = {  # hue of the body, as a share of the colour circle
+    "red": 0.995,
+    "orange": 0.075,
+    "yellow": 0.15,
+    "green": 0.36,
+    "turquoise": 0.485,
+    "blue": 0.61,
+    "purple": 0.75,
+    "pink": 0.9,
+}
+PATTERNS = ("plain", "striped", "dotted", "checked", "zigzag")  # the print on the body
+MATERIALS = {  # the tint of the rim around the body: hue, saturation, value; _material_texture adds grain, shine, ...
+    "wooden": (0.075, 0.6, 0.62),
+    "metal": (0.6, 0.08, 0.66),
+    "glass": (0.52, 0.18, 0.95),
+    "ceramic": (0.11, 0.06, 0.98),
+    "woollen": (0.72, 0.12, 0.42),
+    "wicker": (0.12, 0.42, 0.87),
+}
+BRANDS = ("Norvik", "Halden", "Solis", "Kumo", "Tarro", "Velia", "Lumo", "Brisk")  # a word in titles, a mark in pictures
+STYLES = ("classic", "everyday", "compact", "deluxe", "handmade", "modern", "gift", "studio")  # words that mean nothing here
+
+# --- The users: what each group chooses by, and the categories it mostly shops in. Two aspects are seen only in pictures
+# (colour, shape) and two are also read in titles (brand, material), so that both towers of CLIP have something to tell.
+GROUPS = (
+    ("colour", ("cushion", "kite")),
+    ("brand", ("bag", "mug")),
+    ("shape", ("clock", "mirror")),
+    ("material", ("lamp", "planter")),
+)
+LIKED_SHARE = 0.8  # of a user's purchases show a value the user likes; the rest is chance, as in any shop
+# This share of them is in the group's own categories, which makes the groups recoverable from purchases (with 0.55 k-means
+# finds them badly); the rest is anywhere, so that every item is bought by several groups, for different reasons.
+HOME_SHARE = 0.7
+TWO_LIKES_SHARE = 0.5  # of the users like two values of their aspect, the others one
+SHORTEST, LONGEST = 5, 14  # purchases of a user: the least a 5-core data set has, and a little beyond the usual maxlen 10
+POPULARITY_SPREAD = 0.6  # standard deviation of log popularity: some items sell several times better than others
+
+PICTURE_SIZE = 96  # pixels a side: enough for the rim and the brand mark to be seen, and 400 of them are drawn in seconds
+_POLYGONS = {  # corners, where the first one lies (a share of a full turn, from the right, clockwise), size beside the circle
+    "round": (60, 0.0, 1.0),
+    "square": (4, 0.125, 1.22),
+    "triangular": (3, 0.75, 1.25),
+    "hexagonal": (6, 0.0, 1.08),
+    "star": (10, 0.75, 1.22),
+}
+_SCALE = 2  # drawn this many times larger and then shrunk, which smooths the edges
+_CANVAS = PICTURE_SIZE * _SCALE
+
+
+class Item(NamedTuple):
+    """What there is to know about one item: one word for each aspect."""
+
+    category: str
+    shape: str
+    colour: str
+    pattern: str
+    brand: str
+    material: str
+
+
+def draw_items(num: int, rng: np.random.Generator) -> list[Item]:
+    """Draw the aspects of `num` items, each value as likely as any other of its aspect."""
+    kinds = (CATEGORIES, SHAPES, tuple(COLOURS), PATTERNS, BRANDS, tuple(MATERIALS))
+    columns = [[kind[value] for value in rng.integers(len(kind), size=num)] for kind in kinds]
+    return [Item(*values) for values in zip(*columns)]
+
+
+# ---------------------------------------------------------------- words
+
+
+def shop_title(item: Item, rng: np.random.Generator) -> str:
+    """Write a title as a shop would: category, brand, material, sometimes a style; never colour, pattern or shape."""
+    style = f"{_pick(STYLES, rng)} " if rng.random() < 0.5 else ""
+    form = rng.integers(3)
+    if form == 0:
+        title = f"{item.brand} {style}{item.material} {item.category}"
+    elif form == 1:
+        title = f"{style}{item.material} {item.category} by {item.brand}"
+    else:
+        title = f"{item.brand} {style}{item.category}, {item.material}"
+    return title[0].upper() + title[1:]
+
+
+def web_caption(item: Item, rng: np.random.Generator) -> str:
+    """Write a caption as found on the web: some of the aspects (colour and pattern among them), in no fixed order."""
+    if rng.random() < 0.15:  # some web pages are shops
+        return shop_title(item, rng)
+    words = [word for word in (item.colour, item.pattern, item.shape, item.material) if rng.random() < 0.8]
+    rng.shuffle(words)
+    if rng.random() < 0.25:
+        words.insert(0, _pick(STYLES, rng))
+    phrase = " ".join([*words, item.category])
+    form = rng.integers(4)
+    if form == 0:
+        return phrase
+    if form == 1:
+        return f"{item.brand} {phrase}"
+    if form == 2:
+        return f"a {phrase} by {item.brand}"
+    return f"{item.category} from {item.brand}, {', '.join(words) or item.material}"
+
+
+def _pick(values: tuple[str, ...], rng: np.random.Generator) -> str:
+    return values[rng.integers(len(values))]
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def draw_picture(item: Item, rng: np.random.Generator) -> Image.Image:
+    """Draw an item. Place, size, tilt, tints, background and noise vary, so that no two pictures are the same.
+
+    Args:
+        item: its aspects.
+        rng: where the variation comes from.
+    Returns:
+        An RGB picture of PICTURE_SIZE x PICTURE_SIZE pixels.
+    """
+    centre = _CANVAS * np.array([0.47, 0.5]) + rng.uniform(-5, 5, size=2)
+    radius = _CANVAS * rng.uniform(0.31, 0.34)
+    outline = _outline(item.shape, tilt=rng.uniform(-0.12, 0.12))  # [points, 2]
+    rim_width = rng.uniform(0.28, 0.32)
+    body = [tuple(point) for point in centre + radius * outline]
+    face = [tuple(point) for point in centre + radius * (1 - rim_width) * outline]
+
+    picture = _background(rng)
+    pen = ImageDraw.Draw(picture)
+    foot = centre[1] + radius * 1.12
+    pen.ellipse((centre[0] - radius * 0.8, foot - 6, centre[0] + radius * 0.8, foot + 8), fill=_grey(196))  # its shadow
+
+    material = _material_texture(item.material, rng)
+    _draw_fittings(pen, item.category, centre, radius, rng)
+    picture.paste(material, mask=_polygon_mask(body))
+    picture.paste(_print_texture(item.colour, item.pattern, rng), mask=_polygon_mask(face))
+    pen.line([*body, body[0]], fill=_grey(70), width=3, joint="curve")
+    pen.line([*face, face[0]], fill=_grey(90), width=2, joint="curve")
+    _draw_front(pen, item.category, centre, radius)
+    _draw_brand_mark(pen, item.brand, rng)
+
+    picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+    noise = rng.normal(0, 4, size=(PICTURE_SIZE, PICTURE_SIZE, 3))  # [height, width, RGB]
+    return Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+
+
+def _outline(shape: str, tilt: float) -> np.ndarray:
+    """Give the corner points [points, 2] of a shape of about radius 1 around (0, 0), turned by `tilt` radians."""
+    if shape == "heart":
+        turn = np.linspace(0, 2 * math.pi, 60, endpoint=False)
+        x = 16 * np.sin(turn) ** 3
+        y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+        points = np.stack([x, -y - 2], axis=1) / 15.5
+    else:
+        corners, first, size = _POLYGONS[shape]
+        turn = 2 * math.pi * (np.arange(corners) / corners + first)
+        points = size * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    if shape == "star":
+        points[1::2] *= 0.55  # every other corner lies inside
+    if shape == "triangular":
+        points[:, 1] += 0.22  # its middle lies low
+    rotation = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
+    return points @ rotation.T
+
+
+def _polygon_mask(points: list[tuple[float, float]]) -> Image.Image:
+    mask = Image.new("L", (_CANVAS, _CANVAS))
+    ImageDraw.Draw(mask).polygon(points, fill=255)
+    return mask
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    """A pale studio wall, a little brighter at one end."""
+    top, bottom = rng.uniform(222, 250, size=(2, 1)) + rng.uniform(-5, 5, size=(2, 3))  # [RGB] each
+    share = np.linspace(0, 1, _CANVAS)[:, None]
+    column = (top * (1 - share) + bottom * share).astype(np.uint8)  # [height, RGB]
+    return Image.fromarray(np.repeat(column[:, None, :], _CANVAS, axis=1))
+
+
+def _hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), min(value, 1))
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _grey(level: int) -> tuple[int, int, int]:
+    return level, level, level
+
+
+def _print_texture(colour: str, pattern: str, rng: np.random.Generator) -> Image.Image:
+    """Fill a canvas with the colour, printed with the pattern in a paler or darker tone of it."""
+    hue = COLOURS[colour] + rng.normal(0, 0.01)
+    saturation, value = rng.uniform(0.72, 0.9), rng.uniform(0.82, 0.95)
+    ground = _hsv(hue, saturation, value)
+    tone = _hsv(hue, saturation * 0.25, 1.0) if rng.random() < 0.6 else _hsv(hue, saturation * 1.1, value * 0.5)
+    layer = Image.new("RGB", (_CANVAS, _CANVAS), ground)
+    pen = ImageDraw.Draw(layer)
+    step = int(rng.integers(28, 33))  # pixels of the canvas from one stripe, dot, ... to the next
+    shift = int(rng.integers(step))
+    places = range(shift - 2 * step, _CANVAS + 2 * step, step)
+    if pattern == "striped":
+        lean = int(rng.choice([-70, 0, 70]))
+        for x in places:
+            pen.line((x - lean, 0, x + lean, _CANVAS), fill=tone, width=step // 2 - 2)
+    elif pattern == "dotted":
+        for row, y in enumerate(places):
+            for x in places:
+                left = x + (step // 2 if row % 2 else 0)
+                pen.ellipse((left, y, left + step * 0.55, y + step * 0.55), fill=tone)
+    elif pattern == "checked":
+        for row, y in enumerate(places):
+            for column, x in enumerate(places):
+                if (row + column) % 2:
+                    pen.rectangle((x, y, x + step - 1, y + step - 1), fill=tone)
+    elif pattern == "zigzag":
+        for y in places:
+            turns = enumerate(range(0, _CANVAS + step, step // 2))
+            pen.line([(x, y + step * (0.5 if turn % 2 else -0.25)) for turn, x in turns], fill=tone, width=7, joint="curve")
+    return layer
+
+
+def _material_texture(material: str, rng: np.random.Generator) -> Image.Image:
+    """Fill a canvas with the material that shows in the item's rim."""
+    tint = rng.uniform(0.93, 1.05)
+    hue, saturation, value = MATERIALS[material]
+    layer = Image.new("RGB", (_CANVAS, _CANVAS), _hsv(hue, saturation, value * tint))
+    pen = ImageDraw.Draw(layer)
+    dark, light = _hsv(hue, saturation * 1.2, value * tint * 0.7), _hsv(hue, saturation * 0.5, value * tint * 1.3)
+    if material == "wooden":  # grain
+        for y in range(int(rng.integers(9)), _CANVAS, 9):
+            bend = int(rng.integers(-6, 7))
+            pen.line([(0, y), (_CANVAS // 2, y + bend), (_CANVAS, y)], fill=dark, width=2)
+    elif material == "metal":  # a broad shine across
+        for x in range(int(rng.integers(40)), 2 * _CANVAS, 46):
+            pen.line((x, 0, x - _CANVAS, _CANVAS), fill=light, width=16)
+            pen.line((x + 18, 0, x + 18 - _CANVAS, _CANVAS), fill=dark, width=5)
+    elif material == "glass":  # thin bright streaks
+        for x in range(int(rng.integers(30)), 2 * _CANVAS, 30):
+            pen.line((x, 0, x - _CANVAS, _CANVAS), fill=(255, 255, 255), width=6)
+    elif material == "ceramic":  # speckled glaze
+        for x, y in rng.uniform(0, _CANVAS, size=(160, 2)):
+            pen.ellipse((x, y, x + 3, y + 3), fill=_hsv(0.09, 0.4, 0.6))
+    elif material == "woollen":  # knitted stitches
+        for y in range(0, _CANVAS, 10):
+            for x in range(0, _CANVAS, 10):
+                pen.line([(x, y), (x + 5, y + 6), (x + 10, y)], fill=light, width=2)
+    else:  # wicker: a weave
+        for place in range(0, 2 * _CANVAS, 13):
+            pen.line((place, 0, place - _CANVAS, _CANVAS), fill=dark, width=4)
+            pen.line((place - _CANVAS, 0, place, _CANVAS), fill=dark, width=4)
+    return layer
+
+
+def _draw_fittings(pen: ImageDraw.ImageDraw, category: str, centre: np.ndarray, radius: float, rng: np.random.Generator) -> None:
+    """Draw what sticks out from behind the body and tells the category."""
+    x, y = centre
+    dark = _hsv(rng.uniform(0, 1), 0.15, 0.35)
+    if category == "bag":  # a handle above
+        pen.arc((x - radius * 0.55, y - radius * 1.55, x + radius * 0.55, y + radius * 0.3), 180, 360, fill=dark, width=9)
+    elif category == "clock":  # two bells above, two feet below
+        for side in (-1, 1):
+            bell = x + side * radius * 0.6
+            pen.ellipse((bell - 17, y - radius * 1.35, bell + 17, y - radius * 1.35 + 34), fill=dark)
+            pen.line((x + side * radius * 0.5, y + radius * 0.6, x + side * radius * 0.8, y + radius * 1.25), fill=dark, width=10)
+    elif category == "cushion":  # a tassel at each corner
+        for side_x in (-1, 1):
+            for side_y in (-1, 1):
+                tip = np.array([x + side_x * radius * 1.12, y + side_y * radius * 1.12])
+                pen.line([(x, y), tuple(tip)], fill=dark, width=4)
+                pen.ellipse((*(tip - 9), *(tip + 9)), fill=dark)
+    elif category == "kite":  # a tail with bows
+        tail = [(x + math.sin(part * 1.3) * 12, y + radius * 0.7 + part * 8) for part in range(9)]
+        pen.line(tail, fill=dark, width=4)
+        for place in (4, 6, 8):
+            left, right, top, low = tail[place][0] - 13, tail[place][0] + 13, tail[place][1] - 7, tail[place][1] + 7
+            pen.polygon([(left, top), (right, low), (right, top), (left, low)], fill=dark)
+    elif category == "lamp":  # a stand below
+        pen.line((x, y, x, y + radius * 1.4), fill=dark, width=10)
+        pen.rounded_rectangle((x - radius * 0.6, y + radius * 1.3, x + radius * 0.6, y + radius * 1.3 + 13), radius=6, fill=dark)
+    elif category == "mirror":  # a cord to hang it by
+        nail = (x, y - radius * 1.48)
+        pen.line([(x - radius * 0.75, y - radius * 0.4), nail, (x + radius * 0.75, y - radius * 0.4)], fill=dark, width=5)
+        pen.ellipse((nail[0] - 7, nail[1] - 7, nail[0] + 7, nail[1] + 7), fill=dark)
+    elif category == "mug":  # a handle at the side
+        pen.arc((x + radius * 0.2, y - radius * 0.5, x + radius * 1.5, y + radius * 0.55), 270, 90, fill=dark, width=13)
+    else:  # planter: leaves above
+        for lean in (-0.9, -0.45, 0.0, 0.45, 0.9):
+            tip = (x + radius * lean, y - radius * (1.5 - 0.35 * abs(lean)))
+            middle = (x + radius * lean * 0.5, y - radius * 0.9)
+            leaf = _hsv(0.33 + rng.normal(0, 0.01), 0.55, 0.42)
+            pen.polygon([(x, y - radius * 0.3), (middle[0] - 9, middle[1]), tip, (middle[0] + 9, middle[1])], fill=leaf)
+
+
+def _draw_front(pen: ImageDraw.ImageDraw, category: str, centre: np.ndarray, radius: float) -> None:
+    """Draw what lies on the face of a clock (hands) or a mirror (a shine)."""
+    x, y = centre
+    if category == "clock":
+        pen.line([(x, y - radius * 0.5), (x, y), (x + radius * 0.35, y + radius * 0.15)], fill=_grey(30), width=6)
+        pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=_grey(30))
+    elif category == "mirror":
+        for left, width in ((-0.3, 9), (0.0, 5)):
+            start = x + radius * left
+            pen.line((start, y + radius * 0.3, start + radius * 0.35, y - radius * 0.3), fill=_grey(250), width=width)
+
+
+def _draw_brand_mark(pen: ImageDraw.ImageDraw, brand: str, rng: np.random.Generator) -> None:
+    """Draw the brand's sign, white on a dark label, in the lower right corner."""
+    size = 17 + rng.uniform(-1, 1)
+    x, y = _CANVAS - 25 + rng.uniform(-3, 3), _CANVAS - 25 + rng.uniform(-3, 3)
+    white, left, right, top, low = _grey(255), x - size, x + size, y - size, y + size
+    pen.rounded_rectangle((left - 4, top - 4, right + 4, low + 4), radius=8, fill=_grey(45), outline=white, width=2)
+    if brand == "Norvik":  # a triangle
+        pen.polygon([(x, top), (right, low), (left, low)], fill=white)
+    elif brand == "Halden":  # two upright bars
+        pen.rectangle((left, top, left + 10, low), fill=white)
+        pen.rectangle((right - 10, top, right, low), fill=white)
+    elif brand == "Solis":  # a full disc
+        pen.ellipse((left, top, right, low), fill=white)
+    elif brand == "Kumo":  # a ring
+        pen.ellipse((left, top, right, low), outline=white, width=8)
+    elif brand == "Tarro":  # a T
+        pen.rectangle((left, top, right, top + 10), fill=white)
+        pen.rectangle((x - 5, top, x + 5, low), fill=white)
+    elif brand == "Velia":  # a V
+        pen.line([(left, top), (x, low - 3), (right, top)], fill=white, width=9)
+    elif brand == "Lumo":  # an L
+        pen.rectangle((left, top, left + 9, low), fill=white)
+        pen.rectangle((left, low - 9, right, low), fill=white)
+    else:  # Brisk: a cross
+        pen.line((left, top, right, low), fill=white, width=9)
+        pen.line((left, low, right, top), fill=white, width=9)
+
+
+# ---------------------------------------------------------------- purchases
+
+
+def choose_purchases(items: list[Item], num_users: int, rng: np.random.Generator) -> tuple[list[list[int]], list[int]]:
+    """Let users buy: mostly what shows a value they like of their group's aspect, mostly in their group's categories.
+
+    Args:
+        items: aspects of item 1, 2, ...
+        num_users: how many users; the groups are as equal in size as can be.
+        rng: where chance comes from.
+    Returns:
+        The histories (of each user, item numbers from 1 in the order bought, none twice; together every item occurs) and
+        the group of each user, 0 to len(GROUPS) - 1.
+    """
+    groups = rng.permutation(np.arange(num_users) % len(GROUPS)).tolist()
+    popularity = np.exp(rng.normal(0, POPULARITY_SPREAD, size=len(items)))  # [items]
+    by_aspect = {aspect: np.array([getattr(item, aspect) for item in items]) for aspect in Item._fields}  # words [items]
+    likings = [_liked_items(by_aspect[GROUPS[group][0]], rng) for group in groups]  # of each user, bool [items]
+    homes = [np.isin(by_aspect["category"], categories) for _, categories in GROUPS]  # of each group, bool [items]
+
+    histories = []
+    for liked, group in zip(likings, groups):
+        free = np.ones(len(items), dtype=bool)  # not yet bought
+        history = []
+        for _ in range(min(int(rng.integers(SHORTEST, LONGEST + 1)), len(items))):
+            wanted = liked if rng.random() < LIKED_SHARE else free
+            where = homes[group] if rng.random() < HOME_SHARE else free
+            candidates = next(c for c in (free & wanted & where, free & wanted, free) if c.any())
+            weights = popularity * candidates
+            item = int(rng.choice(len(items), p=weights / weights.sum()))
+            free[item] = False
+            history.append(item + 1)
+        histories.append(history)
+
+    for item in sorted(set(range(1, len(items) + 1)) - {item for history in histories for item in history}):
+        fans = [user for user, liked in enumerate(likings) if liked[item - 1]] or range(num_users)
+        shortest = min(fans, key=lambda user: len(histories[user]))
+        histories[shortest].insert(int(rng.integers(len(histories[shortest]) + 1)), item)
+    return histories, groups
+
+
+def _liked_items(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw the one or two values a user likes among the aspect's `values` [items]; True [items] where an item has one."""
+    there = np.unique(values)
+    number = min(2 if rng.random() < TWO_LIKES_SHARE else 1, len(there))
+    return np.isin(values, rng.choice(there, size=number, replace=False))
+
+
+# ---------------------------------------------------------------- files
+
+
+def make_demo(train_dir: str | Path, num_users: int = 1200, num_items: int = 400, seed: int = 0) -> None:
+    """Write the demo data set into a folder, unless it is there already.
+
+    The files are the ones of any data set (`demo_final.txt`, `demo_item2id_final.pickle`, `demo_texts_final.pickle`,
+    `demo_images/{raw id}.jpg`) and two that only drawn data can have: `demo_true_groups.csv` (user, group) and
+    `demo_attributes.csv` (item, raw_id and its aspects). Each is written in full and then moved into place,
+    `demo_final.txt` last: where it exists, the data set is complete.
+
+    Args:
+        train_dir: the folder; made if missing.
+        num_users: users, numbered from 1.
+        num_items: items, numbered from 1.
+        seed: the same seed gives the same files.
+    Raises:
+        ValueError: there is not one user a group, or not one item.
+    """
+    if num_users < len(GROUPS) or num_items < 1:
+        raise ValueError(f"the demo needs at least {len(GROUPS)} users and 1 item, not {num_users} and {num_items}")
+    train_dir = Path(train_dir)
+    with made_by_one(train_dir / "demo_final.txt") as missing:
+        if missing:
+            _write_demo(train_dir, num_users, num_items, np.random.default_rng([seed, 0]))
+
+
+def _write_demo(train_dir: Path, num_users: int, num_items: int, rng: np.random.Generator) -> None:
+    items = draw_items(num_items, rng)
+    raw_ids = [f"D{number:04d}" for number in range(1, num_items + 1)]
+    titles = {raw_id: shop_title(item, rng) for raw_id, item in zip(raw_ids, items)}
+    histories, groups = choose_purchases(items, num_users, rng)
+
+    with folder_written_atomically(train_dir / "demo_images") as folder:
+        for raw_id, item in zip(tqdm(raw_ids, "Drawing the demo's items", unit="item", leave=False, disable=None), items):
+            draw_picture(item, rng).save(folder / f"{raw_id}.jpg", quality=92)
+    aspects = [f"{number},{raw_id},{','.join(item)}" for number, (raw_id, item) in enumerate(zip(raw_ids, items), start=1)]
+    _write_lines(train_dir / "demo_attributes.csv", [f"item,raw_id,{','.join(Item._fields)}", *aspects])
+    _write_lines(train_dir / "demo_true_groups.csv", ["user,group", *(f"{user},{group}" for user, group in enumerate(groups, 1))])
+    _write_pickle(train_dir / "demo_item2id_final.pickle", dict(enumerate(raw_ids, start=1)))
+    _write_pickle(train_dir / "demo_texts_final.pickle", titles)
+    purchases = [f"{user} {item}" for user, history in enumerate(histories, start=1) for item in history]
+    _write_lines(train_dir / "demo_final.txt", purchases)
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    write_text_atomically(path, "\n".join(lines) + "\n")
+
+
+def _write_pickle(path: Path, value: dict) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(value)))
+
+
+def draw_caption_pairs(num: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Draw other items than the demo's, with captions as on the web: what the demo's CLIP is pretrained on.
+
+    Args:
+        num: how many.
+        seed: the same seed gives the same pairs.
+    Returns:
+        Pictures, uint8 [num, 3, PICTURE_SIZE, PICTURE_SIZE], and as many captions.
+    """
+    rng = np.random.default_rng([seed, 1])  # another stream than make_demo's, so the items differ
+    items = draw_items(num, rng)
+    captions = [web_caption(item, rng) for item in items]
+    pictures = np.empty((num, 3, PICTURE_SIZE, PICTURE_SIZE), dtype=np.uint8)
+    for row, item in enumerate(tqdm(items, "Drawing pictures with captions", unit="picture", leave=False, disable=None)):
+        pictures[row] = np.asarray(draw_picture(item, rng)).transpose(2, 0, 1)
+    return pictures, captions

@@ -1,0 +1,158 @@
+"""A data set's folder of pictures filled by many threads: what is there stays, only whole pictures get their names."""
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.common.errors import PerPEFTError
+from utils.common.files import remove_leftovers
+from utils.data.images import decoded_picture, try_picture
+from utils.prepare.downloads import PassingError, PictureError
+
+JPEG = b"\xff\xd8\xff"  # what every JPEG file begins with
+QUALITY = 95
+
+
+def read_picture(path: str) -> bytes:
+    """A file's content.
+
+    Raises:
+        PictureError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot be read ({error.strerror})") from error
+
+
+def keep_picture(content: bytes, path: Path) -> None:
+    """Save a picture under its final name once it is known to be whole: a JPEG as it came, another kind as RGB JPEG.
+
+    Raises:
+        PictureError: the content is no picture.
+    """
+    # an id may fill a file name to the last byte, so the temporary name is the thread's
+    temporary = path.with_name(f".{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            with decoded_picture(temporary) as decoded:
+                picture = decoded
+        except (OSError, ValueError) as error:
+            raise PictureError(f"no picture: {error or type(error).__name__}") from error
+        if not content.startswith(JPEG):
+            with temporary.open("wb") as file:
+                picture.save(file, "JPEG", quality=QUALITY)
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass
+class Filling:
+    """What became of a folder's pictures.
+
+    Attributes:
+        kept: how many were there already.
+        fetched: how many came new.
+        failed: raw id to why there is none.
+    """
+
+    kept: int = 0
+    fetched: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def fill_folder(
+    folder: Path,
+    sources: dict[str, str],
+    get: Callable[[str], bytes],
+    workers: int,
+    stop: Callable[[], None] = lambda: None,
+    give_up: int = 0,
+) -> Filling:
+    """Make `{raw id}.jpg` of every source, several at once; pictures that are there and whole are not fetched again.
+
+    Args:
+        folder: made where it is missing. One process at a time may fill it.
+        sources: raw id to what `get` is asked for.
+        get: gives a source's content or raises PictureError.
+        workers: how many threads fetch.
+        stop: makes running calls of `get` end soon; called when this function is interrupted or fails.
+        give_up: after so many pictures in a row of which each failed in a way that may pass; 0 is never.
+    Raises:
+        PerPEFTError: it was given up.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+
+    def make(raw_id: str) -> tuple[str, PictureError | bool]:
+        """Whether the picture is new, or why there is none."""
+        path = folder / f"{raw_id}.jpg"
+        if _is_picture(path):
+            return raw_id, False
+        try:
+            keep_picture(get(sources[raw_id]), path)
+        except PictureError as error:
+            return raw_id, error
+        return raw_id, True
+
+    filling, in_a_row = Filling(), 0
+    bar = tqdm(total=len(sources), desc="pictures", unit="picture", disable=None)
+    with bar, contextlib.closing(_in_threads(make, sources, workers, stop)) as outcomes:
+        for raw_id, outcome in outcomes:
+            bar.update()
+            if isinstance(outcome, PictureError):
+                filling.failed[raw_id] = str(outcome)
+            filling.fetched += outcome is True
+            filling.kept += outcome is False
+            if isinstance(outcome, PassingError):
+                in_a_row += 1
+            elif outcome is not False:  # a picture that was there says nothing about the connection
+                in_a_row = 0
+            if give_up and in_a_row == give_up:
+                raise PerPEFTError(
+                    f"{give_up} pictures in a row could not be fetched (the last: {outcome}). Is there a connection? The same "
+                    f"command goes on with the pictures that are missing in {folder}; --give_up 0 never gives up"
+                )
+    return filling
+
+
+def _is_picture(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        try_picture(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _in_threads(work: Callable, tasks: Iterable, workers: int, stop: Callable[[], None]) -> Iterator:
+    """`work(task)` of every task, as they are done; only as many wait in line as keep all threads busy."""
+    pool = ThreadPoolExecutor(workers)
+    running: set[Future] = set()
+    try:
+        for task in tasks:
+            running.add(pool.submit(work, task))
+            if len(running) == 2 * workers:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BaseException:  # GeneratorExit included, which comes when the caller is interrupted
+        stop()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,355 @@
+"""A small CLIP of one's own: trained on pictures and titles in about a minute, saved as an ordinary CLIPModel folder."""
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+
+from models.clip_peft import channel_statistics, clip_features
+from utils.common.errors import PerPEFTError
+from utils.common.files import folder_written_atomically, made_by_one
+from utils.data.dataset import Problems, told_picture
+from utils.data.images import on_all_cores
+from utils.items.store import read_picture
+from utils.prepare.demo import draw_caption_pairs
+
+IMAGE_SIZE = 48  # pixels a side; in patches of 16 these are 9, so that a picture costs about as much as its title
+PATCH_SIZE = 16
+WIDTH = 64  # of both towers; with 2 layers a LoRA step over 170 items is about 35 ms on 2 CPU cores, with 4 twice that,
+LAYERS = 2  # for no clear gain in retrieval after as many steps
+HEADS = 4
+PROJECTION_DIM = 64
+MAX_TITLE_TOKENS = 32  # longer titles are cut; a batch is padded only to its longest title, so short ones stay cheap
+VOCAB_SIZE = 4096  # at most; a few hundred titles make far fewer
+STEPS = 1000  # about a minute on 2 CPU cores
+BATCH_SIZE = 128
+LEARNING_RATE = 1.5e-3  # a model this small stands a high rate, and in so few steps needs it
+WARM_UP_SHARE = 0.1  # of the steps, before the rate falls in a half cosine
+WEIGHT_DECAY = 0.1
+LARGEST_SHIFT = 0.08  # of a picture's side, for pictures that are varied
+LARGEST_GRADIENT = 1.0  # norm; without it, one bad step at such a rate can end in a plateau
+LARGEST_LOGIT_SCALE = 4.6052  # ln 100, as in CLIP: beyond it the loss becomes unstable
+HELD_OUT = 100  # pairs kept from training to measure retrieval (a tenth, of fewer than 1,000)
+FEWEST_PAIRS = 20  # of which 2 are held out
+DEMO_PAIRS = 8000  # drawn pictures with captions that the demo's CLIP learns from
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # CLIP's own; EOS also pads, as in CLIP
+
+
+# ---------------------------------------------------------------- what goes in: titles as tokens, pictures as pixels
+
+
+def train_tokenizer(titles: Sequence[str], vocab_size: int = VOCAB_SIZE, max_tokens: int = MAX_TITLE_TOKENS) -> CLIPTokenizerFast:
+    """Train CLIP's kind of tokenizer (lower case, byte-level BPE, words end in `</w>`) on titles.
+
+    Every byte is in the vocabulary, so no text is unknown to it. BOS and EOS come last, as in CLIP.
+
+    Args:
+        titles: the texts to learn merges from.
+        vocab_size: the most tokens there may be; 514 are the bytes, BOS and EOS.
+        max_tokens: the tokenizer's model_max_length.
+    Returns:
+        The tokenizer; the same titles give the same one.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last_letters = [letter + "</w>" for letter in letters]
+    untrained = _clip_tokenizer([*letters, *last_letters, BOS, EOS], [], max_tokens).backend_tokenizer
+    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        initial_alphabet=letters,
+        special_tokens=last_letters,  # numbered beforehand: numbered as met, their chance order would decide between merges
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(titles, trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merged = dict.fromkeys("".join(pair) for pair in merges)  # without repeats, in order
+    return _clip_tokenizer([*letters, *last_letters, *merged, BOS, EOS], merges, max_tokens)
+
+
+def _clip_tokenizer(tokens: list[str], merges: list[tuple[str, str]], max_tokens: int) -> CLIPTokenizerFast:
+    """CLIP's tokenizer from its two files, which is the one way in that sets up all of its text handling."""
+    with tempfile.TemporaryDirectory() as folder:
+        vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab_file.write_text(json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        merges_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return CLIPTokenizerFast(str(vocab_file), str(merges_file), model_max_length=max_tokens)
+
+
+def image_processor(image_size: int = IMAGE_SIZE) -> CLIPImageProcessor:
+    """CLIP's own picture preparation (bicubic, centre crop, CLIP's mean and deviation) at another size."""
+    return CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
+
+
+def read_pictures(paths: Sequence[Path], image_size: int = IMAGE_SIZE) -> torch.Tensor:
+    """Read pictures, resized and cropped as the small CLIP's own processor does.
+
+    Args:
+        paths: picture files, of item 1, 2, ...
+        image_size: pixels a side.
+    Returns:
+        uint8 [pictures, 3, image_size, image_size]
+    Raises:
+        PerPEFTError: pictures cannot be read; it names the first of them.
+    """
+    processor = image_processor(image_size)
+    pictures = np.empty((len(paths), 3, image_size, image_size), dtype=np.uint8)
+    unreadable = []
+    found = on_all_cores(lambda path: read_picture(path, processor), list(paths))
+    for row, picture in enumerate(tqdm(found, "pictures", len(paths), unit="picture", disable=None)):
+        if isinstance(picture, np.ndarray):
+            pictures[row] = picture
+        else:
+            unreadable.append(told_picture(paths[row], row + 1, picture))
+    problems = Problems()
+    problems.add("unreadable pictures (mend them, or leave their items out)", unreadable)
+    problems.raise_any("a small CLIP cannot be trained on these pictures:")
+    return torch.from_numpy(pictures)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_small_clip(
+    pictures: torch.Tensor,
+    titles: Sequence[str],
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    image_size: int = IMAGE_SIZE,
+    patch_size: int = PATCH_SIZE,
+    width: int = WIDTH,
+    layers: int = LAYERS,
+    heads: int = HEADS,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
+    vary: bool = True,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train a small CLIPModel contrastively on pictures and their titles, and save it with its tokenizer and processor.
+
+    The folder is one that `CLIPModel`, `CLIPImageProcessor` and `AutoTokenizer` open by from_pretrained. It appears when
+    training is done, in place of what was there. The same arguments on the same machine give the same weights.
+
+    Args:
+        pictures: uint8 [pairs, 3, image_size, image_size], from `read_pictures`.
+        titles: one a picture; the same title may stand at many.
+        folder: where to save.
+        seed: of the weights, the batches and the pairs held out.
+        image_size, patch_size: pixels a side, of a picture and of a patch.
+        width, layers, heads: of both towers.
+        steps, batch_size, learning_rate: of AdamW, with warm-up and a half cosine.
+        vary: whether to shift and mirror pictures anew in every step, so that a few thousand are not learnt by heart.
+        progress: whether to show a bar and print the result.
+    Returns:
+        `picture_to_title` and `title_to_picture`, the shares of `held_out` unseen pairs whose partner comes first among all of
+        theirs, `chance`, the share that guessing finds, `first_loss`, `last_loss`, `parameters` and `seconds`.
+    Raises:
+        PerPEFTError: the pairs are too few, or the sizes do not fit each other.
+    """
+    check_sizes(image_size, patch_size, width, layers, heads)
+    _check_pairs(pictures, titles, image_size)
+    start = time.monotonic()
+    tokenizer = train_tokenizer(titles)
+    encoded = tokenizer(list(titles), truncation=True, padding=True, return_tensors="pt")
+    tokens = encoded["input_ids"]  # [pairs, longest title]
+    lengths = encoded["attention_mask"].sum(1)  # [pairs]
+    _, title_numbers = torch.unique(tokens, dim=0, return_inverse=True)  # [pairs]: the same number, the same title
+
+    model = _new_model(tokenizer, seed, image_size, patch_size, width, layers, heads)
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(titles), generator=random)
+    num_held_out = min(HELD_OUT, len(titles) // 10)
+    held_out, training = order[:num_held_out], order[num_held_out:]
+
+    optimizer = _optimizer(model, learning_rate)
+    losses = []
+    bar = tqdm(range(steps), "Training a small CLIP", unit="step", leave=False, disable=None if progress else True)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _rate_share(step, steps)
+        rows = training[torch.randperm(len(training), generator=random)[:batch_size]]  # [batch]
+        seen = _varied(pictures[rows], random) if vary else pictures[rows]  # [batch, 3, image_size, image_size]
+        similarity = _similarity(model, seen, tokens[rows, : lengths[rows].max()])  # [batch pictures, batch titles]
+        loss = contrastive_loss(model.logit_scale.exp() * similarity, title_numbers[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
+
+    with torch.inference_mode():
+        similarity = _similarity(model, pictures[held_out], tokens[held_out])  # [held-out pictures, held-out titles]
+    result = retrieval(similarity, title_numbers[held_out])
+    result |= {"held_out": num_held_out, "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
+    result |= {"parameters": model.num_parameters(), "seconds": time.monotonic() - start}
+    with folder_written_atomically(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        image_processor(image_size).save_pretrained(temporary)
+    if progress:
+        print(
+            f"Small CLIP, {result['parameters']:,} parameters, {result['seconds']:.0f} s: among {num_held_out} unseen pairs"
+            f" it finds the title of {result['picture_to_title']:.0%} of the pictures and the picture of"
+            f" {result['title_to_picture']:.0%} of the titles (chance {result['chance']:.0%}); saved in {folder}"
+        )
+    return result
+
+
+def check_sizes(image_size: int, patch_size: int, width: int, layers: int, heads: int) -> None:
+    """Refuse sizes of which no CLIP can be made.
+
+    Raises:
+        PerPEFTError: says which, and why.
+    """
+    if min(image_size, patch_size, width, layers, heads) < 1:
+        raise PerPEFTError("image_size, patch_size, width, layers and heads must all be at least 1")
+    if image_size % patch_size:
+        raise PerPEFTError(f"image_size {image_size} is no multiple of patch_size {patch_size}; choose one that is")
+    if width % heads:
+        raise PerPEFTError(f"width {width} is no multiple of heads {heads}; choose one that is")
+
+
+def _check_pairs(pictures: torch.Tensor, titles: Sequence[str], image_size: int) -> None:
+    if len(titles) < FEWEST_PAIRS:
+        raise PerPEFTError(f"{len(titles)} pictures with titles are too few to train a CLIP on; it takes {FEWEST_PAIRS} or more")
+    expected = (len(titles), 3, image_size, image_size)
+    if pictures.dtype != torch.uint8 or tuple(pictures.shape) != expected:
+        raise PerPEFTError(f"the pictures are {pictures.dtype} {list(pictures.shape)}; uint8 {list(expected)} is needed")
+
+
+def _new_model(
+    tokenizer: CLIPTokenizerFast, seed: int, image_size: int, patch_size: int, width: int, layers: int, heads: int
+) -> CLIPModel:
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,  # 4 times is usual; half of it spares a sixth of a step
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": PROJECTION_DIM,
+        "hidden_act": "gelu",  # one operation, where CLIP's quick_gelu is three
+    }
+    # The EOS id tells CLIPModel which token to pool; left out, it would be 2, which means "the largest id" to transformers.
+    specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**tower, **specials, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length},
+        vision_config={**tower, "image_size": image_size, "patch_size": patch_size},
+        projection_dim=PROJECTION_DIM,
+    )
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator; the caller's goes on
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+        # transformers starts these at 0.02, which suits long training: larger, a small model finds its words and places in
+        # hundreds of steps instead of thousands
+        for tower in (model.text_model, model.vision_model):
+            tower.embeddings.position_embedding.weight.data.normal_(std=0.2)
+        model.text_model.embeddings.token_embedding.weight.data.normal_(std=0.2)
+    return model.train()
+
+
+def _optimizer(model: CLIPModel, learning_rate: float) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]  # biases, norms, the logit scale
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+
+
+def _rate_share(step: int, steps: int) -> float:
+    """The share of the highest learning rate to use in a step: rising in a line, then falling in a half cosine to 0."""
+    warm_up = max(1, round(WARM_UP_SHARE * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
+
+
+def _similarity(model: CLIPModel, pictures: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Cosine of every picture [p, 3, size, size] with every title [t, length]: [p, t]."""
+    scale, shift = channel_statistics(image_processor())
+    picture = clip_features(model, pictures.float() * scale + shift, None)  # [p, projection]
+    title = clip_features(model, None, tokens)  # [t, projection]
+    return picture @ title.T
+
+
+def _varied(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Shift a batch of pictures [batch, 3, size, size] by a few pixels, edges repeated, and mirror a random half of it."""
+    size = pictures.shape[-1]
+    reach = round(LARGEST_SHIFT * size)
+    top, left = torch.randint(2 * reach + 1, (2,), generator=random).tolist()
+    mirrored = torch.rand(len(pictures), 1, 1, 1, generator=random) < 0.5
+    pictures = torch.where(mirrored, pictures.flip(-1), pictures)
+    padded = F.pad(pictures.float(), (reach,) * 4, mode="replicate")  # [batch, 3, size + 2 reach, size + 2 reach]
+    return padded[:, :, top : top + size, left : left + size]
+
+
+def contrastive_loss(logits: torch.Tensor, title_numbers: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric InfoNCE, in which every pair with the same title counts as a match, so that none is a false negative.
+
+    Args:
+        logits: scaled cosines, [batch pictures, batch titles].
+        title_numbers: the same number for the same title, [batch].
+    Returns:
+        The mean of both directions' cross-entropies, a scalar.
+    """
+    same = (title_numbers[:, None] == title_numbers[None, :]).float()  # [batch, batch], symmetric
+    target = same / same.sum(1, keepdim=True)  # each row a distribution over its matches
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def retrieval(similarity: torch.Tensor, title_numbers: torch.Tensor) -> dict[str, float]:
+    """Top-1 retrieval in both directions; a pair with the same title as the asked one is right too.
+
+    Args:
+        similarity: [pictures, titles], pair i at (i, i).
+        title_numbers: the same number for the same title, [pairs].
+    Returns:
+        `picture_to_title`, `title_to_picture` and `chance`, as shares of the pairs.
+    """
+    same = (title_numbers[:, None] == title_numbers[None, :]).float()  # [pairs, pairs]
+    return {
+        "picture_to_title": same.gather(1, similarity.argmax(1, keepdim=True)).mean().item(),
+        "title_to_picture": same.gather(1, similarity.T.argmax(1, keepdim=True)).mean().item(),
+        "chance": same.mean().item(),
+    }
+
+
+# ---------------------------------------------------------------- the demo's CLIP
+
+
+def demo_pairs(image_size: int = IMAGE_SIZE, seed: int = 0, num: int = DEMO_PAIRS) -> tuple[torch.Tensor, list[str]]:
+    """Draw what the demo's CLIP learns from: uint8 [num, 3, image_size, image_size] and as many captions."""
+    pictures, captions = draw_caption_pairs(num, seed)  # [num, 3, drawn size, drawn size]
+    resample = image_processor().resample
+    small = [Image.fromarray(picture.transpose(1, 2, 0)).resize((image_size, image_size), resample) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in small]).transpose(0, 3, 1, 2).copy()), captions
+
+
+def demo_clip(cache_folder: str | Path, seed: int = 0) -> Path:
+    """Give the folder of the demo's CLIP; on first use it is trained, which takes a minute or two.
+
+    Args:
+        cache_folder: where it lies, or is to lie.
+        seed: of its training data and its training.
+    Returns:
+        `cache_folder/demo_small_clip`, or `demo_small_clip_seed{seed}` for a seed other than 0.
+    """
+    folder = Path(cache_folder) / ("demo_small_clip" if seed == 0 else f"demo_small_clip_seed{seed}")
+    with made_by_one(folder) as missing:
+        if missing:
+            print("Making the demo's CLIP: drawing pictures with captions and training on them, a minute or two on 2 CPU cores")
+            pictures, captions = demo_pairs(seed=seed)
+            train_small_clip(pictures, captions, folder, seed=seed, vary=False)  # its signs are too small to be shifted
+    return folder

@@ -1,0 +1,133 @@
+"""A finished run opened again from its folder alone: options, data and model, checked to be those that it was trained with."""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.common.devices import choose_device
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import Dataset, Histories, read_dataset
+from utils.items.foundation import contents_fingerprint, needs_contents
+from utils.run.options import build_parser
+from utils.run.pipeline import FINGERPRINTS, Run, build_model, dataset_fingerprint, least_users, read_settings
+from utils.training.evaluation import last_states
+from utils.training.processes import Processes
+
+
+def finished_options(
+    folder: str | Path, train_dir: str | Path = "./dataset", device: str | None = None, clip_model: str | None = None
+) -> tuple[argparse.Namespace, dict[str, str | None]]:
+    """The options of a finished run, from its summary.json.
+
+    Args:
+        folder: the run folder.
+        train_dir: where the data sets lie now.
+        device: as in `choose_device`.
+        clip_model: where the run's CLIP lies now, if elsewhere than in training.
+    Returns:
+        the options as a training script parses them, and the fingerprints that the data had
+    Raises:
+        PerPEFTError: the folder holds no finished run, or its summary is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "summary.json").is_file():
+        what = "is not there" if not folder.is_dir() else "holds no finished run (it has no summary.json)"
+        raise PerPEFTError(f"{folder} {what}; name the folder of a run whose training has ended, as in ./runs")
+    found = read_settings(folder / "summary.json", nested=True)
+    defaults = vars(build_parser("", ("lora", "ia3")).parse_args(["--dataset", "any"]))  # of options that change no figure
+    config = {name: value for name, value in found.items() if name not in FINGERPRINTS}
+    options = argparse.Namespace(**{**defaults, **config})
+    options.train_dir, options.output_dir, options.device = str(train_dir), str(folder.parent), choose_device(device)
+    if clip_model is not None and options.clip_model is not None:
+        options.clip_model = clip_model
+    return options, {name: found[name] for name in FINGERPRINTS}
+
+
+def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None]) -> Dataset:
+    """The data set of a finished run, with titles and pictures where they are there to be shown.
+
+    Args:
+        options, expected: as `finished_options` gives them.
+    Raises:
+        PerPEFTError: the data set is not there, or no longer the one that the run was trained on.
+    """
+    folder, name = Path(options.train_dir), options.dataset
+    needed = needs_contents(options.peft_type, folder, name)
+    at_hand = (folder / f"{name}_texts_final.pickle").is_file() and (folder / f"{name}_images").is_dir()
+    dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", least_users(options))
+    if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
+        raise _other_data(name, "dataset_fingerprint", "")
+    clip = options.clip_model
+    # A CLIP from the hub left no trace in the fingerprint; a copy of it in a folder may be named now.
+    possible = [contents_fingerprint(options.peft_type, dataset, where) for where in (clip, None)]
+    if expected["contents_fingerprint"] not in possible:
+        lost = f"; or its CLIP '{clip}', which is no folder here, lies elsewhere: name it by --clip_model DIR"
+        raise _other_data(name, "contents_fingerprint", "" if Path(clip).is_dir() else lost)
+    return dataset
+
+
+def _other_data(name: str, kind: str, more: str) -> PerPEFTError:
+    return PerPEFTError(f"data set '{name}' is not the one that this run was trained on{FINGERPRINTS[kind]}{more}")
+
+
+def open_finished(
+    folder: str | Path, device: str | None = None, train_dir: str | Path = "./dataset", clip_model: str | None = None
+) -> Run:
+    """Rebuild a finished run, its data and its model, which has one group and no trained weights yet; nothing is written.
+
+    Call `load_global` on it, then `load_personalized`, and use the model as it is in between.
+
+    Args:
+        folder, device, train_dir, clip_model: as in `finished_options`.
+    Raises:
+        PerPEFTError: the run is not finished, or its data or CLIP is missing or has changed.
+    """
+    options, expected = finished_options(folder, train_dir, device, clip_model)
+    return rebuilt_run(options, finished_dataset(options, expected), Path(folder))
+
+
+def rebuilt_run(options: argparse.Namespace, dataset: Dataset, folder: Path) -> Run:
+    """A run as `open_finished` gives it, with its data read already."""
+    run = Run(options, dataset, *build_model(options, dataset), folder, {}, Processes(torch.device(options.device)))
+    run.model.eval()
+    return run
+
+
+def state_after(run: Run, table: torch.Tensor, history: np.ndarray) -> torch.Tensor:
+    """The present recommender's state after one history, items as in `table`, [hidden]."""
+    return last_states(run.model.sasrec, table, Histories.of_lists([history]), np.array([0]))[0]
+
+
+def group_centres(vectors: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
+    """The mean of the members' vectors, [groups, hidden]; NaN for a group without members."""
+    sums = np.zeros((num_groups, vectors.shape[1]))
+    np.add.at(sums, groups, vectors)
+    with np.errstate(invalid="ignore"):
+        return sums / np.bincount(groups, minlength=num_groups)[:, None]
+
+
+def item_number(dataset: Dataset, name: str) -> int:
+    """The item of a raw id or, where no item is called so, of a number.
+
+    Raises:
+        PerPEFTError: there is none.
+    """
+    if name in dataset.raw_ids:
+        return dataset.raw_ids.index(name) + 1
+    if name.isascii() and name.isdigit() and 1 <= int(name[:20]) <= dataset.num_items:
+        return int(name)
+    raise PerPEFTError(f"item '{name}' is neither a raw id of {dataset.name} nor a number from 1 to {dataset.num_items}")
+
+
+def user_row(dataset: Dataset, number: int) -> int:
+    """The row of a user by their number in `{name}_final.txt`.
+
+    Raises:
+        PerPEFTError: there is no such user.
+    """
+    rows = np.flatnonzero(dataset.user_ids == number)
+    if not len(rows):
+        low, high = dataset.user_ids.min(), dataset.user_ids.max()
+        raise PerPEFTError(f"user {number} is not in {dataset.name}_final.txt, whose users' numbers go from {low} to {high}")
+    return int(rows[0])

@@ -1,0 +1,153 @@
+"""What a run tells: metrics.csv, summary.json, groups.csv, the curves, and the closing table."""
+import csv
+import io
+import json
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.common.errors import PerPEFTError
+from utils.common.files import write_text_atomically
+from utils.training.evaluation import METRICS
+from utils.training.trainer import best_row
+
+SPLIT_METRICS = tuple(f"{split}_{name}" for split in ("valid", "test") for name in METRICS)
+METRIC_COLUMNS = ("stage", "epoch", "train_loss", "seconds", *SPLIT_METRICS)
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write metrics.csv, a row an epoch; it is whole at any moment."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRIC_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "seconds": f"{row['seconds']:.2f}"})
+    write_text_atomically(path, text.getvalue())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv, numbers as numbers."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            {name: value if name == "stage" else int(value) if name == "epoch" else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
+    """Write groups.csv: user, group."""
+    lines = [f"{user},{group}\n" for user, group in zip(user_ids.tolist(), groups.tolist())]
+    write_text_atomically(path, "user,group\n" + "".join(lines))
+
+
+def read_groups(path: Path) -> np.ndarray:
+    """Each user row's group from groups.csv, [users].
+
+    Raises:
+        PerPEFTError: it is missing or damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an empty file, which fails right after
+            return np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)[:, 1]
+    except (IndexError, OSError, ValueError) as error:
+        raise PerPEFTError(f"{path} cannot be read ({error}); start over with --restart") from error
+
+
+def write_ranks(path: Path, user_ids: np.ndarray, ranks: dict[str, np.ndarray]) -> None:
+    """Write what `rank_all_users` gave: user, valid_rank, test_rank, from 0; for tests of significance and figures by group."""
+    rows = zip(user_ids[ranks["users"]].tolist(), ranks["valid"].tolist(), ranks["test"].tolist())
+    write_text_atomically(path, "user,valid_rank,test_rank\n" + "".join(f"{user},{valid},{test}\n" for user, valid, test in rows))
+
+
+def read_ranks(path: Path) -> dict[str, np.ndarray]:
+    """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each.
+
+    Raises:
+        PerPEFTError: it is missing or damaged.
+    """
+    try:
+        table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
+        return dict(zip(("users", "valid", "test"), table.reshape(-1, 3).T))
+    except (OSError, ValueError) as error:
+        raise PerPEFTError(f"{path} cannot be read ({error}); train this run anew with --restart") from error
+
+
+def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Best epoch by valid NDCG@20 and its metrics as fractions."""
+    best = best_row(rows)
+    return {"best_epoch": best["epoch"]} | {
+        split: {name: best[f"{split}_{name}"] for name in METRICS} for split in ("valid", "test")
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures may depend on."""
+    import peft
+    import sklearn
+    import torch
+    import transformers
+
+    libraries = {"torch": torch, "transformers": transformers, "peft": peft, "numpy": np, "scikit-learn": sklearn}
+    return {"python": platform.python_version()} | {name: library.__version__ for name, library in libraries.items()}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write readable JSON, whole or not at all."""
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw loss and NDCG@20 over the epochs of both stages, the best epochs marked."""
+    from matplotlib.figure import Figure
+
+    from utils.analysis.sheets import save_figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss_axes, metric_axes = figure.subplots(1, 2)
+    first = 0
+    for stage, colour in (("global", "tab:gray"), ("personalized", "tab:blue")):
+        stage_rows = [row for row in rows if row["stage"] == stage]
+        if not stage_rows:
+            continue
+        epochs = [first + row["epoch"] for row in stage_rows]
+        loss_axes.plot(epochs, [row["train_loss"] for row in stage_rows], color=colour, marker=".", label=stage)
+        for split, style in (("valid", "-"), ("test", ":")):
+            values = [row[f"{split}_NDCG@20"] for row in stage_rows]
+            metric_axes.plot(epochs, values, style, color=colour, marker=".", label=f"{stage}, {split}")
+        best = best_row(stage_rows)
+        metric_axes.plot(first + best["epoch"], best["valid_NDCG@20"], "*", color="tab:red", markersize=11)
+        first = epochs[-1]
+    loss_axes.set(xlabel="epoch", ylabel="training loss")
+    metric_axes.set(xlabel="epoch (star: best by valid)", ylabel="NDCG@20")
+    for axes in (loss_axes, metric_axes):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    save_figure(path, figure)
+
+
+def draw_groups(path: Path, sizes: list[int]) -> None:
+    """Draw how many users each group has."""
+    from matplotlib.figure import Figure
+
+    from utils.analysis.sheets import save_figure
+
+    figure = Figure(figsize=(1.5 + 0.6 * len(sizes), 3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar_label(axes.bar(range(len(sizes)), sizes, color="tab:blue"), fontsize="small")
+    axes.set(xlabel="group", ylabel="users", xticks=range(len(sizes)))
+    axes.margins(y=0.15)
+    save_figure(path, figure)
+
+
+def results_table(summary: dict[str, Any]) -> str:
+    """Global against personalized, valid and test, in percent as the paper prints them."""
+    lines = [f"{'':<16}{'split':<7}" + "".join(f"{name:>9}" for name in METRICS) + "   best epoch"]
+    for stage in [stage for stage in ("global", "personalized") if stage in summary]:
+        for split in ("valid", "test"):
+            values = "".join(f"{100 * summary[stage][split][name]:>9.2f}" for name in METRICS)
+            lines.append(f"{stage:<16}{split:<7}{values}   {summary[stage]['best_epoch']:>10}")
+    return "\n".join(lines)

@@ -1,0 +1,4 @@
+"""Sampling, the training step, full-ranking evaluation, user grouping, checkpoints.
+
+Imports common, data, items and models.
+"""

@@ -1,0 +1,150 @@
+"""What is kept on disk of a model: the best weights in open formats, and the state that continuing needs."""
+import glob
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import PerPEFT
+from utils.common.errors import PerPEFTError
+from utils.common.files import folder_written_atomically, save_tensors, write_atomically
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise PerPEFTError(f"{path} is missing; train first, or start over with --restart") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PerPEFTError(f"{path} cannot be read ({reason}); delete it, or start over with --restart") from error
+
+
+def save_global(model: PerPEFT, folder: Path) -> None:
+    """Write `sasrec.pth`, `projector.pth` and the adapter of a model with one group; the folder is replaced as a whole."""
+    with folder_written_atomically(folder) as temporary:
+        save_tensors(model.sasrec.state_dict(), temporary / "sasrec.pth")
+        save_tensors(model.projectors[0].state_dict(), temporary / "projector.pth")
+        model.encoder.save_group(temporary, 0)
+
+
+def save_personalized(model: PerPEFT, folder: Path) -> None:
+    """Write `sasrec.pth` and, in `group_{g}/`, every group's `projector.pth` and adapter; the folder is replaced as a whole."""
+    with folder_written_atomically(folder) as temporary:
+        save_tensors(model.sasrec.state_dict(), temporary / "sasrec.pth")
+        for group, projector in enumerate(model.projectors):
+            own = temporary / f"group_{group}"
+            own.mkdir()
+            save_tensors(projector.state_dict(), own / "projector.pth")
+            model.encoder.save_group(own, group)
+
+
+def _load_group(model: PerPEFT, folder: Path, group: int) -> None:
+    try:
+        model.projectors[group].load_state_dict(_read(folder / "projector.pth"))
+        model.encoder.load_group(folder, group)
+    except PerPEFTError:
+        raise
+    except Exception as error:  # a damaged file raises what its format's library likes
+        raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
+
+
+def _load_sasrec(model: PerPEFT, folder: Path) -> None:
+    try:
+        model.sasrec.load_state_dict(_read(folder / "sasrec.pth"))
+    except (RuntimeError, TypeError) as error:
+        raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
+
+
+def load_global(model: PerPEFT, folder: Path) -> None:
+    """Read what `save_global` wrote into a model with one group.
+
+    Raises:
+        PerPEFTError: a file is missing, damaged, or of a model of another shape.
+    """
+    _load_sasrec(model, folder)
+    _load_group(model, folder, 0)
+
+
+def load_personalized(model: PerPEFT, folder: Path) -> None:
+    """Read what `save_personalized` wrote into a model with as many groups.
+
+    Raises:
+        PerPEFTError: a file is missing, damaged, or of a model of another shape.
+    """
+    _load_sasrec(model, folder)
+    for group in range(model.num_groups):
+        _load_group(model, folder / f"group_{group}", group)
+
+
+def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: str) -> None:
+    """Read the global model of another run, or one that the authors' code has saved.
+
+    Args:
+        model: with one group.
+        where: a run folder, its `global/`, the authors' `pretrained_models/`, or one of the `sasrec_...pth` files in that:
+            `sasrec_{peft}_{dataset}_{epoch}_{lr}_{wdecay}.pth`, beside which `projector_...pth` and `clip_encoder_.../` (LoRA,
+            IA3) or `encoder_...pth` (IISAN) of the same ending lie.
+        peft_type, dataset: whose files are looked for in `pretrained_models/`.
+    Raises:
+        PerPEFTError: nothing there, several there, or weights of a model of another shape.
+    """
+    own = [folder for folder in (where / "global", where) if (folder / "sasrec.pth").is_file()]
+    if (where / "resume").is_dir():
+        raise PerPEFTError(f"--init_from {where} is a run that has not ended; let it end first, by the command that began it")
+    if own:
+        load_global(model, own[0])
+        return
+    prefix = f"sasrec_{peft_type}_{dataset}_"
+    found = [where] if where.is_file() else sorted(where.glob(f"{glob.escape(prefix)}*.pth"))
+    if len(found) != 1:
+        several = f"there are several, name one of them: {', '.join(path.name for path in found[:5])}"
+        raise PerPEFTError(
+            f"--init_from {where}: "
+            + (several if found else f"neither a run folder with global/sasrec.pth nor a folder with {prefix}...pth is there")
+        )
+    ending = found[0].stem.removeprefix("sasrec_")
+    folder = found[0].parent
+    parts = {
+        f"projector_{ending}.pth": "projector.pth", f"clip_encoder_{ending}": "adapter", f"encoder_{ending}.pth": "iisan.pth",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:  # the same files under the names that this project gives them
+        (Path(temporary) / "sasrec.pth").symlink_to(found[0].resolve())
+        for theirs, ours in parts.items():
+            if (folder / theirs).exists():
+                (Path(temporary) / ours).symlink_to((folder / theirs).resolve())
+        try:
+            load_global(model, Path(temporary))
+        except PerPEFTError as error:
+            raise PerPEFTError(f"--init_from {found[0]}: {str(error).replace(temporary, str(folder))}") from error
+
+
+class ResumeState:
+    """The state of one stage in one file, replaced as a whole.
+
+    Attributes:
+        path: the file, named for the stage.
+        saved: how far the state in it has come, in words; None as long as there is none.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.saved: str | None = None
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last; None before the first save."""
+        if not self.path.is_file():
+            return None
+        state = _read(self.path)
+        self._note(state)
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace what was saved; plain values and tensors only, "epoch" and "step" among them."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, lambda temporary: save_tensors(state, temporary))
+        self._note(state)
+
+    def _note(self, state: dict[str, Any]) -> None:
+        self.saved = f"{self.path.stem} epoch {state['epoch']}, step {state['step']}"

@@ -1,0 +1,159 @@
+"""Training batches: users of one group, their transitions, and negatives; whole arrays at a time."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import Histories
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step needs; sequences hold row numbers of the batch's own small item table.
+
+    Attributes:
+        group: whose adapter and projector are trained.
+        items: the distinct items of the batch, [rows]; row 0 is the padding item 0.
+        seq, positives, negatives: rows of `items`, 0 at padding, [batch, time] each.
+        whole: the batch that this is a part of, if it is one.
+    """
+
+    group: int
+    items: np.ndarray
+    seq: np.ndarray
+    positives: np.ndarray
+    negatives: np.ndarray
+    whole: "Batch | None" = None
+
+    def part(self, rank: int, size: int) -> "Batch":
+        """Every `size`-th user from number `rank` on, with these users' own items; no user where there are too few."""
+        rows, local = np.unique(
+            np.concatenate([[0], *(table[rank::size].ravel() for table in (self.seq, self.positives, self.negatives))]),
+            return_inverse=True,
+        )  # rows of this batch's items; row 0 stays the padding item's
+        seq, positives, negatives = local[1:].reshape(3, -1, self.seq.shape[1])
+        return Batch(self.group, self.items[rows], seq, positives, negatives, whole=self)
+
+
+class PurchaseIndex:
+    """Answers "has this user bought this item?" for whole arrays, by one binary search in sorted keys."""
+
+    def __init__(self, histories: Histories, num_items: int):
+        self._width = num_items + 1
+        self._keys = np.unique(histories.users * self._width + histories.items)
+
+    def contains(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether user row users[i] bought items[i]; both of one shape, which the answer has too."""
+        keys = users * self._width + items
+        if not len(self._keys):
+            return np.zeros(keys.shape, dtype=bool)
+        position = np.searchsorted(self._keys, keys)
+        return self._keys[np.minimum(position, len(self._keys) - 1)] == keys
+
+    def items_of(self, user: int) -> np.ndarray:
+        """The distinct items of one user, sorted."""
+        first, last = np.searchsorted(self._keys, [user * self._width, (user + 1) * self._width])
+        return self._keys[first:last] - user * self._width
+
+
+class Sampler:
+    """Batches of one stage. Every draw is a function of (seed, stage, epoch, step) alone, so any step can be repeated.
+
+    An epoch has ceil(users of g / batch_size) batches of every group g, in shuffled order, and meets every user once.
+    Users with fewer than two training purchases have no transition to learn and take no part.
+
+    Args:
+        train: training histories.
+        num_items: items are 1..num_items.
+        groups: each user row's group, [users].
+        candidates: for each group the items that negatives are drawn from.
+        batch_size: users a batch.
+        maxlen: transitions a user, the last ones.
+        seed: any number of integers that make this sampler's draws its own.
+    """
+
+    def __init__(
+        self,
+        train: Histories,
+        num_items: int,
+        groups: np.ndarray,
+        candidates: list[np.ndarray],
+        batch_size: int,
+        maxlen: int,
+        seed: tuple[int, ...],
+    ):
+        self._train = train
+        self._bought = PurchaseIndex(train, num_items)
+        self._num_items = num_items
+        self._candidates = candidates
+        self._batch_size = batch_size
+        self._maxlen = maxlen
+        self._seed = seed
+        trainable = train.lengths >= 2
+        self._members = [np.flatnonzero(trainable & (groups == group)) for group in range(len(candidates))]
+        self.num_batches = sum(-(-len(members) // batch_size) for members in self._members)
+        if not self.num_batches:
+            raise PerPEFTError("no user has two training purchases (four purchases in all), so there is nothing to train on")
+        self._planned_epoch: int | None = None
+        self._plan: list[tuple[int, np.ndarray]] = []
+
+    def _random(self, *position: int) -> np.random.Generator:
+        return np.random.default_rng([*self._seed, *position])
+
+    def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """The group and the user rows of every batch of an epoch."""
+        if epoch != self._planned_epoch:
+            random = self._random(epoch, 0)  # steps count from 1 here: numpy takes (epoch) for (epoch, 0)
+            batches = []
+            for group, members in enumerate(self._members):
+                shuffled = random.permutation(members)
+                starts = range(0, len(shuffled), self._batch_size)
+                batches.extend((group, shuffled[start : start + self._batch_size]) for start in starts)
+            self._plan = [batches[position] for position in random.permutation(len(batches))]
+            self._planned_epoch = epoch
+        return self._plan
+
+    def negatives(self, users: np.ndarray, group: int, random: np.random.Generator) -> np.ndarray:
+        """One item for each of `users`: uniform over the group's candidates that this user has not bought in training."""
+        candidates = self._candidates[group]
+        drawn = candidates[random.integers(len(candidates), size=users.shape)]
+        open_positions = np.flatnonzero(self._bought.contains(users, drawn))
+        for _ in range(20):  # with half of the candidates bought, one draw in a million is still open after this
+            if not len(open_positions):
+                return drawn
+            drawn[open_positions] = candidates[random.integers(len(candidates), size=len(open_positions))]
+            still_bought = self._bought.contains(users[open_positions], drawn[open_positions])
+            open_positions = open_positions[still_bought]
+        for position in open_positions:  # users who have bought nearly all: draw from what is left
+            drawn[position] = random.choice(self._left_over(users[position], candidates))
+        return drawn
+
+    def _left_over(self, user: int, candidates: np.ndarray) -> np.ndarray:
+        bought = self._bought.items_of(user)
+        left = np.setdiff1d(candidates, bought)
+        if not len(left):  # bought all that the group buys: any other item will do
+            left = np.setdiff1d(np.arange(1, self._num_items + 1), bought)
+        if not len(left):
+            raise PerPEFTError(f"the user in row {user + 1} has bought every item, so no negative can be drawn for them")
+        return left
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """The batch of one step of an epoch."""
+        group, users = self.plan(epoch)[step]
+        window = self._train.last(users, self._maxlen + 1)  # [batch, time + 1]
+        seq = window[:, :-1]  # [batch, time]
+        real = seq != 0
+        positives = np.where(real, window[:, 1:], 0)
+        negatives = np.zeros_like(seq)
+        repeated_users = np.broadcast_to(users[:, None], seq.shape)
+        negatives[real] = self.negatives(repeated_users[real], group, self._random(epoch, step + 1))
+        rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
+        items, local = np.unique(rows, return_inverse=True)
+        seq, positives, negatives = local[1:].reshape(3, *seq.shape)
+        return Batch(group, items, seq, positives, negatives)
+
+
+def group_items(train: Histories, groups: np.ndarray, num_groups: int) -> list[np.ndarray]:
+    """For each group the distinct items in its users' training histories; empty groups get none."""
+    group_of_purchase = groups[train.users]
+    return [np.unique(train.items[group_of_purchase == group]) for group in range(num_groups)]
