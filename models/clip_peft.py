@@ -36,19 +36,19 @@ def channel_statistics(processor: BaseImageProcessor) -> tuple[torch.Tensor, tor
     return factor / std, -mean / std
 
 
-def clip_features(clip: CLIPModel, pictures: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
-    """CLIP's L2-normalised embeddings of pictures and titles side by side, or of those of them that are given.
+def clip_features(clip: CLIPModel, images: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
+    """CLIP's L2-normalised embeddings of images and titles side by side, or of those of them that are given.
 
     Args:
         clip: with or without adapters.
-        pictures: normalised, [items, 3, height, width].
+        images: normalised, [items, 3, height, width].
         tokens: token ids of the titles, each with its end-of-text token, [items, length].
     Returns:
         [items, 2 * projection_dim], or [items, projection_dim] of one alone
     """
     features = []
-    if pictures is not None:
-        pooled = clip.vision_model(pixel_values=pictures).pooler_output  # [items, vision hidden]
+    if images is not None:
+        pooled = clip.vision_model(pixel_values=images).pooler_output  # [items, vision hidden]
         features.append(F.normalize(clip.visual_projection(pooled).float(), dim=-1))  # [items, projection]
     if tokens is not None:
         # No attention mask: the tower is causal and pools the end-of-text token, so what follows it cannot matter.
@@ -60,13 +60,13 @@ def clip_features(clip: CLIPModel, pictures: torch.Tensor | None, tokens: torch.
 class ClipPeftEncoder(ItemEncoder):
     """A frozen CLIPModel whose towers carry one peft adapter a group.
 
-    Item features are CLIP's L2-normalised picture and title embeddings side by side, [items, 2 * projection_dim], or one of
+    Item features are CLIP's L2-normalised image and title embeddings side by side, [items, 2 * projection_dim], or one of
     them alone; the other tower then takes no part and carries no adapter.
 
     Args:
         clip: the foundation model; it is frozen and its linear layers are wrapped in place.
         config: what kind of adapter, from `lora_config` or `ia3_config`.
-        processor: CLIP's image processor, for the channel statistics that pictures are normalised with.
+        processor: CLIP's image processor, for the channel statistics that images are normalised with.
         gradient_checkpointing: keep no layer's inner values for the backward pass but compute them again: a fraction of the
             memory, a third more time, the same gradients.
         modality: "both", "image" or "text": what of an item is looked at.
@@ -118,14 +118,14 @@ class ClipPeftEncoder(ItemEncoder):
         """Encode items.
 
         Args:
-            pixels: pictures resized and cropped but not rescaled, uint8 [items, 3, height, width].
+            pixels: images resized and cropped but not rescaled, uint8 [items, 3, height, width].
             tokens: token ids of the titles, each with its end-of-text token, [items, length].
         Returns:
             [items, feature_dim]
         """
         used = MODALITIES[self._modality]
-        pictures = torch.addcmul(self._shift, pixels.float(), self._scale) if "image" in used else None
-        return clip_features(self._clip, pictures, tokens if "text" in used else None)
+        images = torch.addcmul(self._shift, pixels.float(), self._scale) if "image" in used else None
+        return clip_features(self._clip, images, tokens if "text" in used else None)
 
     def attention(
         self, pixels: torch.Tensor, tokens: torch.Tensor, end_of_text: int
@@ -140,16 +140,16 @@ class ClipPeftEncoder(ItemEncoder):
             tokens, [items, length]; rows sum to 1; None for a tower that takes no part
         """
         used = MODALITIES[self._modality]
-        of_pictures = of_titles = None
+        of_images = of_titles = None
         if "image" in used:
-            pictures = torch.addcmul(self._shift, pixels.float(), self._scale)
-            layers = self._clip.vision_model(pixel_values=pictures, output_attentions=True).attentions
-            of_pictures = layers[-1].mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]
+            images = torch.addcmul(self._shift, pixels.float(), self._scale)
+            layers = self._clip.vision_model(pixel_values=images, output_attentions=True).attentions
+            of_images = layers[-1].mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]
         if "text" in used:
             layers = self._clip.text_model(input_ids=tokens, output_attentions=True).attentions
             place = (tokens == end_of_text).int().argmax(-1)  # [items]
             of_titles = layers[-1].mean(1)[torch.arange(len(tokens)), place]  # [items, length]
-        return of_pictures, of_titles
+        return of_images, of_titles
 
     def clone_groups(self, num_groups: int) -> None:
         """Make `num_groups` adapters, every one a copy of the present group 0."""

@@ -73,11 +73,11 @@ class _LayerwiseLinear(nn.Module):
 class IISAN(nn.Module):
     """Intra- and inter-modal side adapted network (Fu et al., SIGIR 2024).
 
-    Three streams (title, picture, both) climb the cached layers of CLIP; learned gates weigh each layer against what the
+    Three streams (title, image, both) climb the cached layers of CLIP; learned gates weigh each layer against what the
     stream holds so far. Submodule names are those of the authors' weights.
 
     Args:
-        image_dim: width of the picture tower's hidden states.
+        image_dim: width of the image tower's hidden states.
         text_dim: width of the text tower's hidden states.
         num_states: S, the number of cached layers.
         bottleneck: inner width of the side blocks.
@@ -90,7 +90,7 @@ class IISAN(nn.Module):
         super().__init__()
         self.num_states = num_states
         self._modality = modality
-        self.weight_scalar = nn.Parameter(torch.zeros(3, num_states))  # gates before the sigmoid: text, picture, both
+        self.weight_scalar = nn.Parameter(torch.zeros(3, num_states))  # gates before the sigmoid: text, image, both
         self.out_dim = 0
         if "image" in MODALITIES[modality]:
             self.ImgBlocks = nn.ModuleList(_side_block(image_dim, bottleneck) for _ in range(num_states))
@@ -107,19 +107,19 @@ class IISAN(nn.Module):
         """Item features from cached states.
 
         Args:
-            image_states: the picture's CLS token after each cached layer, [items, S, image_dim].
+            image_states: the image's CLS token after each cached layer, [items, S, image_dim].
             text_states: the title's end-of-text token after each cached layer, [items, S, text_dim].
         Returns:
-            title, picture and joint stream side by side, [items, text_dim + image_dim + text_dim], or one alone.
+            title, image and joint stream side by side, [items, text_dim + image_dim + text_dim], or one alone.
         """
         image_layers, text_layers = image_states.transpose(0, 1), text_states.transpose(0, 1)  # [S, items, width]
         # unbind, not indexing, of what needs a gradient: its backward is one stack, where every index would fill a table
-        text_gates, picture_gates, joint_gates = torch.sigmoid(self.weight_scalar).unbind()  # [S] each
+        text_gates, image_gates, joint_gates = torch.sigmoid(self.weight_scalar).unbind()  # [S] each
         streams = []
         if "text" in MODALITIES[self._modality]:
             streams.append(_own_stream(text_layers, text_gates, self.TextBlocks))
         if "image" in MODALITIES[self._modality]:
-            streams.append(_own_stream(image_layers, picture_gates, self.ImgBlocks))
+            streams.append(_own_stream(image_layers, image_gates, self.ImgBlocks))
         if self._modality == "both":
             projected = self.CombProj(image_layers).to(text_layers.dtype)  # fp16 under autocast; lerp takes one type alone
             # w * text + (1 - w) * projection, all layers in one batched product

@@ -10,7 +10,7 @@ MODALITIES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
 
 
 class ItemEncoder(nn.Module, ABC):
-    """Turns what an item source fetches (pictures and tokens, or hidden states) into item features, by one of its adapters.
+    """Turns what an item source fetches (images and tokens, or hidden states) into item features, by one of its adapters.
 
     An encoder is born with one adapter, group 0, which is the global one. `clone_groups(C)` makes C adapters of it, all
     alike, which then train apart. Only the adapter chosen by `use_group` takes part in a forward pass, so only it receives

@@ -9,7 +9,7 @@ class MMProjector(nn.Module):
     The padding item is an all-zero feature row, so its vector is `projector(0)`, not zero.
 
     Args:
-        in_dim: width of the item features, e.g. 1024 for CLIP ViT-B/32's picture and title embeddings side by side.
+        in_dim: width of the item features, e.g. 1024 for CLIP ViT-B/32's image and title embeddings side by side.
         hidden_units: the recommender's width d.
     """
 

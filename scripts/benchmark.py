@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def measure_store(clip_model: str, dataset: Dataset, batch_size: int) -> dict[str, float]:
-    """The picture store beside decoding in every step."""
+    """The image store beside decoding in every step."""
     foundation = foundation_for(clip_model, dataset)
     sampler = benchmark.stage_sampler(dataset, 1, batch_size, 10)
     return benchmark.store_costs(foundation, dataset, foundation.store(dataset), sampler.batch(1, 0), sampler.num_batches)
@@ -93,7 +93,7 @@ def lines_of(figures: dict[str, Any], prefix: str = "") -> list[str]:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--dataset", default="demo", help="whose pictures, titles and histories")
+    parser.add_argument("--dataset", default="demo", help="whose images, titles and histories")
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--clip_model", default=None, help=f"folder, hub name or {RANDOM_CLIP} (default; the demo: its own)")
     parser.add_argument("--peft", nargs="+", choices=("lora", "ia3", "iisan"), default=["lora", "ia3", "iisan"])

@@ -1,4 +1,4 @@
-"""Check a data set's files, pictures included, and print what they hold and all that is wrong; exit code 0 if usable, else 2."""
+"""Check a data set's files, images included, and print what they hold and all that is wrong; exit code 0 if usable, else 2."""
 import argparse
 import sys
 
@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--C", type=number(int, 1), default=8, help="user groups, of which each needs a user")
-    parser.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without a picture")
+    parser.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without an image")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args()
     if options.dataset == "demo":

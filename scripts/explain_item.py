@@ -1,4 +1,4 @@
-"""Show what CLIP looks at in an item's title and picture under each group's adapter of a finished LoRA or IA3 run."""
+"""Show what CLIP looks at in an item's title and image under each group's adapter of a finished LoRA or IA3 run."""
 from pathlib import Path
 
 from utils.analysis.attention import draw_explanation, explain_item, told_explanation

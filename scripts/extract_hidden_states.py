@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--clip_model", default=None, help=f"CLIPModel folder or hub name (default: {DEFAULT_CLIP})")
     parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
-    parser.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without a picture")
+    parser.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without an image")
     parser.add_argument("--restart", action="store_true", help="compute them anew where they are there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args()

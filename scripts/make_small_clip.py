@@ -1,4 +1,4 @@
-"""Train a small CLIP on a data set's own pictures and titles, for where openai/clip-vit-base-patch32 cannot be had."""
+"""Train a small CLIP on a data set's own images and titles, for where openai/clip-vit-base-patch32 cannot be had."""
 import argparse
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from utils.run.options import HelpFormatter, number, run_main
 
 
 def main() -> None:
-    """Parse, read pictures and titles, train, print."""
+    """Parse, read images and titles, train, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     count = number(int, 1, 1_000_000)
     parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' learns from other drawn items")
@@ -34,13 +34,13 @@ def main() -> None:
     small_clip.check_sizes(**sizes)  # now rather than after minutes of reading
     if options.dataset == "demo":
         make_demo(options.train_dir)
-        pictures, titles = small_clip.demo_pairs(options.image_size, options.seed)
+        images, titles = small_clip.demo_pairs(options.image_size, options.seed)
     else:
         dataset = read_dataset(options.train_dir, options.dataset)
-        pictures, titles = small_clip.read_pictures(dataset.image_paths, options.image_size), dataset.titles
+        images, titles = small_clip.read_images(dataset.image_paths, options.image_size), dataset.titles
     training = {name: getattr(options, name) for name in ("steps", "batch_size", "seed")}
-    # drawn pictures are many, and their brand signs too small to be shifted; photographs are few and bear it
-    small_clip.train_small_clip(pictures, titles, folder, **sizes, **training, vary=options.dataset != "demo")
+    # drawn images are many, and their brand signs too small to be shifted; photographs are few and bear it
+    small_clip.train_small_clip(images, titles, folder, **sizes, **training, vary=options.dataset != "demo")
     print(f"Use it by --dataset {options.dataset} --clip_model {folder}")
 
 

@@ -1,13 +1,13 @@
-"""Make a data set of a shop's own two CSV files: first purchases, the core, titles, and pictures from the disk.
+"""Make a data set of a shop's own two CSV files: first purchases, the core, titles, and images from the disk.
 
 --interactions has the columns user, item, time (numbers or ISO dates); --items has item, title, image (a path, from the folder of
-that file). Items without title, or whose picture is none, are left out before the core is formed.
+that file). Items without title, or whose image is none, are left out before the core is formed.
 """
 import argparse
 import os
 from pathlib import Path
 
-from utils.prepare.image_folder import read_picture
+from utils.prepare.image_folder import read_image
 from utils.prepare.shop_tables import ShopTables
 from utils.prepare.writer import add_target_options, prepare, target_of
 from utils.run.options import HelpFormatter, run_main
@@ -21,7 +21,7 @@ def main() -> None:
     add_target_options(parser)
     options = parser.parse_args()
     shop = ShopTables(options.interactions, options.items)
-    print(prepare(target_of(options), shop, read_picture, workers=os.cpu_count() or 1))
+    print(prepare(target_of(options), shop, read_image, workers=os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

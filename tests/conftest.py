@@ -44,16 +44,16 @@ def write_dataset(folder, name, histories, titles, raw_ids=None, draw=True):
     images.mkdir(exist_ok=True)
     if draw:
         for item, raw_id in enumerate(raw_ids, 1):
-            draw_picture(item).save(images / f"{raw_id}.jpg", quality=90)
+            draw_image(item).save(images / f"{raw_id}.jpg", quality=90)
     return folder
 
 
-def draw_picture(item):
-    """One of three shapes in a colour of its own on a picture of an odd size."""
+def draw_image(item):
+    """One of three shapes in a colour of its own on an image of an odd size."""
     colour = tuple(int(value) for value in np.random.default_rng(item).integers(0, 256, 3))
-    picture = Image.new("RGB", (37 + item % 5, 41 + item % 7), tuple(255 - value for value in colour))
-    getattr(ImageDraw.Draw(picture), SHAPES[item % 3])((6, 8, 30, 33), fill=colour)
-    return picture
+    image = Image.new("RGB", (37 + item % 5, 41 + item % 7), tuple(255 - value for value in colour))
+    getattr(ImageDraw.Draw(image), SHAPES[item % 3])((6, 8, 30, 33), fill=colour)
+    return image
 
 
 def tiny_histories():
@@ -104,7 +104,7 @@ def save_tiny_clip(folder, titles, seed=0):
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
-    """A folder with a random tiny CLIPModel: pictures 32 x 32 in patches of 16, width 32, 2 layers, projection 16."""
+    """A folder with a random tiny CLIPModel: images 32 x 32 in patches of 16, width 32, 2 layers, projection 16."""
     return save_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny_clip", tiny_titles())
 
 

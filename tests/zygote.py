@@ -179,10 +179,10 @@ class Events:
         self.part(pipeline, "save_personalized", "best weights")
         self.part(pipeline, "_clear", "clearing")
         self.part(checkpoints.ResumeState, "save", "state")
-        self.part(items.PictureTitleStore, "open", "store")
+        self.part(items.ImageTitleStore, "open", "store")
         for name in ("write_metrics", "draw_curves", "draw_groups", "write_groups", "write_json"):
             self.part(reporting, name, name)
-        self.call(items, "read_picture", last_part)
+        self.call(items, "read_image", last_part)
         self.call(ClipPeftEncoder, "save_group")
         self.call(pipeline, "encode_all_items")
         self.call(pipeline, "kmeans_groups")

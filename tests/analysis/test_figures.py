@@ -1,4 +1,4 @@
-"""The figures of a finished run: numbers against hand-computed ones, attention against plain peft, pictures that open."""
+"""The figures of a finished run: numbers against hand-computed ones, attention against plain peft, images that open."""
 import json
 import math
 import shutil
@@ -24,10 +24,10 @@ from utils.data.dataset import Histories
 
 
 def is_png(path, least=200):
-    with Image.open(path) as picture:
-        picture.load()
-        shades = np.unique(np.asarray(picture.convert("L")))
-        return picture.format == "PNG" and min(picture.size) >= least and len(shades) > 10  # and not all of one colour
+    with Image.open(path) as image:
+        image.load()
+        shades = np.unique(np.asarray(image.convert("L")))
+        return image.format == "PNG" and min(image.size) >= least and len(shades) > 10  # and not all of one colour
 
 
 # ---------------------------------------------------------------- what is typical of a group
@@ -146,8 +146,8 @@ def test_long_titles_end_in_an_ellipsis():
     assert cut_title("tab\tand\x1bescape") == "tab and escape"
 
 
-def test_picture_that_cannot_be_read_becomes_a_grey_square(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+def test_image_that_cannot_be_read_becomes_a_grey_square(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
     for name in ("broken.jpg", "missing.jpg"):
         assert np.unique(thumbnail(tmp_path / name, 20)).tolist() == [211]
     Image.new("RGB", (40, 10), (255, 0, 0)).save(tmp_path / "wide.png")
@@ -157,8 +157,8 @@ def test_picture_that_cannot_be_read_becomes_a_grey_square(tmp_path):
 
 
 def test_titles_that_look_like_formulas_or_have_foreign_letters_are_drawn(tmp_path, recwarn):
-    picture = np.zeros((8, 8, 3), dtype=np.uint8)
-    tiles = [Tile(picture, title, "1", framed=True) for title in ("lamp $5 or $\\bad{6}$", "灯 ランプ", "")]
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    tiles = [Tile(image, title, "1", framed=True) for title in ("lamp $5 or $\\bad{6}$", "灯 ランプ", "")]
     draw_sheet(tmp_path / "sheet.png", "heading $x_", [SheetRow("row $", tiles, 0.5), SheetRow("empty", [])])
     assert is_png(tmp_path / "sheet.png")
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
@@ -186,8 +186,8 @@ def plain_attention(tiny_dataset, tiny_clip, adapter, item):
     """Shares of tokens and patches by transformers and peft alone: last layer, mean over heads, from the pooled position."""
     clip = CLIPModel.from_pretrained(tiny_clip, attn_implementation="eager")
     model = PeftModel.from_pretrained(clip, adapter).eval()
-    picture = Image.open(tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg")
-    inputs = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False)(picture, return_tensors="pt")
+    image = Image.open(tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg")
+    inputs = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False)(image, return_tensors="pt")
     title = tiny_dataset.titles[item - 1] or "No description available."
     inputs |= AutoTokenizer.from_pretrained(tiny_clip)([title], truncation=True, max_length=16, return_tensors="pt")
     output = model(**inputs, output_attentions=True)

@@ -112,8 +112,8 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
     assert first["title"] == (tiny_dataset.titles[first["item"] - 1] or "No description available.")
     output = capsys.readouterr().out
     assert "training and validation purchases" in output and f"recommend_{user}.json" in output
-    with Image.open(copied_run.folder / "figures" / f"recommend_{user}.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 500
+    with Image.open(copied_run.folder / "figures" / f"recommend_{user}.png") as image:
+        assert image.format == "PNG" and min(image.size) > 500
 
 
 def centres_by_loop(tiny_dataset, plain, groups):
@@ -280,7 +280,7 @@ def test_damaged_weights_leave_no_folder_behind(copied_run, tiny_dataset, tmp_pa
         (["--user", 8, "--output", "sheet.jpg"], "--output sheet.jpg: a name that ends in .png is wanted"),
     ],
 )
-def test_unknown_users_items_groups_and_kinds_of_picture_are_refused(copied_run, tiny_dataset, arguments, message):
+def test_unknown_users_items_groups_and_kinds_of_image_are_refused(copied_run, tiny_dataset, arguments, message):
     before = tree(copied_run.folder)
     with pytest.raises(PerPEFTError, match=re.escape(message)) as raised:
         run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, *arguments)
@@ -315,7 +315,7 @@ def test_changed_purchases_are_refused(tiny_run, tiny_dataset, tmp_path):
 def test_changed_titles_are_refused(tiny_run, tiny_dataset, tmp_path):
     shutil.copytree(tiny_dataset.train_dir, tmp_path / "dataset")
     folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, ["other", *tiny_dataset.titles[1:]], draw=False)
-    with pytest.raises(PerPEFTError, match="titles or pictures, or the files of the CLIP, have changed"):
+    with pytest.raises(PerPEFTError, match="titles or images, or the files of the CLIP, have changed"):
         open_finished(tiny_run.folder, "cpu", folder)
 
 

@@ -28,7 +28,7 @@ from utils.common.pickles import PLAIN_OPERATIONS, PlainUnpickler, load_pickle
 from utils.data.dataset import read_dataset
 from utils.items.foundation import ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, states_path
-from utils.items.store import PictureTitleStore, read_picture
+from utils.items.store import ImageTitleStore, read_image
 from utils.run.hyperparameters import read_hyperparameters
 from utils.run.pipeline import build_model, open_run
 from utils.training.checkpoints import ResumeState, load_global, load_personalized
@@ -316,19 +316,19 @@ def test_store_with_pickled_arrays_is_refused(folder, tmp_path, tiny_clip):
     dataset = read_dataset(folder, "shop")
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
-    PictureTitleStore.open(dataset, processor, tokenizer, 16)
-    titles, pixels = next((folder / "shop_store").rglob("titles.npz")), next((folder / "shop_store").rglob("pictures.npy"))
+    ImageTitleStore.open(dataset, processor, tokenizer, 16)
+    titles, pixels = next((folder / "shop_store").rglob("titles.npz")), next((folder / "shop_store").rglob("images.npy"))
     evil = np.array([Reduced()], dtype=object)
     as_npz, as_npy = io.BytesIO(), io.BytesIO()
     np.savez(as_npz, tokens=evil, lengths=evil)
     np.save(as_npy, evil)
     for path, content in ((titles, as_npz), (pixels, as_npy), (titles, as_npy)):
         with replaced(path, content.getvalue()), pytest.raises(PerPEFTError, match="store.*damaged"):
-            PictureTitleStore.open(dataset, processor, tokenizer, 16)
+            ImageTitleStore.open(dataset, processor, tokenizer, 16)
     for path in (titles, pixels):
         with replaced(path, path.read_bytes()[:-100]), pytest.raises(PerPEFTError, match="store.*damaged"):
-            PictureTitleStore.open(dataset, processor, tokenizer, 16)
-    assert PictureTitleStore.open(dataset, processor, tokenizer, 16).num_items == 5
+            ImageTitleStore.open(dataset, processor, tokenizer, 16)
+    assert ImageTitleStore.open(dataset, processor, tokenizer, 16).num_items == 5
     np.load(io.BytesIO(as_npy.getvalue()), allow_pickle=True)
     assert RAN  # the payload is live
     RAN.clear()
@@ -391,10 +391,10 @@ def test_odd_raw_ids_stay_inside_their_folder(folder, tiny_clip):
         with_raw_id(folder, raw_id)
         with watching() as opened:
             dataset = read_dataset(folder, "shop")
-            PictureTitleStore.open(dataset, processor, tokenizer, 16)
+            ImageTitleStore.open(dataset, processor, tokenizer, 16)
         assert dataset.image_paths[4].parent == images
-        pictures = [path for path in opened if path.endswith(".jpg")]
-        assert sorted(pictures) == sorted(str(path.resolve()) for path in dataset.image_paths)
+        images = [path for path in opened if path.endswith(".jpg")]
+        assert sorted(images) == sorted(str(path.resolve()) for path in dataset.image_paths)
         assert all(path.startswith(str(folder.resolve())) for path in opened)
 
 
@@ -420,15 +420,15 @@ def test_scripts_refuse_such_a_name(folder, name, tiny_dataset, tiny_clip, monke
             script.main()
 
 
-def test_picture_that_another_program_would_draw_is_not_handed_to_it(folder, monkeypatch):
-    """Pillow gives PostScript to Ghostscript, which has run many a picture's commands."""
+def test_image_that_another_program_would_draw_is_not_handed_to_it(folder, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, which has run many an image's commands."""
     handed = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: handed.append(args))
     monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: handed.append(args))
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
     (folder / "shop_images" / "B001.jpg").write_bytes(postscript)
-    with pytest.raises(OSError, match="no picture of a kind"):
-        read_picture(folder / "shop_images" / "B001.jpg", CLIPImageProcessor())
+    with pytest.raises(OSError, match="no image of a kind"):
+        read_image(folder / "shop_images" / "B001.jpg", CLIPImageProcessor())
     assert handed == []
 
 

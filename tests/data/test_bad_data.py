@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import draw_picture, tiny_options, write_dataset
+from tests.conftest import draw_image, tiny_options, write_dataset
 from utils.common.errors import PerPEFTError
-from utils.data import images as pictures
+from utils.data import images as images
 from utils.data.dataset import MISSING_TITLE, read_dataset
 from utils.items.data_check import check_dataset
 from utils.items.hidden_states import HiddenStateStore, states_path
-from utils.items.store import read_picture
+from utils.items.store import read_image
 from utils.run.pipeline import open_run
 
 ROOT = Path(__file__).parents[2]
@@ -40,13 +40,13 @@ def folder(tmp_path):
     return write_dataset(tmp_path / "dataset", "shop", HISTORIES, TITLES)
 
 
-def picture_path(folder, item):
+def image_path(folder, item):
     return folder / "shop_images" / f"B{item:03d}.jpg"
 
 
 def jpeg(item=1, **options):
     buffer = io.BytesIO()
-    draw_picture(item).save(buffer, "JPEG", **options)
+    draw_image(item).save(buffer, "JPEG", **options)
     return buffer.getvalue()
 
 
@@ -61,7 +61,7 @@ def complaint(folder, **options):
 
 
 def bomb():
-    """A picture of 400 million pixels in 50 kilobytes."""
+    """An image of 400 million pixels in 50 kilobytes."""
     buffer = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -100,7 +100,7 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     images = folder / "shop_images"
     (images / "R01.jpg").write_bytes(b"")
     (images / "R02.jpg").write_bytes(jpeg()[:-100])
-    (images / "R03.jpg").write_bytes(b"no picture")
+    (images / "R03.jpg").write_bytes(b"no image")
     (images / "R04.jpg").write_bytes(bomb())
     (images / "R05.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
     for item in range(10, 20):
@@ -117,10 +117,10 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     assert re.search(r"bought items without raw id .*\(1\): 77\n", report)
     assert re.search(r"duplicate raw ids .*\(1\): R06 \(items 6 and 7\)", report)
     missing = ", ".join(f"R{item}.jpg \\(item {item}\\)" for item in range(10, 20))
-    assert re.search(rf"items without a picture .*\(12\): {missing} and 2 more", report)
-    unreadable = re.search(r"unreadable pictures .*\(5\): (.*)", report).group(1)
+    assert re.search(rf"items without an image .*\(12\): {missing} and 2 more", report)
+    unreadable = re.search(r"unreadable images .*\(5\): (.*)", report).group(1)
     for name, reason in (
-        ("R01.jpg (item 1", "empty"), ("R02.jpg (item 2", "truncated"), ("R03.jpg (item 3", "no picture of a kind"),
+        ("R01.jpg (item 1", "empty"), ("R02.jpg (item 2", "truncated"), ("R03.jpg (item 3", "no image of a kind"),
         ("R04.jpg (item 4", "far too many"), ("R05.jpg (item 5", "."),
     ):  # fmt: skip
         assert re.search(rf"{re.escape(name)}: [^,]*{reason}", unreadable), unreadable
@@ -138,20 +138,20 @@ def test_report_stays_short_and_quick_however_much_is_wrong(folder):
     assert time.monotonic() - begun < 60
 
 
-def test_pictures_are_not_opened_where_nothing_else_is_wrong(folder, monkeypatch):
-    monkeypatch.setattr(pictures.Image, "open", None)
+def test_images_are_not_opened_where_nothing_else_is_wrong(folder, monkeypatch):
+    monkeypatch.setattr(images.Image, "open", None)
     assert read_dataset(folder, "shop").num_items == 5
 
 
-def test_pictures_are_not_tried_where_they_are_not_needed(folder):
+def test_images_are_not_tried_where_they_are_not_needed(folder):
     (folder / "shop_final.txt").write_text("bad\n1 1\n1 2\n1 3\n")
-    picture_path(folder, 2).write_bytes(b"")
+    image_path(folder, 2).write_bytes(b"")
     assert "B002.jpg (item 2" in complaint(folder)
     for options in ({"contents": False}, {"missing_images": "blank"}):
         assert "line 1" in complaint(folder, **options) and "B002" not in complaint(folder, **options)
 
 
-def test_folder_of_pictures_that_is_not_there_is_told(folder):
+def test_folder_of_images_that_is_not_there_is_told(folder):
     for path in (folder / "shop_images").iterdir():
         path.unlink()
     (folder / "shop_images").rmdir()
@@ -320,7 +320,7 @@ def test_raw_id_that_can_be_no_file_name_is_named(folder, raw_id):
 
 def test_longest_raw_id_that_can_be_a_file_name_is_read(folder):
     write_pickle(folder, "item2id", {**{item: f"B{item:03d}" for item in range(1, 5)}, 5: "x" * 251})
-    picture_path(folder, 5).rename(folder / "shop_images" / f"{'x' * 251}.jpg")
+    image_path(folder, 5).rename(folder / "shop_images" / f"{'x' * 251}.jpg")
     assert read_dataset(folder, "shop").num_items == 5
 
 
@@ -378,17 +378,17 @@ def test_pickle_made_to_harm_is_read_or_refused_in_little_time_and_memory(kind, 
     assert int(kilobytes) < 400_000
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
-def test_large_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
-    monkeypatch.setattr(pictures, "LARGE_PIXELS", 100)
-    monkeypatch.setattr(pictures.os, "cpu_count", lambda: 8)
+def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
+    monkeypatch.setattr(images, "LARGE_PIXELS", 100)
+    monkeypatch.setattr(images.os, "cpu_count", lambda: 8)
     inside, most = [], []
     lock = threading.Lock()
 
     def read(path):
-        with pictures.decoded_picture(path):
+        with images.decoded_image(path):
             with lock:
                 inside.append(path)
                 most.append(len(inside))
@@ -397,29 +397,29 @@ def test_large_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
                 inside.remove(path)
 
     paths = sorted((folder / "shop_images").iterdir())
-    assert list(pictures.on_all_cores(read, paths)) == [None] * 5
+    assert list(images.on_all_cores(read, paths)) == [None] * 5
     assert max(most) == 1
-    monkeypatch.setattr(pictures, "LARGE_PIXELS", 10**9)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 10**9)
     most.clear()
-    list(pictures.on_all_cores(read, paths))
+    list(images.on_all_cores(read, paths))
     assert max(most) > 1
 
 
-def test_picture_of_every_bad_kind_is_refused_by_the_documented_errors(tmp_path):
+def test_image_of_every_bad_kind_is_refused_by_the_documented_errors(tmp_path):
     from transformers import CLIPImageProcessor
 
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     thin = io.BytesIO()
     Image.new("1", (60_000, 1)).save(thin, "PNG")  # after the resize, 13 million pixels wide
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
     for content in (b"", b"\xff", jpeg()[:300], jpeg()[:-200], bytes(500), bomb(), thin.getvalue(), postscript):
         path.write_bytes(content)
         with pytest.raises((OSError, ValueError)):
-            read_picture(path, CLIPImageProcessor())
+            read_image(path, CLIPImageProcessor())
     path.unlink()
     path.mkdir()
     with pytest.raises(OSError):
-        read_picture(path, CLIPImageProcessor())
+        read_image(path, CLIPImageProcessor())
 
 
 # ---------------------------------------------------------------- hidden states
@@ -582,7 +582,7 @@ def test_check_prints_the_counts_of_a_sound_data_set(folder, run_check, capsys):
     assert run_check("--dataset", "shop", "--train_dir", folder, "--C", 2) == 0
     out, err = capsys.readouterr()
     assert table(out) == {
-        "users": "3", "items": "5", "interactions": "9", "purchases a user (mean)": "3.00", "pictures found": "5",
+        "users": "3", "items": "5", "interactions": "9", "purchases a user (mean)": "3.00", "images found": "5",
         "titles missing": "1", "users evaluated": "2", "hidden states": "none yet",
     }  # fmt: skip
     assert re.search(r"worth knowing:\n.*without a title.*\(1\): B005", out) and out.endswith("\nusable\n")
@@ -590,28 +590,28 @@ def test_check_prints_the_counts_of_a_sound_data_set(folder, run_check, capsys):
 
 
 def test_check_tells_everything_and_ends_with_code_2(folder, run_check, capsys):
-    picture_path(folder, 1).write_bytes(b"")
-    picture_path(folder, 2).unlink()
+    image_path(folder, 1).write_bytes(b"")
+    image_path(folder, 2).unlink()
     (folder / "shop_final.txt").write_text("1 1\n1 2\n1 3\nbad\n")
     states_file(folder, (torch.zeros(5, 3, 8) / 0, torch.zeros(5, 3, 4), [f"B{item:03d}" for item in range(1, 6)]))
     assert run_check("--dataset", "shop", "--train_dir", folder) == 2
     out, err = capsys.readouterr()
     counts = table(out)
-    assert counts["pictures found"] == "3" and counts["users"] == "1" and counts["hidden states"] == "unusable"
+    assert counts["images found"] == "3" and counts["users"] == "1" and counts["hidden states"] == "unusable"
     for told in ("line 4 'bad'", "B001.jpg (item 1: the file is empty)", "B002.jpg (item 2)", "8 groups of --C", "NaN"):
         assert told in out.split("cannot be used:")[1]
     assert "usable\n" not in out.split("cannot be used:")[1] and "Traceback" not in err
 
 
-def test_check_of_pictures_alone_and_with_blanks(folder, run_check, capsys):
-    picture_path(folder, 1).write_bytes(b"")
-    picture_path(folder, 2).unlink()
+def test_check_of_images_alone_and_with_blanks(folder, run_check, capsys):
+    image_path(folder, 1).write_bytes(b"")
+    image_path(folder, 2).unlink()
     common = ("--dataset", "shop", "--train_dir", folder, "--C", 1)
     assert run_check(*common) == 2
     assert "B001.jpg" in capsys.readouterr().out
     assert run_check(*common, "--missing_images", "blank") == 0
     out = capsys.readouterr().out
-    assert table(out)["pictures found"] == "3"
+    assert table(out)["images found"] == "3"
     assert re.search(r"black ones stand in \(2\): B002.jpg \(item 2\), B001.jpg \(item 1: the file is empty\)", out)
 
 

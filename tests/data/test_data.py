@@ -113,7 +113,7 @@ def test_title_that_is_none_becomes_the_stand_in(folder, title):
     assert dataset.titles == [MISSING_TITLE, "b", "c", "d", "e"] and dataset.missing_titles == 1
 
 
-def test_without_contents_titles_and_pictures_may_be_absent(folder):
+def test_without_contents_titles_and_images_may_be_absent(folder):
     (folder / "shop_texts_final.pickle").unlink()
     for path in (folder / "shop_images").iterdir():
         path.unlink()
@@ -176,7 +176,7 @@ def test_all_problems_are_reported_together_with_counts_and_the_first_ten(folder
     assert re.search(r"duplicate.*\(1\): B001 \(items 1 and 3\)", message)
     for entry in ("4: '../../etc/passwd'", "'8': 'B008'", "9: 5"):
         assert entry in message
-    assert re.search(r"without a picture.*B002\.jpg \(item 2\), .*lone\.jpg \(item 7\)", message)
+    assert re.search(r"without an image.*B002\.jpg \(item 2\), .*lone\.jpg \(item 7\)", message)
     assert len(message) < 3000
 
 
@@ -255,7 +255,7 @@ def test_data_in_which_nobody_can_be_evaluated_is_an_error(folder):
     assert "3 purchases" in complaint(folder)
 
 
-def test_missing_pictures_may_be_let_pass(folder):
+def test_missing_images_may_be_let_pass(folder):
     (folder / "shop_images" / "B003.jpg").unlink()
     assert "B003.jpg (item 3)" in complaint(folder)
     assert read_dataset(folder, "shop", missing_images="blank").num_items == 5

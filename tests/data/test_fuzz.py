@@ -25,9 +25,9 @@ import pytest
 
 INPUTS = 2000
 SECONDS_AN_INPUT = 10.0  # where others share the machine; alone, the slowest takes one
-KINDS = ("final.txt", "item2id.pickle", "texts.pickle", "preX.pt", "zip", "picture")
-# How far the process may grow. A picture may have BOMB_PIXELS, four bytes each; the rest may not go beyond the file by much.
-MEGABYTES = dict.fromkeys(KINDS, 150) | {"picture": 1300}
+KINDS = ("final.txt", "item2id.pickle", "texts.pickle", "preX.pt", "zip", "image")
+# How far the process may grow. An image may have BOMB_PIXELS, four bytes each; the rest may not go beyond the file by much.
+MEGABYTES = dict.fromkeys(KINDS, 150) | {"image": 1300}
 ROOM = 3 * 2**30  # of addresses, beyond those that the libraries take; what wants more would also be caught by MEGABYTES
 ITEMS = 12
 TELLING_BYTES = (
@@ -87,7 +87,7 @@ class Reader:
         from PIL import Image
         from transformers import CLIPImageProcessor
 
-        from tests.conftest import draw_picture, write_dataset
+        from tests.conftest import draw_image, write_dataset
         from utils.prepare.small_clip import train_tokenizer
 
         torch.set_num_threads(1)
@@ -104,7 +104,7 @@ class Reader:
         self.path("preX.pt").write_bytes(self.saved(torch, (*self.states, self.raw_ids)))
         raw_ids, texts = dict(enumerate(self.raw_ids, 1)), dict(zip(self.raw_ids, titles))
         lines = self.path("final.txt").read_bytes()
-        picture = draw_picture(1)
+        image = draw_image(1)
         self.sound = {
             "final.txt": [lines, lines.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + lines.replace(b" ", b"\t")],
             "item2id.pickle": [pickle.dumps(raw_ids, protocol) for protocol in range(6)],
@@ -115,15 +115,15 @@ class Reader:
                 self.saved(torch, tuple(torch.cat([states[:1], states]) for states in self.states) + ([0, *self.raw_ids],)),
             ],
             "zip": [self.zipped(lines, zipfile.ZIP_DEFLATED), self.zipped(lines, zipfile.ZIP_STORED)],
-            "picture": [
-                *(self.encoded(picture, "JPEG", quality=quality) for quality in (75, 90, 95)),
-                self.encoded(picture, "JPEG", progressive=True),
-                self.encoded(picture.convert("CMYK"), "JPEG"),
-                self.encoded(picture.convert("L"), "JPEG", optimize=True),
-                self.encoded(picture, "PNG"),
-                self.encoded(picture, "WEBP"),
-                self.encoded(picture.quantize(16), "GIF"),
-                self.encoded(picture, "TIFF", compression="raw"),
+            "image": [
+                *(self.encoded(image, "JPEG", quality=quality) for quality in (75, 90, 95)),
+                self.encoded(image, "JPEG", progressive=True),
+                self.encoded(image.convert("CMYK"), "JPEG"),
+                self.encoded(image.convert("L"), "JPEG", optimize=True),
+                self.encoded(image, "PNG"),
+                self.encoded(image, "WEBP"),
+                self.encoded(image.quantize(16), "GIF"),
+                self.encoded(image, "TIFF", compression="raw"),
                 self.encoded(Image.new("1", (3000, 2000)), "TIFF", compression="group4"),
             ],
         }
@@ -143,9 +143,9 @@ class Reader:
         return buffer.getvalue()
 
     @staticmethod
-    def encoded(picture, kind, **options):
+    def encoded(image, kind, **options):
         buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
+        image.save(buffer, kind, **options)
         return buffer.getvalue()
 
     def zipped(self, lines, method):
@@ -163,7 +163,7 @@ class Reader:
         sound = path.read_bytes()
         path.write_bytes(damaged(self.sound[kind], seed))
         try:
-            dataset = self.read_dataset("blank" if seed % 10 else "error")  # "error" also tries all pictures, which takes longest
+            dataset = self.read_dataset("blank" if seed % 10 else "error")  # "error" also tries all images, which takes longest
         finally:
             path.write_bytes(sound)
         items = dataset.histories.items
@@ -226,30 +226,30 @@ class Reader:
         for path in target.rglob("*"):
             assert path.is_dir() or path.read_bytes() in self.members.values()  # no damaged content
 
-    def read_picture(self, seed):
-        """A picture's reader has errors of its own, which the store turns into the project's; every 50th time a store is made."""
-        from utils.items.store import read_picture
+    def read_image(self, seed):
+        """An image's reader has errors of its own, which the store turns into the project's; every 50th time a store is made."""
+        from utils.items.store import read_image
 
-        content = damaged(self.sound["picture"], seed)
+        content = damaged(self.sound["image"], seed)
         path = self.folder / "shop_images" / f"{self.raw_ids[seed % ITEMS]}.jpg"
         path.write_bytes(content)
         if seed % 50 == 49:
             self.make_store()
         try:
-            pixels = read_picture(path, self.processor)
+            pixels = read_image(path, self.processor)
         except (OSError, ValueError) as error:
             raise self.refusal(str(error)) from error
         assert pixels.shape == (3, 32, 32) and pixels.dtype == np.uint8
 
     def make_store(self):
         from utils.common.errors import PerPEFTError
-        from utils.items.store import PictureTitleStore
+        from utils.items.store import ImageTitleStore
 
         shutil.rmtree(self.folder / "shop_store", ignore_errors=True)
-        store = PictureTitleStore.open(self.dataset, self.processor, self.tokenizer, 16, missing_images="blank")
+        store = ImageTitleStore.open(self.dataset, self.processor, self.tokenizer, 16, missing_images="blank")
         assert store.pixels.shape == (ITEMS, 3, 32, 32)
         try:
-            PictureTitleStore.open(self.dataset, self.processor, self.tokenizer, 16)
+            ImageTitleStore.open(self.dataset, self.processor, self.tokenizer, 16)
         except PerPEFTError as error:
             assert ".jpg (item" in str(error)
 
@@ -260,7 +260,7 @@ class Reader:
         return PerPEFTError
 
     def method(self, kind):
-        methods = (self.read_final, self.read_item2id, self.read_texts, self.read_states, self.read_zip, self.read_picture)
+        methods = (self.read_final, self.read_item2id, self.read_texts, self.read_states, self.read_zip, self.read_image)
         return dict(zip(KINDS, methods))[kind]
 
 

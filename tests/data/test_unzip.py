@@ -37,12 +37,12 @@ def zip_bytes(files, folder="", method=zipfile.ZIP_STORED):
     return buffer.getvalue()
 
 
-def pictures(name, count=4):
+def images(name, count=4):
     return {f"{name}_{i}.jpg": NOISE.randbytes(300 + i) for i in range(count)}
 
 
 def dataset(name, lines=b"1 1\n1 2\n1 3\n2 2\n2 5\n"):
-    """Return the files of one data set beside its pictures."""
+    """Return the files of one data set beside its images."""
     return {f"{name}_final.txt": lines, f"{name}_item2id_final.pickle": NOISE.randbytes(90),
             f"{name}_texts_final.pickle": NOISE.randbytes(120), f"{name}_preX.pt": NOISE.randbytes(20_000)}
 
@@ -68,7 +68,7 @@ def download(work, names, folder="", inner_folder="{}_images/", method=zipfile.Z
     """Write mmrec_datasets.zip into work; return (the files it ends as, the files that --keep leaves in dataset)."""
     packed, final = {}, {}
     for name in names:
-        shots = pictures(name)
+        shots = images(name)
         packed |= dataset(name)
         final |= dataset_files(packed, name) | {f"{name}_images/{shot}": data for shot, data in shots.items()}
         packed[f"{name}_images.zip"] = zip_bytes(shots, inner_folder.format(name))
@@ -128,14 +128,14 @@ def test_keep_keeps_and_a_second_run_without_it_only_deletes(work):
 
 def test_data_sets_of_folders_each_and_litter(work):
     files = {"all/arts/arts_final.txt": b"1 1\n", "all/toys/toys_final.txt": b"1 2\n", "all/README.md": b"hello",
-             "all/arts/arts_images/A.jpg": b"picture", "all/.DS_Store": b"x", "__MACOSX/all/._README.md": b"x"}
+             "all/arts/arts_images/A.jpg": b"image", "all/.DS_Store": b"x", "__MACOSX/all/._README.md": b"x"}
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
     assert unzip_data.main([]) == 0
     assert set(tree(work / "dataset")) == {"arts_final.txt", "toys_final.txt", "README.md", "arts_images/A.jpg"}
 
 
 def test_only_inner_archive_left(work):
-    shots = pictures("arts")
+    shots = images("arts")
     (work / "dataset").mkdir()
     (work / "dataset/arts_images.zip").write_bytes(zip_bytes(shots))
     assert unzip_data.main([]) == 0
@@ -144,7 +144,7 @@ def test_only_inner_archive_left(work):
 
 @pytest.mark.parametrize("folder", [".", "dataset"])
 def test_images_archive_given_by_name(work, capsys, folder):
-    shots = pictures("arts")
+    shots = images("arts")
     archive = work / folder / "arts_images.zip"
     archive.parent.mkdir(exist_ok=True)
     archive.write_bytes(zip_bytes(shots))
@@ -207,7 +207,7 @@ def test_two_members_for_one_place(work, capsys, first, second):
     assert "refused" in refused(work, capsys, zip_bytes_of([(first, b"1 1\n"), (second, b"2 2\n"), ("other", b"")]))
 
 
-def test_two_pictures_of_one_name(work, capsys):
+def test_two_images_of_one_name(work, capsys):
     (work / "dataset").mkdir()
     (work / "dataset/arts_images.zip").write_bytes(zip_bytes({"one/a.jpg": b"1", "two/a.jpg": b"2"}))
     assert "both belong at arts_images/a.jpg" in refused(work, capsys)
@@ -289,7 +289,7 @@ def test_too_little_disk(work, capsys, monkeypatch):
     assert unzip_data.main([]) == 0
 
 
-def test_target_or_picture_folder_is_a_file(work, capsys):
+def test_target_or_image_folder_is_a_file(work, capsys):
     archive = zip_bytes({"arts_images/a.jpg": b"1"})
     (work / "dataset").write_text("mine")
     assert "is a file" in refused(work, capsys, archive)
@@ -339,7 +339,7 @@ def test_truncated(work, capsys, share):
 
 
 def test_cut_off_right_after_an_inner_archive_that_looks_like_the_end(work, capsys):
-    inner = zip_bytes(pictures("arts"))
+    inner = zip_bytes(images("arts"))
     archive = zip_bytes({"arts_final.txt": b"1 1\n", "arts_images.zip": inner})
     cut = archive.index(inner) + len(inner)
     assert "damaged" in refused(work, capsys, archive[:cut])  # a zip reader finds a faultless table of contents here
@@ -494,7 +494,7 @@ def stop_everywhere(work, number, every=1):
 
 
 def assert_whole_or_not_at_all(folder, final, kept, archive):
-    """Check the state that a stopped run leaves: true files only, picture folders complete, no archive gone too early."""
+    """Check the state that a stopped run leaves: true files only, image folders complete, no archive gone too early."""
     found = {path: data for path, data in tree(folder / "dataset").items() if not path.startswith(".unpacking/")}
     assert found.items() <= kept.items()
     shots = {path for path in final if "_images/" in path}
@@ -545,9 +545,9 @@ def test_script_killed_from_outside_at_several_points(work):
     files = {f"arts_images/{i}.jpg": NOISE.randbytes(1 << 20) for i in range(24)} | {"arts_final.txt": b"1 1\n"}
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
     temp = work / "dataset/.unpacking/mmrec_datasets.zip/arts_images"
-    for pictures_there in (1, 9, 18):
+    for images_there in (1, 9, 18):
         run = subprocess.Popen([sys.executable, SCRIPT], cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and not (temp.is_dir() and len(os.listdir(temp)) >= pictures_there):
+        while run.poll() is None and not (temp.is_dir() and len(os.listdir(temp)) >= images_there):
             time.sleep(0.0005)
         run.kill()
         assert run.wait() in (-signal.SIGKILL, 0)  # 0: a busy machine looked too late; the sweep above does not depend on luck
@@ -557,7 +557,7 @@ def test_script_killed_from_outside_at_several_points(work):
 
 
 def test_what_an_earlier_run_left_whole_is_used_and_the_rest_is_not(work):
-    shots = pictures("arts", 6)
+    shots = images("arts", 6)
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes(shots, "arts_images/"))
     temp = work / "dataset/.unpacking/mmrec_datasets.zip/arts_images"
     temp.mkdir(parents=True)
@@ -635,4 +635,4 @@ def test_counts_are_quick(work):
     start = time.perf_counter()
     counts = unzip.count_dataset(work, "arts")
     assert time.perf_counter() - start < 3
-    assert counts == {"users": 42_858, "items": 9973, "interactions": 300_000, "pictures": "missing"}
+    assert counts == {"users": 42_858, "items": 9973, "interactions": 300_000, "images": "missing"}

@@ -63,9 +63,9 @@ def test_states_equal_those_of_clip_given_one_item_at_a_time(computed, tiny_clip
             output = clip(input_ids=tokens["input_ids"], pixel_values=pixels, output_hidden_states=True)
         end = tokens["input_ids"][0].tolist().index(tokenizer.eos_token_id)
         for state, layer in enumerate((0, 2)):
-            picture = output.vision_model_output.hidden_states[layer][0, 0]
+            image = output.vision_model_output.hidden_states[layer][0, 0]
             words = output.text_model_output.hidden_states[layer][0, end]
-            torch.testing.assert_close(image_states[row, state], picture, atol=1e-5, rtol=0)
+            torch.testing.assert_close(image_states[row, state], image, atol=1e-5, rtol=0)
             torch.testing.assert_close(text_states[row, state], words, atol=1e-5, rtol=0)
 
 
@@ -103,7 +103,7 @@ def test_the_store_cuts_titles_so_that_the_end_of_text_token_stays(tiny_dataset,
     assert (last == foundation.tokenizer.eos_token_id).all()
 
 
-def test_vit_b_32_gives_seven_states_and_a_deeper_picture_tower_as_many():
+def test_vit_b_32_gives_seven_states_and_a_deeper_image_tower_as_many():
     assert cached_layers(CLIPConfig()) == ([0, 2, 4, 6, 8, 10, 12],) * 2
     large = CLIPConfig(vision_config={"num_hidden_layers": 24}, text_config={"num_hidden_layers": 12})
     assert cached_layers(large) == ([0, 4, 8, 12, 16, 20, 24], [0, 2, 4, 6, 8, 10, 12])
@@ -174,7 +174,7 @@ def test_lengths_that_do_not_fit_together_are_refused(copied, computed):
         HiddenStateStore.open(copied.dataset, None)
 
 
-def test_iisan_trains_all_stages_from_the_states_alone_without_pictures_titles_or_weights(copied, tiny_clip, tmp_path):
+def test_iisan_trains_all_stages_from_the_states_alone_without_images_titles_or_weights(copied, tiny_clip, tmp_path):
     shutil.rmtree(copied.folder / "tiny_images")
     (copied.folder / "tiny_texts_final.pickle").unlink()
     copied.path.with_suffix(".json").unlink()  # a published file has none
@@ -186,7 +186,7 @@ def test_iisan_trains_all_stages_from_the_states_alone_without_pictures_titles_o
     for group in range(3):
         weights = torch.load(folder / "personalized" / f"group_{group}" / "iisan.pth", weights_only=True)
         assert weights["CombProj.1.0.weight"].shape == (32, 32) and weights["weight_scalar"].shape == (3, 2)
-        # 2 layers x (2 blocks of 32-32-32 for text and picture, one joint block, one projection), and the gates
+        # 2 layers x (2 blocks of 32-32-32 for text and image, one joint block, one projection), and the gates
         assert sum(tensor.numel() for tensor in weights.values()) == 2 * (3 * 2 * (32 * 32 + 32) + 32 * 32 + 32) + 6
         assert summary["trainable_parameters"]["adapter_of_one_group"] == sum(tensor.numel() for tensor in weights.values())
 

@@ -1,4 +1,4 @@
-"""The store holds, bit for bit, what CLIP's own processors make of pictures and titles, and is built whole or not at all."""
+"""The store holds, bit for bit, what CLIP's own processors make of images and titles, and is built whole or not at all."""
 import dataclasses
 import io
 import os
@@ -16,7 +16,7 @@ from tests.conftest import write_dataset
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items import store as items_module
-from utils.items.store import PictureTitleStore, read_picture
+from utils.items.store import ImageTitleStore, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 CPU = torch.device("cpu")
@@ -24,28 +24,28 @@ MAX_TOKENS = 16
 
 
 def noise(mode, width, height, seed=0):
-    """A picture of noise, on which any slip in resizing or cropping shows."""
+    """An image of noise, on which any slip in resizing or cropping shows."""
     random = np.random.default_rng(seed)
     if mode == "1":
         return Image.fromarray(random.random((height, width)) > 0.5).convert("1")
     if mode == "I;16":
         return Image.fromarray(random.integers(0, 600, (height, width), dtype=np.uint16))
     if mode == "P":
-        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).quantize(64)
-        picture.info["transparency"] = 3
-        return picture
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).quantize(64)
+        image.info["transparency"] = 3
+        return image
     bands = len(Image.new(mode, (1, 1)).getbands())
     return Image.frombytes(mode, (width, height), random.bytes(width * height * bands))
 
 
-def encoded(picture, format_, **options):
+def encoded(image, format_, **options):
     buffer = io.BytesIO()
-    picture.save(buffer, format_, **options)
+    image.save(buffer, format_, **options)
     return buffer.getvalue()
 
 
-def picture_files():
-    """{name: file bytes} of pictures as shops have them, and as they should not."""
+def image_files():
+    """{name: file bytes} of images as shops have them, and as they should not."""
     files = {f"{mode} png": encoded(noise(mode, 37, 61), "PNG") for mode in ("RGB", "L", "LA", "RGBA", "1", "I;16")}
     files["P with transparency"] = encoded(noise("P", 40, 50), "PNG", transparency=3)
     files["P with a transparency table"] = encoded(noise("P", 40, 50), "PNG", transparency=bytes(range(64)))
@@ -68,7 +68,7 @@ def picture_files():
     return files
 
 
-FILES = picture_files()
+FILES = image_files()
 PROCESSORS = {
     "32": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
     "224": CLIPImageProcessor(),
@@ -81,25 +81,25 @@ PROCESSORS = {
 
 
 def original(processor, data, **options):
-    """What transformers makes of a picture. Its data format is said where the processor would take 1 or 3 rows for channels."""
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
-    return processor(picture, return_tensors="np", input_data_format="channels_last", **options)["pixel_values"][0]
+    """What transformers makes of an image. Its data format is said where the processor would take 1 or 3 rows for channels."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return processor(image, return_tensors="np", input_data_format="channels_last", **options)["pixel_values"][0]
 
 
 @pytest.mark.parametrize("setting", PROCESSORS)
-def test_pictures_are_bit_for_bit_what_clips_processor_leaves(setting, tmp_path):
+def test_images_are_bit_for_bit_what_clips_processor_leaves(setting, tmp_path):
     processor = PROCESSORS[setting]
     for name, data in FILES.items():
         if setting == "224" and name in ("999 x 5", "5 x 999"):
             continue  # 45,000 pixels long after the resize; the other settings have them
-        path = tmp_path / "picture.jpg"
+        path = tmp_path / "image.jpg"
         path.write_bytes(data)
         expected = original(processor, data, do_rescale=False, do_normalize=False)
-        found = read_picture(path, processor)
+        found = read_image(path, processor)
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, expected, err_msg=f"{name} by {setting}")
         width, height = Image.open(path).size
-        if height > 4:  # the processor asked without any help; it knows the channels of everything but the lowest pictures
+        if height > 4:  # the processor asked without any help; it knows the channels of everything but the lowest images
             unaided = processor(Image.open(path), do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
             np.testing.assert_array_equal(found, unaided, err_msg=name)
 
@@ -110,22 +110,22 @@ def test_pixel_values_by_way_of_the_store_are_the_processors(tmp_path, tiny_clip
     seen = []
     patches = next(module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d))
     patches.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     for name, data in FILES.items():
         path.write_bytes(data)
-        pixels = torch.from_numpy(read_picture(path, processor).copy())[None]
+        pixels = torch.from_numpy(read_image(path, processor).copy())[None]
         with torch.no_grad():
             encoder(pixels, torch.tensor([[1, 2, 3]]))
         np.testing.assert_allclose(seen[-1][0].numpy(), original(processor, data), rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.filterwarnings("ignore:.*decompression bomb")
-def test_picture_that_would_fill_the_memory_is_refused(tmp_path):
+def test_image_that_would_fill_the_memory_is_refused(tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(encoded(Image.new("1", (12_000, 12_000)), "PNG"))  # 20 kB on disk, 432 MB as RGB; Pillow only warns
     assert path.stat().st_size < 100_000
     with pytest.raises(ValueError, match="12000 x 12000"):
-        read_picture(path, PROCESSORS["32"])
+        read_image(path, PROCESSORS["32"])
 
 
 # ---------------------------------------------------------------- the store
@@ -145,34 +145,34 @@ def shop(tmp_path):
 
 def open_store(folder, tokenizer, processor=PROCESSORS["32"], missing_images="error", max_tokens=MAX_TOKENS):
     dataset = read_dataset(folder, "shop", missing_images=missing_images)
-    return PictureTitleStore.open(dataset, processor, tokenizer, max_tokens, missing_images)
+    return ImageTitleStore.open(dataset, processor, tokenizer, max_tokens, missing_images)
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The names of the pictures that are decoded, as they are."""
+    """The names of the images that are decoded, as they are."""
     names = []
 
     def remember(path, processor):
         names.append(os.path.basename(path))
-        return read_picture(path, processor)
+        return read_image(path, processor)
 
-    monkeypatch.setattr(items_module, "read_picture", remember)
+    monkeypatch.setattr(items_module, "read_image", remember)
     return names
 
 
-def picture_path(folder, item):
+def image_path(folder, item):
     return folder / "shop_images" / f"B{item:03d}.jpg"
 
 
-def test_store_row_of_every_item_is_its_own_picture_and_title(shop, tokenizer):
+def test_store_row_of_every_item_is_its_own_image_and_title(shop, tokenizer):
     store = open_store(shop, tokenizer)
     assert store.num_items == 12
     items = np.array([12, 3, 7])
     pixels, tokens = store.fetch(items, CPU)
     assert pixels.dtype == torch.uint8 and tokens.dtype == torch.int64
     for row, item in enumerate(items):
-        expected = original(PROCESSORS["32"], picture_path(shop, item).read_bytes(), do_rescale=False, do_normalize=False)
+        expected = original(PROCESSORS["32"], image_path(shop, item).read_bytes(), do_rescale=False, do_normalize=False)
         np.testing.assert_array_equal(pixels[row].numpy(), expected)
     lamp = tokenizer("red lamp number 3")["input_ids"]
     assert tokens[1, : len(lamp)].tolist() == lamp and lamp[-1] == tokenizer.eos_token_id
@@ -207,10 +207,10 @@ def test_store_is_decoded_once(shop, tokenizer, decoded):
     np.testing.assert_array_equal(again.tokens, first.tokens)
 
 
-def test_store_is_built_anew_when_a_picture_changes(shop, tokenizer, decoded):
+def test_store_is_built_anew_when_a_image_changes(shop, tokenizer, decoded):
     before = np.array(open_store(shop, tokenizer).pixels)
     decoded.clear()
-    path = picture_path(shop, 4)
+    path = image_path(shop, 4)
     status = path.stat()
     noise("RGB", 40, 40).save(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
@@ -224,7 +224,7 @@ def test_store_is_built_anew_when_a_title_changes(shop, tokenizer):
     before = open_store(shop, tokenizer)
     dataset = read_dataset(shop, "shop")
     changed = dataclasses.replace(dataset, titles=["another title", *dataset.titles[1:]])
-    after = PictureTitleStore.open(changed, PROCESSORS["32"], tokenizer, MAX_TOKENS)
+    after = ImageTitleStore.open(changed, PROCESSORS["32"], tokenizer, MAX_TOKENS)
     expected = tokenizer("another title")["input_ids"]
     assert after.fetch(np.array([1]), CPU)[1][0].tolist() == expected
     assert before.fetch(np.array([1]), CPU)[1][0].tolist() != expected
@@ -234,7 +234,7 @@ def test_store_is_built_anew_for_another_processor_or_title_length(shop, tokeniz
     open_store(shop, tokenizer)
     other = open_store(shop, tokenizer, PROCESSORS["nearest neighbour"])
     expected = original(
-        PROCESSORS["nearest neighbour"], picture_path(shop, 1).read_bytes(), do_rescale=False, do_normalize=False
+        PROCESSORS["nearest neighbour"], image_path(shop, 1).read_bytes(), do_rescale=False, do_normalize=False
     )
     np.testing.assert_array_equal(other.pixels[0], expected)
     assert open_store(shop, tokenizer, PROCESSORS["crop smaller than the edge"]).pixels.shape == (12, 3, 30, 20)
@@ -247,15 +247,15 @@ def files_of_stores(folder):
 
 
 def damage(folder):
-    """Leave three bad pictures in three ways."""
-    path = picture_path(folder, 2)
+    """Leave three bad images in three ways."""
+    path = image_path(folder, 2)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    picture_path(folder, 5).write_bytes(b"")
-    picture_path(folder, 9).write_bytes(b"this is text")
+    image_path(folder, 5).write_bytes(b"")
+    image_path(folder, 9).write_bytes(b"this is text")
     return ["B002.jpg", "B005.jpg", "B009.jpg"]
 
 
-def test_bad_pictures_are_all_told_at_once_and_leave_no_half_store(shop, tokenizer, decoded):
+def test_bad_images_are_all_told_at_once_and_leave_no_half_store(shop, tokenizer, decoded):
     bad = damage(shop)
     with pytest.raises(PerPEFTError) as raised:
         open_store(shop, tokenizer)
@@ -264,14 +264,14 @@ def test_bad_pictures_are_all_told_at_once_and_leave_no_half_store(shop, tokeniz
         assert f"{name} (item {item}" in str(raised.value)
     assert files_of_stores(shop) == []
     for item in (2, 5, 9):
-        noise("RGB", 20, 20, item).save(picture_path(shop, item))
+        noise("RGB", 20, 20, item).save(image_path(shop, item))
     decoded.clear()
     assert len(open_store(shop, tokenizer).pixels) == 12 and len(decoded) == 12
 
 
-def test_blank_pictures_stand_in_where_asked_for(shop, tokenizer):
+def test_blank_images_stand_in_where_asked_for(shop, tokenizer):
     damage(shop)
-    picture_path(shop, 11).unlink()
+    image_path(shop, 11).unlink()
     store = open_store(shop, tokenizer, missing_images="blank")
     for item in range(1, 13):
         assert bool(store.pixels[item - 1].any()) == (item not in (2, 5, 9, 11))
@@ -298,7 +298,7 @@ def test_system_without_posix_fallocate_builds_the_store_all_the_same(shop, toke
 
 def test_two_runs_that_build_the_store_at_the_same_time_both_get_it_and_decode_once(shop, tiny_clip, decoded, monkeypatch):
     """Several seeds started at once is the usual way to use a machine; here the second comes while the first is building."""
-    original_write, others, stores = items_module._write_pictures, [], []
+    original_write, others, stores = items_module._write_images, [], []
 
     def other_run():
         stores.append(open_store(shop, AutoTokenizer.from_pretrained(tiny_clip)))
@@ -310,10 +310,10 @@ def test_two_runs_that_build_the_store_at_the_same_time_both_get_it_and_decode_o
             others[0].join(timeout=1)  # until it has done all it can do meanwhile: everything, or nothing but wait
         original_write(*arguments)
 
-    monkeypatch.setattr(items_module, "_write_pictures", write)
+    monkeypatch.setattr(items_module, "_write_images", write)
     stores.append(open_store(shop, AutoTokenizer.from_pretrained(tiny_clip)))
     others[0].join()
-    expected = original(PROCESSORS["32"], picture_path(shop, 1).read_bytes(), do_rescale=False, do_normalize=False)
+    expected = original(PROCESSORS["32"], image_path(shop, 1).read_bytes(), do_rescale=False, do_normalize=False)
     assert len(stores) == 2
     for store in stores:
         np.testing.assert_array_equal(store.pixels[0], expected)

@@ -14,7 +14,7 @@ from utils.prepare.small_clip import train_tokenizer
 
 @pytest.fixture(scope="module")
 def large_clip(tmp_path_factory):
-    """ViT-L/14 in small: patches of 14, a picture tower twice as deep and half as wide again as the title tower, plain GELU."""
+    """ViT-L/14 in small: patches of 14, an image tower twice as deep and half as wide again as the title tower, plain GELU."""
     folder = tmp_path_factory.mktemp("clip") / "large"
     tokenizer = train_tokenizer([title for title in tiny_titles() if title], vocab_size=600, max_tokens=16)
     specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -12,9 +12,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImag
 
 from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
 from models.clip_peft import ia3_config, lora_config
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 from utils.common.errors import PerPEFTError
-from utils.items.store import read_picture
+from utils.items.store import read_image
 from utils.training.checkpoints import load_global, save_global
 from utils.training.sampling import Batch
 from utils.training.trainer import Trainer
@@ -33,11 +33,11 @@ def processors(tiny_clip):
 def inputs(processors, tmp_path_factory):
     """Pixels and tokens as the item store gives them, and pixel_values and masked tokens as the real processors do."""
     image_processor, tokenizer = processors
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for item in range(1, 5):
-        draw_picture(item).save(folder / f"{item}.jpg")
+        draw_image(item).save(folder / f"{item}.jpg")
     paths = [folder / f"{item}.jpg" for item in range(1, 5)]
-    pixels = torch.from_numpy(np.stack([read_picture(path, image_processor) for path in paths]))
+    pixels = torch.from_numpy(np.stack([read_image(path, image_processor) for path in paths]))
     pixel_values = image_processor([Image.open(path) for path in paths], return_tensors="pt")["pixel_values"]
     masked = tokenizer(TITLES, padding=True, truncation=True, max_length=16, return_tensors="pt")
     return {"pixels": pixels, "pixel_values": pixel_values, "tokens": masked["input_ids"], "mask": masked["attention_mask"]}
@@ -67,7 +67,7 @@ def shake(parameters, seed=0, size=0.3):
 
 @torch.no_grad()
 def clip_features(clip, inputs):
-    """CLIPModel's own picture and title embeddings side by side, through the real processors' inputs."""
+    """CLIPModel's own image and title embeddings side by side, through the real processors' inputs."""
     output = clip(input_ids=inputs["tokens"], attention_mask=inputs["mask"], pixel_values=inputs["pixel_values"])
     return torch.cat([output.image_embeds, output.text_embeds], dim=1)
 
@@ -110,7 +110,7 @@ def test_adapter_settings_are_the_papers():
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        # ViT-B/32: 12 picture layers of width 768 and 12 title layers of width 512; rank 4, A and B, two projections a layer
+        # ViT-B/32: 12 image layers of width 768 and 12 title layers of width 512; rank 4, A and B, two projections a layer
         ("lora", 12 * 2 * 4 * (768 + 768) + 12 * 2 * 4 * (512 + 512)),
         # one factor an output of k_proj and v_proj, and one an input of fc1, which is a feed-forward layer
         ("ia3", 12 * 3 * 768 + 12 * 3 * 512),
@@ -146,7 +146,7 @@ def test_fresh_adapter_gives_clips_own_embeddings(tiny_clip, processors, inputs,
 
 def test_normalisation_on_the_device_equals_the_processors(tiny_clip, processors, inputs):
     encoder = make_encoder(tiny_clip, processors)
-    patches = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]  # the first layer on pictures
+    patches = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]  # the first layer on images
     seen = []
     patches[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     encoder_features(encoder, inputs)

@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.prepare import demo
-from utils.prepare.demo import GROUPS, Item, choose_purchases, draw_caption_pairs, draw_items, draw_picture, make_demo, shop_title
+from utils.prepare.demo import GROUPS, Item, choose_purchases, draw_caption_pairs, draw_image, draw_items, make_demo, shop_title
 
 NUM_USERS, NUM_ITEMS = 200, 60
 
@@ -44,7 +44,7 @@ def purchases():
 def test_files_are_those_of_any_data_set(folder):
     dataset = read_dataset(folder, "demo")
     assert (dataset.num_users, dataset.num_items, dataset.missing_titles) == (NUM_USERS, NUM_ITEMS, 0)
-    assert all(Image.open(path).size == (demo.PICTURE_SIZE,) * 2 for path in dataset.image_paths)
+    assert all(Image.open(path).size == (demo.IMAGE_SIZE,) * 2 for path in dataset.image_paths)
     with open(folder / "demo_item2id_final.pickle", "rb") as file:
         assert list(pickle.load(file)) == list(range(1, NUM_ITEMS + 1))
     assert not [path for path in folder.iterdir() if path.suffix in (".tmp", ".old")]
@@ -125,7 +125,7 @@ def test_too_small_a_demo_is_refused(tmp_path, users, items):
     assert not list(tmp_path.iterdir())
 
 
-def test_titles_tell_brand_material_category_and_nothing_that_only_the_picture_shows(folder):
+def test_titles_tell_brand_material_category_and_nothing_that_only_the_image_shows(folder):
     hidden = {*demo.COLOURS, *demo.PATTERNS, *demo.SHAPES}
     for title, item in zip(read_dataset(folder, "demo").titles, rows_of(folder / "demo_attributes.csv")):
         assert {item["brand"].lower(), item["material"], item["category"]} <= words_of(title)
@@ -169,11 +169,11 @@ def test_groups_can_be_found_from_purchases(purchases):
     assert adjusted_rand_score(groups, KMeans(len(GROUPS), n_init=10, random_state=0).fit_predict(shares)) > 0.7
 
 
-def test_two_pictures_of_the_same_aspects_differ_a_little():
+def test_two_images_of_the_same_aspects_differ_a_little():
     rng = np.random.default_rng(0)
     item = Item("mug", "round", "blue", "dotted", "Kumo", "metal")
-    first, second = (np.asarray(draw_picture(item, rng)).astype(float) for _ in range(2))  # [height, width, RGB]
-    red = np.asarray(draw_picture(item._replace(colour="red"), rng)).astype(float)
+    first, second = (np.asarray(draw_image(item, rng)).astype(float) for _ in range(2))  # [height, width, RGB]
+    red = np.asarray(draw_image(item._replace(colour="red"), rng)).astype(float)
     middle = np.s_[30:65, 30:60]  # the body's face
     assert (first != second).mean() > 0.5
     for blue in (first, second):
@@ -189,17 +189,17 @@ def test_every_value_of_every_aspect_can_be_drawn_and_shows(aspect):
         "material": demo.MATERIALS,
     }[aspect]  # fmt: skip
     items = [plain._replace(**{aspect: value}) for value in values]
-    pictures = [np.asarray(draw_picture(item, np.random.default_rng(2))).astype(int) for item in items]
-    for row, picture in enumerate(pictures):
-        for other in pictures[:row]:  # the same chance, so what differs is the aspect
-            assert (abs(picture - other).max(2) > 30).mean() > 0.003
+    images = [np.asarray(draw_image(item, np.random.default_rng(2))).astype(int) for item in items]
+    for row, image in enumerate(images):
+        for other in images[:row]:  # the same chance, so what differs is the aspect
+            assert (abs(image - other).max(2) > 30).mean() > 0.003
 
 
 def test_caption_pairs_are_seeded_and_speak_of_what_titles_hide():
-    pictures, captions = draw_caption_pairs(60, seed=1)
+    images, captions = draw_caption_pairs(60, seed=1)
     again, same_captions = draw_caption_pairs(60, seed=1)
-    assert (pictures.shape, pictures.dtype) == ((60, 3, demo.PICTURE_SIZE, demo.PICTURE_SIZE), np.uint8)
-    assert (pictures == again).all()
+    assert (images.shape, images.dtype) == ((60, 3, demo.IMAGE_SIZE, demo.IMAGE_SIZE), np.uint8)
+    assert (images == again).all()
     assert captions == same_captions
     assert captions != draw_caption_pairs(60, seed=2)[1]
     spoken = set().union(*map(words_of, captions))

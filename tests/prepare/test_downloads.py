@@ -14,17 +14,17 @@ from email.utils import formatdate
 import pytest
 from PIL import Image
 
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 from utils.common.errors import PerPEFTError
 from utils.prepare import downloads
-from utils.prepare import image_folder as picture_folder
-from utils.prepare.downloads import Downloader, PassingError, PictureError, _seconds
-from utils.prepare.image_folder import fill_folder, keep_picture, read_picture
+from utils.prepare import image_folder as image_folder
+from utils.prepare.downloads import Downloader, ImageError, PassingError, _seconds
+from utils.prepare.image_folder import fill_folder, keep_image, read_image
 
 
 def encoded(kind="JPEG", item=1, mode="RGB"):
     content = io.BytesIO()
-    draw_picture(item).convert(mode).save(content, kind)
+    draw_image(item).convert(mode).save(content, kind)
     return content.getvalue()
 
 
@@ -111,7 +111,7 @@ def downloader(**changes):
     return Downloader(**{"retries": 2, "timeout": 5, "first_wait": 0.01, **changes})
 
 
-def test_a_picture_comes_byte_for_byte(server):
+def test_a_image_comes_byte_for_byte(server):
     assert downloader().get(server.url + "/a.jpg") == JPEG
 
 
@@ -139,7 +139,7 @@ def test_trouble_that_stays_ends(server, trouble):
 @pytest.mark.parametrize("status", [204, 304, 400, 403, 404, 410])
 def test_what_no_other_attempt_mends_is_asked_for_once(server, status):
     server.answers["/a.jpg"] = answer(status, b"")
-    with pytest.raises(PictureError, match=f"HTTP {status}") as caught:
+    with pytest.raises(ImageError, match=f"HTTP {status}") as caught:
         downloader().get(server.url + "/a.jpg")
     assert not isinstance(caught.value, PassingError)
     assert server.asked["/a.jpg"] == 1
@@ -197,18 +197,18 @@ def test_endless_and_large_content_is_not_taken(server):
     server.answers["/endless"] = pour
     server.answers["/large"] = lambda handler: send(handler, content=b"", length=2**40)
     for path in server.answers:
-        with pytest.raises(PictureError, match="more than 100,000 bytes"):
+        with pytest.raises(ImageError, match="more than 100,000 bytes"):
             downloader(max_bytes=100_000).get(server.url + path)
     assert set(server.asked.values()) == {1}
     assert downloader(max_bytes=len(JPEG)).get(server.url + "/a") == JPEG
-    with pytest.raises(PictureError, match="more than"):
+    with pytest.raises(ImageError, match="more than"):
         downloader(max_bytes=len(JPEG) - 1).get(server.url + "/a")
 
 
 @pytest.mark.parametrize("place", ["file:///etc/hostname", "ftp://127.0.0.1/a", "data:image/gif;base64,R0lG", "javascript:1", "http://["])
 def test_redirects_lead_nowhere_but_to_http(server, place):
     server.answers["/a"] = answer(302, b"", Location=place)
-    with pytest.raises(PictureError, match="no http or https address"):
+    with pytest.raises(ImageError, match="no http or https address"):
         downloader().get(server.url + "/a")
 
 
@@ -216,7 +216,7 @@ def test_redirects_are_followed_so_far(server):
     server.answers["/a"] = answer(301, b"", Location="/b.jpg")
     server.answers["/circle"] = answer(302, b"", Location="/circle")
     assert downloader().get(server.url + "/a") == JPEG
-    with pytest.raises(PictureError, match="more than 5 redirects"):
+    with pytest.raises(ImageError, match="more than 5 redirects"):
         downloader().get(server.url + "/circle")
     assert server.asked["/circle"] == 6
 
@@ -226,7 +226,7 @@ def test_redirects_are_followed_so_far(server):
     "http://127.0.0.1:99999999/a", "http://127.0.0.1\r\nX: y/", "http://" + "a" * 300 + ".example/",
 ])  # fmt: skip
 def test_addresses_that_are_none(url):
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         downloader(retries=0).get(url)
 
 
@@ -239,18 +239,18 @@ def test_no_server():
 
 def test_other_kinds_become_jpeg_and_jpegs_stay_as_they_are(tmp_path):
     for kind, mode in (("PNG", "RGBA"), ("GIF", "P"), ("WEBP", "RGB"), ("PNG", "L")):
-        keep_picture(encoded(kind, mode=mode), tmp_path / "a.jpg")
-        with Image.open(tmp_path / "a.jpg") as picture:
-            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", draw_picture(1).size)
-    keep_picture(JPEG, tmp_path / "a.jpg")
+        keep_image(encoded(kind, mode=mode), tmp_path / "a.jpg")
+        with Image.open(tmp_path / "a.jpg") as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", draw_image(1).size)
+    keep_image(JPEG, tmp_path / "a.jpg")
     assert (tmp_path / "a.jpg").read_bytes() == JPEG
     assert os.listdir(tmp_path) == ["a.jpg"]
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", JPEG[:200], encoded("PNG")[:90], b"%!PS-Adobe-3.0\n"])
-def test_what_is_no_picture_leaves_nothing(tmp_path, content):
-    with pytest.raises(PictureError, match="no picture"):
-        keep_picture(content, tmp_path / "a.jpg")
+def test_what_is_no_image_leaves_nothing(tmp_path, content):
+    with pytest.raises(ImageError, match="no image"):
+        keep_image(content, tmp_path / "a.jpg")
     assert not os.listdir(tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_a_folder_is_filled_and_failures_are_told(server, tmp_path):
     filling = fill_folder(tmp_path / "images", sources, downloader().get, 3)
     assert (filling.fetched, filling.kept) == (3, 0)
     assert filling.failed == {
-        "html": "no picture: no picture of a kind that is read", "gone": "HTTP 404", "down": "HTTP 500"
+        "html": "no image: no image of a kind that is read", "gone": "HTTP 404", "down": "HTTP 500"
     }  # fmt: skip
     assert set(os.listdir(tmp_path / "images")) == {"a.jpg", "b.jpg", "x" * 251 + ".jpg"}
 
@@ -307,18 +307,18 @@ def test_without_a_connection_it_gives_up(server, tmp_path):
     sources = {str(number): f"{server.url}/{number}" for number in range(40)}
     fill_folder(tmp_path, {"0": sources["0"]}, downloader().get, 2)
     server.answers.update({f"/{number}": answer(503) for number in range(40)})
-    with pytest.raises(PerPEFTError, match=r"10 pictures in a row could not be fetched \(the last: HTTP 503\)"):
+    with pytest.raises(PerPEFTError, match=r"10 images in a row could not be fetched \(the last: HTTP 503\)"):
         fill_folder(tmp_path, sources, downloader(retries=0).get, 2, give_up=10)
     assert len(fill_folder(tmp_path, sources, downloader(retries=0).get, 2).failed) == 39
     server.answers.update({f"/{number}": answer(404, b"") for number in range(0, 40, 4)})  # the server is there, so it goes on
     assert len(fill_folder(tmp_path, sources, downloader(retries=0).get, 2, give_up=10).failed) == 39
 
 
-def test_a_full_disk_is_no_failed_picture(tmp_path, monkeypatch):
+def test_a_full_disk_is_no_failed_image(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(picture_folder.os, "replace", full)
+    monkeypatch.setattr(image_folder.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         fill_folder(tmp_path, {"a": "a", "b": "b"}, lambda source: JPEG, 2)
     assert not os.listdir(tmp_path)
@@ -326,5 +326,5 @@ def test_a_full_disk_is_no_failed_picture(tmp_path, monkeypatch):
 
 def test_files_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(PictureError, match="cannot be read"):
-            read_picture(str(path))
+        with pytest.raises(ImageError, match="cannot be read"):
+            read_image(str(path))

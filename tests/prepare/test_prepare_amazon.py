@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts import prepare_amazon
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 from tests.prepare.test_downloads import JPEG, answer, server  # noqa: F401
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import leave_last_out, read_dataset
@@ -46,17 +46,17 @@ def write_lines(path, lines):
 
 @pytest.fixture
 def category(tmp_path):
-    """Gives the options of the script for some lines; with `images`, pictures lie in a folder."""
+    """Gives the options of the script for some lines; with `images`, images lie in a folder."""
 
     def make(reviews, items, images=True, ending=".jsonl.gz"):
         paths = write_lines(tmp_path / f"Lamps{ending}", reviews), write_lines(tmp_path / f"meta_Lamps{ending}", items)
         options = ["--reviews", paths[0], "--meta", paths[1], "--name", "lamps", "--train_dir", tmp_path / "data"]
         if images:
-            folder = tmp_path / "pictures"
+            folder = tmp_path / "images"
             folder.mkdir(exist_ok=True)
             for line in items:
                 if isinstance(line, dict) and "images" in line:
-                    draw_picture(1).save(folder / f"{line['parent_asin']}.jpg")
+                    draw_image(1).save(folder / f"{line['parent_asin']}.jpg")
             options += ["--images", folder]
         return options
 
@@ -231,7 +231,7 @@ def test_clean_titles_print_and_stay(title):
     clean.encode()
 
 
-def test_the_main_picture_counts_and_sizes_stand_in():
+def test_the_main_image_counts_and_sizes_stand_in():
     main = {"variant": "MAIN", "large": None, "hi_res": "main", "thumb": "t"}
     assert _address([{"variant": "PT01", "large": "other"}, main]) == "main"
     assert _address([{"variant": "PT01", "large": "first"}, {"variant": "PT02", "large": "second"}]) == "first"
@@ -306,7 +306,7 @@ def test_by_hand(category, monkeypatch, tmp_path, capsys):
         "malformed lines": "1", "no title": "1", "id that cannot be a file name": "2",
         "read": "16", "malformed": "1", "of an item that is unknown or left out": "2",
         "of an item the user had bought before": "1", "outside the 3-core": "3", "kept": "9",
-        "of items whose picture failed, and what left the core with them": "0",
+        "of items whose image failed, and what left the core with them": "0",
         "fetched": "3", "there already": "0", "failed": "0", "users": "3", "items": "3", "interactions": "9",
     }  # fmt: skip
     assert told.endswith(f"Next: python3 -m scripts.check_data --dataset lamps --train_dir {tmp_path / 'data'} --C 3\n")
@@ -324,10 +324,10 @@ def test_the_default_check_passes_and_packing_makes_no_difference(category, monk
     assert files[".jsonl"] == files[".jsonl.gz"]
 
 
-def test_pictures_from_the_web_and_what_fails(category, monkeypatch, tmp_path, server, capsys):  # noqa: F811
+def test_images_from_the_web_and_what_fails(category, monkeypatch, tmp_path, server, capsys):  # noqa: F811
     reviews, items = many(users=9, items=7)
     items = [meta(line["parent_asin"], line["title"], f"{server.url}/{line['parent_asin']}") for line in items]
-    # bea's five purchases count only as long as B6, whose picture fails, does
+    # bea's five purchases count only as long as B6, whose image fails, does
     reviews += [review("bea", f"B{item}", item) for item in range(2, 7)]
     server.answers["/B6"] = answer(404, b"")
     options = category(reviews, items, images=False)
@@ -335,26 +335,26 @@ def test_pictures_from_the_web_and_what_fails(category, monkeypatch, tmp_path, s
     told = capsys.readouterr().out
     assert histories_of(tmp_path / "data") == [[f"B{item}" for item in range(6)]] * 9
     assert check_dataset(tmp_path / "data", "lamps", 8).usable
-    with (tmp_path / "data" / "lamps_failed_pictures.csv").open(newline="") as file:
+    with (tmp_path / "data" / "lamps_failed_images.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["raw_id", "source", "reason"], ["B6", f"{server.url}/B6", "HTTP 404"]]
-    assert "failed" in told and "lamps_failed_pictures.csv" in told
+    assert "failed" in told and "lamps_failed_images.csv" in told
     assert [int(line.split()[-1]) for line in told.splitlines() if "left the core with them" in line] == [9 + 5]
     assert (tmp_path / "data" / "lamps_images" / "B0.jpg").read_bytes() == JPEG
     server.answers.clear()  # next time all goes well, and the old report goes
     assert run(monkeypatch, *options, "--restart") == 0
     assert len(histories_of(tmp_path / "data")) == 10
-    assert not (tmp_path / "data" / "lamps_failed_pictures.csv").exists()
+    assert not (tmp_path / "data" / "lamps_failed_images.csv").exists()
     assert server.asked == {**{f"/B{item}": 1 for item in range(6)}, "/B6": 2}
 
 
-def test_without_any_picture_there_is_no_data_set(category, monkeypatch, tmp_path, server, capsys):  # noqa: F811
+def test_without_any_image_there_is_no_data_set(category, monkeypatch, tmp_path, server, capsys):  # noqa: F811
     reviews, items = many()
     items = [meta(line["parent_asin"], "t", f"{server.url}/{line['parent_asin']}") for line in items]
     server.answers.update({f"/B{item}": answer(403, b"") for item in range(6)})
     assert run(monkeypatch, *category(reviews, items, images=False)) == 2
-    assert "none of the 6 pictures could be had (the first: HTTP 403)" in capsys.readouterr().err
+    assert "none of the 6 images could be had (the first: HTTP 403)" in capsys.readouterr().err
     assert not (tmp_path / "data" / "lamps_final.txt").exists()
-    assert len((tmp_path / "data" / "lamps_failed_pictures.csv").read_text().splitlines()) == 7
+    assert len((tmp_path / "data" / "lamps_failed_images.csv").read_text().splitlines()) == 7
 
 
 def test_interrupted_the_same_command_goes_on(category, monkeypatch, tmp_path, server, capsys):  # noqa: F811
@@ -372,7 +372,7 @@ def test_interrupted_the_same_command_goes_on(category, monkeypatch, tmp_path, s
         patch.setattr(Downloader, "get", interrupted)
         assert run(patch, *options) == 130
     told = capsys.readouterr().err
-    assert "the pictures so far are in" in told and "the same command continues from there" in told
+    assert "the images so far are in" in told and "the same command continues from there" in told
     assert not (tmp_path / "data" / "lamps_final.txt").exists()
     assert run(monkeypatch, *options) == 0
     assert check_dataset(tmp_path / "data", "lamps", 8).usable
@@ -438,7 +438,7 @@ def test_files_of_no_use_are_one_sentence(category, monkeypatch, tmp_path, capsy
     assert "none of its 6 lines is a review of Amazon Reviews 2023" in told(reviews=items, images=False)
     assert "none of its 0 lines" in told(reviews=[])
     assert "no item is of use (no title: 6)" in told(items=[meta(f"B{i}", "") for i in range(6)])
-    assert "no item is of use (no picture: 6)" in told(items=[meta(f"B{i}", "t", None) for i in range(6)], images=False)
+    assert "no item is of use (no image: 6)" in told(items=[meta(f"B{i}", "t", None) for i in range(6)], images=False)
     assert "do both files fit together?" in told(reviews=[review("u", "C1", 1)])
     assert "no user has the 3 purchases" in told("--core", 1, reviews=reviews[:24])
     assert "has 5 purchases; lower --core\n" in told(reviews=reviews[:24])
@@ -462,17 +462,17 @@ def test_cut_and_missing_files(category, monkeypatch, tmp_path, capsys):
     assert "cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
-def test_own_pictures_of_any_kind(category, monkeypatch, tmp_path, capsys):
+def test_own_images_of_any_kind(category, monkeypatch, tmp_path, capsys):
     options = category(*many(items=8))
     folder = options[-1]
-    os.remove(folder / "B0.jpg")  # no picture: left out before the core
+    os.remove(folder / "B0.jpg")  # no image: left out before the core
     os.remove(folder / "B1.jpg")
-    draw_picture(2).save(folder / "B1.png")
-    (folder / "B2.jpg").write_bytes(b"no picture")
+    draw_image(2).save(folder / "B1.png")
+    (folder / "B2.jpg").write_bytes(b"no image")
     assert run(monkeypatch, *options) == 0
     assert [len(history) for history in histories_of(tmp_path / "data")] == [6] * 12
     assert check_dataset(tmp_path / "data", "lamps", 8).usable
     with (tmp_path / "data" / "lamps_item2id_final.pickle").open("rb") as file:
         assert list(pickle.load(file).values()) == ["B1", "B3", "B4", "B5", "B6", "B7"]
     told = capsys.readouterr().out
-    assert any(line.split() == ["no", "picture", "1"] for line in told.splitlines())
+    assert any(line.split() == ["no", "image", "1"] for line in told.splitlines())

@@ -2,7 +2,7 @@
 import pytest
 
 from scripts import prepare_csv
-from tests.conftest import draw_picture
+from tests.conftest import draw_image
 from tests.prepare.test_prepare_amazon import histories_of, run
 from utils.data.dataset import read_dataset
 from utils.items.data_check import check_dataset
@@ -14,10 +14,10 @@ ORDER = ["lamp", "mug", "chair"]
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    """Runs the script on two texts, and gives the exit code; pictures lie in shop/img."""
+    """Runs the script on two texts, and gives the exit code; images lie in shop/img."""
     (tmp_path / "shop" / "img").mkdir(parents=True)
     for number, name in enumerate(ORDER):
-        draw_picture(number).save(tmp_path / "shop" / "img" / f"{name}.png")
+        draw_image(number).save(tmp_path / "shop" / "img" / f"{name}.png")
 
     def make(interactions, items, *options):
         for name, text in (("buys.csv", interactions), ("items.csv", items)):
@@ -51,7 +51,7 @@ def test_by_hand(shop, tmp_path, capsys):
     assert check_dataset(tmp_path / "data", "mine", 2).usable
     rows = dict(row.rsplit(maxsplit=1) for row in told.splitlines() if row.startswith("  "))
     rows = {name.strip(): count for name, count in rows.items()}
-    assert (rows["no title"], rows["no picture"], rows["read"]) == ("1", "1", "6")
+    assert (rows["no title"], rows["no image"], rows["read"]) == ("1", "1", "6")
     assert (rows["of an item that is unknown or left out"], rows["of an item the user had bought before"]) == ("1", "1")
     assert told.endswith("--C 2\n")
 
@@ -63,13 +63,13 @@ def test_the_core_is_five_unless_told(shop, tmp_path, capsys):
     assert histories_of(tmp_path / "data", "mine") == [ORDER] * 5
 
 
-def test_a_picture_that_is_none_goes_with_its_item(shop, tmp_path, capsys):
-    (tmp_path / "shop" / "img" / "vase.png").write_text("no picture")
+def test_a_image_that_is_none_goes_with_its_item(shop, tmp_path, capsys):
+    (tmp_path / "shop" / "img" / "vase.png").write_text("no image")
     buys = BUYS + "".join(f"{user},vase,9\n" for user in "abcde")
     assert shop(buys, ITEMS + "vase,Vase,img/vase.png\n", "--core", 3) == 0
     assert histories_of(tmp_path / "data", "mine") == [ORDER] * 5
-    assert "vase," in (tmp_path / "data" / "mine_failed_pictures.csv").read_text()
-    assert "mine_failed_pictures.csv" in capsys.readouterr().out
+    assert "vase," in (tmp_path / "data" / "mine_failed_images.csv").read_text()
+    assert "mine_failed_images.csv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("interactions, items, told", [
@@ -77,18 +77,18 @@ def test_a_picture_that_is_none_goes_with_its_item(shop, tmp_path, capsys):
     ("", ITEMS, "buys.csv lacks the columns user, item, time (its first line names: none)"),
     ("user,item,time\n", ITEMS, "none of 0 purchases is of an item that can be used"),
     (BUYS, "item;title;image\n", "items.csv lacks the columns item, title, image (its first line names: item;title;image)"),
-    (BUYS, "item,title,image\n", "items.csv has no item with title and picture (it has no lines)"),
-    (BUYS, "item,title,image\na,,\n", "items.csv has no item with title and picture (no title: 1)"),
+    (BUYS, "item,title,image\n", "items.csv has no item with title and image (it has no lines)"),
+    (BUYS, "item,title,image\na,,\n", "items.csv has no item with title and image (no title: 1)"),
     (BUYS + "a,mug,yesterday\nb,mug,\nc,mug,nan\n", ITEMS, "(3): line 17 'yesterday', line 18 '', line 19 'nan'"),
     (BUYS + "a,mug,2024-01-01\n", ITEMS, "numbers as well as dates in the column time (1): line 2 '0', line 17 '2024-01-01'"),
     (BUYS + ",mug,3\na,,3\n", ITEMS, "lines without user or item (2): line 17, line 18"),
     (BUYS + "a,mug\n", ITEMS, "lines with fewer than 3 columns (1): line 17"),
-    (BUYS, ITEMS + "vase,Vase,img/vase.png\n", "picture files that are missing (1): line 5 'img/vase.png'"),
-    (BUYS, ITEMS + "vase,Vase,img\n", "picture files that are missing (1): line 5 'img'"),
+    (BUYS, ITEMS + "vase,Vase,img/vase.png\n", "image files that are missing (1): line 5 'img/vase.png'"),
+    (BUYS, ITEMS + "vase,Vase,img\n", "image files that are missing (1): line 5 'img'"),
     (BUYS, ITEMS + "mug,Mug,img/mug.png\n", "items that stand there twice (1): line 5 'mug' as line 3"),
     (BUYS, ITEMS + "a/b,Mug,img/mug.png\n", "item ids that cannot be file names (1): line 5 'a/b'"),
     (BUYS, ITEMS + f"{'x' * 252},Mug,img/mug.png\n", "item ids that cannot be file names (1): line 5"),
-    (BUYS, ITEMS + f"vase,Vase,{'x' * 5000}\n", "picture files that are missing (1): line 5"),
+    (BUYS, ITEMS + f"vase,Vase,{'x' * 5000}\n", "image files that are missing (1): line 5"),
     (BUYS, ITEMS + ",Vase,img/mug.png\n", "item ids that cannot be file names (1): line 5 ''"),
     (BUYS.encode("utf-16"), ITEMS, "buys.csv is no UTF-8 text"),
     (BUYS + '"' + "x" * 200_000, ITEMS, "line 17: no CSV (field larger than field limit"),
@@ -128,8 +128,8 @@ def test_a_restart_that_fails_keeps_the_old_data_set_and_one_that_works_its_hidd
     assert shop(BUYS, ITEMS, "--core", 3) == 0
     final, states = tmp_path / "data" / "mine_final.txt", tmp_path / "data" / "mine_preX.pt"
     before = final.read_text()
-    states.write_text("of these titles and pictures")
-    (tmp_path / "shop" / "img" / "none.png").write_text("no picture")
+    states.write_text("of these titles and images")
+    (tmp_path / "shop" / "img" / "none.png").write_text("no image")
     lost = "item,title,image\n" + "".join(f"new {item},New,img/none.png\n" for item in ORDER)
     buys = BUYS.replace("lamp", "new lamp").replace("mug", "new mug").replace("chair", "new chair")
     assert shop(buys, lost, "--core", 3, "--restart") == 2

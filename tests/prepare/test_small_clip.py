@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProce
 from scripts import make_small_clip
 from utils.common.errors import PerPEFTError
 from utils.prepare import small_clip
-from utils.prepare.small_clip import contrastive_loss, read_pictures, retrieval, train_small_clip, train_tokenizer
+from utils.prepare.small_clip import contrastive_loss, read_images, retrieval, train_small_clip, train_tokenizer
 from utils.run.options import run_main
 
 SIZES = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2}
@@ -20,18 +20,18 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), 
 
 
 def coloured_pairs(num, seed=0):
-    """Noisy pictures of one colour each, and titles that name it; many titles are the same."""
+    """Noisy images of one colour each, and titles that name it; many titles are the same."""
     rng = np.random.default_rng(seed)
     names = [list(COLOURS)[row] for row in rng.integers(len(COLOURS), size=num)]
     plain = np.array([COLOURS[name] for name in names])[:, :, None, None]  # [num, RGB, 1, 1]
-    pictures = np.clip(plain + rng.normal(0, 20, size=(num, 3, 32, 32)), 0, 255).astype(np.uint8)
+    images = np.clip(plain + rng.normal(0, 20, size=(num, 3, 32, 32)), 0, 255).astype(np.uint8)
     titles = [f"{name} {['mug', 'a much longer lamp, no. 7'][row]}" for name, row in zip(names, rng.integers(2, size=num))]
-    return torch.from_numpy(pictures), titles
+    return torch.from_numpy(images), titles
 
 
 def trained(folder, steps=40, seed=0, **options):
-    pictures, titles = coloured_pairs(200)
-    return train_small_clip(pictures, titles, folder, **SIZES, steps=steps, batch_size=32, seed=seed, **options)
+    images, titles = coloured_pairs(200)
+    return train_small_clip(images, titles, folder, **SIZES, steps=steps, batch_size=32, seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +94,12 @@ def test_same_titles_are_no_false_negatives():
 
 
 def test_retrieval_by_hand():
-    similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.3, 0.4], [0.7, 0.6, 0.5]])  # every picture likes title 0 best
+    similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.3, 0.4], [0.7, 0.6, 0.5]])  # every image likes title 0 best
     assert retrieval(similarity, torch.tensor([0, 1, 2])) == pytest.approx(
-        {"picture_to_title": 1 / 3, "title_to_picture": 2 / 3, "chance": 1 / 3}
+        {"image_to_title": 1 / 3, "title_to_image": 2 / 3, "chance": 1 / 3}
     )
     assert retrieval(similarity, torch.tensor([0, 0, 2])) == pytest.approx(
-        {"picture_to_title": 2 / 3, "title_to_picture": 2 / 3, "chance": 5 / 9}
+        {"image_to_title": 2 / 3, "title_to_image": 2 / 3, "chance": 5 / 9}
     )
 
 
@@ -110,15 +110,15 @@ def test_training_lowers_the_loss_and_finds_unseen_pairs(clip_folder):
     _, result = clip_folder
     assert result["held_out"] == 20
     assert result["last_loss"] < 0.75 * result["first_loss"]
-    assert min(result["picture_to_title"], result["title_to_picture"]) > 2 * result["chance"]
+    assert min(result["image_to_title"], result["title_to_image"]) > 2 * result["chance"]
 
 
 def test_drawn_items_are_learnt_above_chance(tmp_path):
-    pictures, captions = small_clip.demo_pairs(num=500)
-    assert (pictures.shape, pictures.dtype) == ((500, 3, small_clip.IMAGE_SIZE, small_clip.IMAGE_SIZE), torch.uint8)
-    result = train_small_clip(pictures, captions, tmp_path / "clip", steps=60, batch_size=64, vary=False, progress=False)
+    images, captions = small_clip.demo_pairs(num=500)
+    assert (images.shape, images.dtype) == ((500, 3, small_clip.IMAGE_SIZE, small_clip.IMAGE_SIZE), torch.uint8)
+    result = train_small_clip(images, captions, tmp_path / "clip", steps=60, batch_size=64, vary=False, progress=False)
     assert result["last_loss"] < result["first_loss"] - 0.2
-    assert (result["title_to_picture"] + result["picture_to_title"]) / 2 > 2 * result["chance"]
+    assert (result["title_to_image"] + result["image_to_title"]) / 2 > 2 * result["chance"]
 
 
 def test_same_seed_same_weights_and_the_callers_random_numbers_go_on(tmp_path):
@@ -172,22 +172,22 @@ def test_training_sees_what_the_saved_processor_makes(clip_folder):
     folder, _ = clip_folder
     model, processor = CLIPModel.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    pictures, _ = coloured_pairs(4, seed=5)
+    images, _ = coloured_pairs(4, seed=5)
     tokens = tokenizer(["red mug", "blue mug"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        found = small_clip._similarity(model, pictures, tokens)
-        inputs = processor([Image.fromarray(picture.transpose(1, 2, 0)) for picture in pictures.numpy()], return_tensors="pt")
+        found = small_clip._similarity(model, images, tokens)
+        inputs = processor([Image.fromarray(image.transpose(1, 2, 0)) for image in images.numpy()], return_tensors="pt")
         expected = model(input_ids=tokens, **inputs).logits_per_image / model.logit_scale.exp()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_varied_pictures_keep_their_size_and_content():
-    pictures, _ = coloured_pairs(16)
+def test_varied_images_keep_their_size_and_content():
+    images, _ = coloured_pairs(16)
     random = torch.Generator().manual_seed(0)
-    varied = small_clip._varied(pictures, random)
-    assert varied.shape == pictures.shape
-    assert not torch.equal(varied, pictures.float())
-    torch.testing.assert_close(varied.mean((2, 3)), pictures.float().mean((2, 3)), atol=6, rtol=0)
+    varied = small_clip._varied(images, random)
+    assert varied.shape == images.shape
+    assert not torch.equal(varied, images.float())
+    torch.testing.assert_close(varied.mean((2, 3)), images.float().mean((2, 3)), atol=6, rtol=0)
 
 
 def test_progress_prints_one_line(tmp_path, capsys):
@@ -198,37 +198,37 @@ def test_progress_prints_one_line(tmp_path, capsys):
 
 
 def test_sizes_that_make_no_clip_are_refused(tmp_path):
-    pictures, titles = coloured_pairs(30)
+    images, titles = coloured_pairs(30)
     wrong = ({"patch_size": 15}, {"heads": 3}, {"layers": 0}, {"image_size": 48})
     for change in wrong:
         with pytest.raises(PerPEFTError):
-            train_small_clip(pictures, titles, tmp_path / "clip", **{**SIZES, **change}, steps=1)
+            train_small_clip(images, titles, tmp_path / "clip", **{**SIZES, **change}, steps=1)
     with pytest.raises(PerPEFTError, match="too few"):
-        train_small_clip(pictures[:10], titles[:10], tmp_path / "clip", **SIZES, steps=1)
+        train_small_clip(images[:10], titles[:10], tmp_path / "clip", **SIZES, steps=1)
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------- pictures from files, the demo's CLIP, the script
+# ---------------------------------------------------------------- images from files, the demo's CLIP, the script
 
 
-def test_pictures_are_read_as_the_processor_does(tiny_dataset):
+def test_images_are_read_as_the_processor_does(tiny_dataset):
     paths = sorted((tiny_dataset.train_dir / "tiny_images").iterdir())
     processor = small_clip.image_processor(32)
     expected = processor([Image.open(path) for path in paths], do_rescale=False, do_normalize=False, return_tensors="pt")
-    assert torch.equal(read_pictures(paths, 32), expected["pixel_values"].to(torch.uint8))
+    assert torch.equal(read_images(paths, 32), expected["pixel_values"].to(torch.uint8))
 
 
-def test_unreadable_pictures_are_named(tmp_path, tiny_dataset):
+def test_unreadable_images_are_named(tmp_path, tiny_dataset):
     good = next((tiny_dataset.train_dir / "tiny_images").iterdir())
-    (tmp_path / "B7.jpg").write_bytes(b"no picture")
+    (tmp_path / "B7.jpg").write_bytes(b"no image")
     with pytest.raises(PerPEFTError, match=r"(?s)B7\.jpg \(item 2.*gone\.jpg \(item 3"):
-        read_pictures([good, tmp_path / "B7.jpg", tmp_path / "gone.jpg"], 32)
+        read_images([good, tmp_path / "B7.jpg", tmp_path / "gone.jpg"], 32)
 
 
 def test_demo_clip_is_made_once(tmp_path, monkeypatch):
     made = []
 
-    def train(pictures, captions, folder, **options):
+    def train(images, captions, folder, **options):
         made.append((len(captions), options["seed"]))
         folder.mkdir(parents=True)
 

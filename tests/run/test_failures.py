@@ -169,12 +169,12 @@ def test_full_disk_while_the_store_is_built_leaves_no_half_of_it(zygote, tiny_da
     shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store"))
     full_at = None
     if disk:
-        (disk / "ballast").write_bytes(b"0" * (shutil.disk_usage(disk).free - 50_000))  # the pictures take 92 kB
+        (disk / "ballast").write_bytes(b"0" * (shutil.disk_usage(disk).free - 50_000))  # the images take 92 kB
     else:
         full_at = ("opening/store", 9)
     end = zygote.run(tiny_arguments(data, tiny_clip, tmp_path / "runs"), full_at=full_at)
     assert end.code == 2 and "Traceback" not in end.output
-    assert "the picture store" in end.output and "No space left" in end.output and "make room" in end.output
+    assert "the image store" in end.output and "No space left" in end.output and "make room" in end.output
     assert [path.name for path in (data.train_dir / "tiny_store").iterdir() if path.suffix != ".lock"] == []
 
 

@@ -86,9 +86,9 @@ def test_frozen_trains_the_projector_on_clips_own_features(run_method, tiny_data
     clip = CLIPModel.from_pretrained(tiny_clip).eval()
     processor, tokenizer = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False), AutoTokenizer.from_pretrained(tiny_clip)
     for row, item in enumerate((3, 5, 6)):
-        picture = Image.open(tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg")
+        image = Image.open(tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg")
         title = tiny_dataset.titles[item - 1] or "No description available."
-        inputs = processor(picture, return_tensors="pt") | tokenizer(title, truncation=True, max_length=16, return_tensors="pt")
+        inputs = processor(image, return_tensors="pt") | tokenizer(title, truncation=True, max_length=16, return_tensors="pt")
         with torch.no_grad():
             output = clip(**inputs)
         expected = torch.cat([output.image_embeds[0], output.text_embeds[0]])
@@ -121,7 +121,7 @@ def test_none_knows_items_by_their_embeddings_alone(run_method, tiny_dataset, ti
     assert summary_of(folder)["global"]["test"]["HR@10"] == pytest.approx(np.mean(hits), abs=1e-9)
 
 
-def test_none_needs_neither_pictures_nor_weights(tiny_dataset, run_method, tmp_path):
+def test_none_needs_neither_images_nor_weights(tiny_dataset, run_method, tmp_path):
     folder = tmp_path / "dataset"
     shutil.copytree(tiny_dataset.train_dir, folder, ignore=shutil.ignore_patterns("*_images", "*_store"))
     options = {"train_dir": folder, "method": "none"}

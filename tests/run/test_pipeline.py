@@ -79,8 +79,8 @@ def test_run_folder_holds_the_documented_files_and_nothing_else(tiny_run):
     expected |= {f"personalized/group_{g}/{name}" for g in range(3) for name in ("projector.pth", *adapter)}
     assert set(tree(tiny_run.folder)) - {".lock"} == expected
     for name in ("curves.png", "groups.png"):
-        with Image.open(tiny_run.folder / name) as picture:
-            assert min(picture.size) > 100
+        with Image.open(tiny_run.folder / name) as image:
+            assert min(image.size) > 100
 
 
 def test_metrics_has_a_row_an_epoch_under_the_documented_columns(tiny_run):
@@ -151,8 +151,8 @@ def naive_metrics(tiny_run, tiny_dataset, tiny_clip, stage):
     image_processor = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False)
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
     titles = [title or "No description available." for title in tiny_dataset.titles]
-    pictures = [Image.open(tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg") for item in range(1, NUM_ITEMS + 1)]
-    inputs = image_processor(pictures, return_tensors="pt")
+    images = [Image.open(tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg") for item in range(1, NUM_ITEMS + 1)]
+    inputs = image_processor(images, return_tensors="pt")
     inputs |= tokenizer(titles, padding=True, truncation=True, max_length=16, return_tensors="pt")
 
     folder = tiny_run.folder / stage

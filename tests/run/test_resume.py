@@ -372,7 +372,7 @@ def change_title(run, tiny_clip):
     path.write_bytes(path.read_bytes().replace(b"number 1", b"number X", 1))
 
 
-def change_picture(run, tiny_clip):
+def change_image(run, tiny_clip):
     images = run.train_dir / "tiny_images"
     shutil.copy(images / "B002.jpg", images / "B003.jpg")
 
@@ -387,8 +387,8 @@ def retrain_clip(run, tiny_clip):
     ("change", "told"),
     [
         (add_purchase, "dataset_fingerprint.*purchases or raw ids have changed"),
-        (change_title, "contents_fingerprint.*titles or pictures"),
-        (change_picture, "contents_fingerprint.*titles or pictures"),
+        (change_title, "contents_fingerprint.*titles or images"),
+        (change_image, "contents_fingerprint.*titles or images"),
         (retrain_clip, "contents_fingerprint.*files of the CLIP"),
     ],
 )

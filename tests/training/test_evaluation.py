@@ -11,7 +11,7 @@ from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
 from models.clip_peft import lora_config
 from utils.data.dataset import Histories, leave_last_out, read_dataset
 from utils.items.foundation import load_foundation
-from utils.items.store import PictureTitleStore
+from utils.items.store import ImageTitleStore
 from utils.training import evaluation
 from utils.training.evaluation import encode_all_items, last_states, metrics_of, rank_all_users, rank_targets
 
@@ -208,7 +208,7 @@ def test_last_states_are_read_in_portions_from_the_last_maxlen_items():
 def test_encoding_all_items_equals_encoding_them_one_by_one(tiny_dataset, tiny_clip):
     foundation = load_foundation(str(tiny_clip))
     dataset = read_dataset(tiny_dataset.train_dir, "tiny")
-    store = PictureTitleStore.open(dataset, foundation.image_processor, foundation.tokenizer, foundation.max_tokens)
+    store = ImageTitleStore.open(dataset, foundation.image_processor, foundation.tokenizer, foundation.max_tokens)
     torch.manual_seed(0)
     encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor)
     model = PerPEFT(encoder, MMProjector(encoder.feature_dim, 8), SASRec(30, 8, 4, 1, 2))

@@ -10,7 +10,7 @@ from models import IISAN
 from tests.conftest import iisan_arguments, run_script, tiny_arguments
 from tests.run.test_pipeline import read_csv
 from utils.analysis.benchmark import plain_ranking_loop
-from utils.items.store import PictureTitleStore
+from utils.items.store import ImageTitleStore
 from utils.run import pipeline
 from utils.training import evaluation, sampling
 from utils.training import trainer as training
@@ -44,7 +44,7 @@ def bought_by_lists(self, users, items):
 
 
 def decoded_in_every_step(tiny_dataset, tiny_clip):
-    """PictureTitleStore.fetch, by CLIP's own processors from the files, titles padded to the longest there may be."""
+    """ImageTitleStore.fetch, by CLIP's own processors from the files, titles padded to the longest there may be."""
     processor, tokenizer = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False), AutoTokenizer.from_pretrained(tiny_clip)
 
     def fetch(_, items, device):
@@ -60,16 +60,16 @@ def decoded_in_every_step(tiny_dataset, tiny_clip):
 def iisan_layer_by_layer(self, image_states, text_states):
     """IISAN.forward as the paper writes it."""
     w = torch.sigmoid(self.weight_scalar)
-    text = picture = joint = None
+    text = image = joint = None
     for i in range(self.num_states):
         t, v = text_states[:, i], image_states[:, i]
         both = w[2, i] * t + (1 - w[2, i]) * (v @ self.CombProj.weight[i].T + self.CombProj.bias[i])
         text = t if i == 0 else w[0, i] * text + (1 - w[0, i]) * t
-        picture = v if i == 0 else w[1, i] * picture + (1 - w[1, i]) * v
+        image = v if i == 0 else w[1, i] * image + (1 - w[1, i]) * v
         joint = both if i == 0 else both + joint
-        text, picture = self.TextBlocks[i](text) + text, self.ImgBlocks[i](picture) + picture
+        text, image = self.TextBlocks[i](text) + text, self.ImgBlocks[i](image) + image
         joint = self.InterBlocks[i](joint) + joint
-    return torch.cat([text, picture, joint], dim=-1)
+    return torch.cat([text, image, joint], dim=-1)
 
 
 def assert_same_figures(found, expected):
@@ -90,7 +90,7 @@ def test_a_lora_run_without_the_short_cut(path, tiny_run, tiny_dataset, tiny_cli
         "encoding": (pipeline, "encode_all_items", encode_one_by_one),
         "ranking": (evaluation, "rank_targets", plain_ranking_loop),
         "negatives": (sampling.PurchaseIndex, "contains", bought_by_lists),
-        "store": (PictureTitleStore, "fetch", decoded_in_every_step(tiny_dataset, tiny_clip)),
+        "store": (ImageTitleStore, "fetch", decoded_in_every_step(tiny_dataset, tiny_clip)),
     }[path]
 
     def counted(*arguments, **options):

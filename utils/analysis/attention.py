@@ -1,4 +1,4 @@
-"""What CLIP looks at in an item under each group's adapter: the words of its title and the patches of its picture."""
+"""What CLIP looks at in an item under each group's adapter: the words of its title and the patches of its image."""
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -16,32 +16,32 @@ from models import ClipPeftEncoder
 from utils.analysis.sheets import (
     EDGE,
     GAP,
+    IMAGE_EDGE,
     LABEL_WIDTH,
     NORMAL,
-    PICTURE_EDGE,
     SMALL,
     cut_title,
-    draw_picture,
+    draw_image,
     inch_axes,
     save_figure,
     write_text,
 )
 from utils.common.errors import PerPEFTError
-from utils.data.images import decoded_picture
+from utils.data.images import decoded_image
 from utils.items.foundation import INSIDE_CLIP, EncoderKind, Foundation, clip_folder, encoder_and_source, load_foundation
 from utils.run.finished import finished_dataset, finished_options, item_number
 from utils.run.pipeline import has_groups
 from utils.run.reports import read_groups
 from utils.training.evaluation import ItemSource
 
-DARKEST = 0.2  # of the picture's brightness, where nothing is looked at
+DARKEST = 0.2  # of the image's brightness, where nothing is looked at
 LETTER = 0.0755  # inches, of the words' fixed-width font in NORMAL points
 WORDS_WIDTH, WORD_HEIGHT, LINE_HEIGHT = 6.3, 0.2, 0.44  # inches; the width is the most that words may take
 LEAST_WORDS_WIDTH = 3.7  # for the heading and the footnote
 TITLE_LETTERS, TITLE_LINES = 45, 5
 LONGEST_WORD = 60  # letters that are shown
 FOOTNOTE = """Attention of the pooled position in CLIP's last layer, mean over heads: percent of that to all words
-(in brackets: minus the global adapter's); the picture is bright where it is looked at. One scale for all rows.
+(in brackets: minus the global adapter's); the image is bright where it is looked at. One scale for all rows.
 At the left: the share of a group's attention that lies elsewhere than under the global adapter."""
 
 
@@ -52,7 +52,7 @@ class View:
     Attributes:
         label: whose adapter.
         words: each word's share of the attention to all words, [words]; None in runs that read no titles.
-        patches: each patch's share of the attention to all patches, [rows, columns]; None in runs that see no pictures.
+        patches: each patch's share of the attention to all patches, [rows, columns]; None in runs that see no images.
     """
 
     label: str
@@ -68,14 +68,14 @@ class Explanation:
         heading: the item and the run, in words.
         title: the item's.
         words: of the title, as far as CLIP reads it.
-        picture: what CLIP sees of the picture, uint8 [height, width, 3].
+        image: what CLIP sees of the image, uint8 [height, width, 3].
         views: the global adapter's first.
     """
 
     heading: str
     title: str
     words: list[str]
-    picture: np.ndarray
+    image: np.ndarray
     views: list[View]
 
 
@@ -115,28 +115,28 @@ def view_of(encoder: ClipPeftEncoder, inputs: tuple[torch.Tensor, ...], end_of_t
         places: each token's word, from `words_of_tokens`, [tokens].
         label: whose adapter it is.
     """
-    of_picture, of_title = encoder.attention(*inputs, end_of_text)
+    of_image, of_title = encoder.attention(*inputs, end_of_text)
     words = patches = None
     if of_title is not None:
         in_words = places >= 0
         words = _shares(np.bincount(places[in_words], of_title[0].cpu().double().numpy()[in_words]))  # [words]
-    if of_picture is not None:
-        side = round((of_picture.shape[1] - 1) ** 0.5)
-        patches = _shares(of_picture[0, 1:].cpu().double().numpy().reshape(side, side))
+    if of_image is not None:
+        side = round((of_image.shape[1] - 1) ** 0.5)
+        patches = _shares(of_image[0, 1:].cpu().double().numpy().reshape(side, side))
     return View(label, words, patches)
 
 
-def seen_part(path: Path, processor: BaseImageProcessor, edge: int = PICTURE_EDGE) -> np.ndarray:
-    """The part of a picture that CLIP sees, but sharp enough for people, uint8 [edge, edge, 3]; grey where there is none."""
+def seen_part(path: Path, processor: BaseImageProcessor, edge: int = IMAGE_EDGE) -> np.ndarray:
+    """The part of an image that CLIP sees, but sharp enough for people, uint8 [edge, edge, 3]; grey where there is none."""
     try:
-        with decoded_picture(path, edge) as picture:
+        with decoded_image(path, edge) as image:
             box = None  # all of it, squeezed
             if processor.do_center_crop and "shortest_edge" in processor.size:
                 share = min(1.0, processor.crop_size["height"] / processor.size["shortest_edge"])
-                side = share * min(picture.size)
-                left, top = (picture.width - side) / 2, (picture.height - side) / 2
+                side = share * min(image.size)
+                left, top = (image.width - side) / 2, (image.height - side) / 2
                 box = (left, top, left + side, top + side)
-            return np.asarray(picture.resize((edge, edge), Image.Resampling.BICUBIC, box=box))
+            return np.asarray(image.resize((edge, edge), Image.Resampling.BICUBIC, box=box))
     except (OSError, ValueError):
         return np.asarray(Image.new("RGB", (edge, edge), "lightgray"))
 
@@ -186,9 +186,9 @@ def explain_item(
     encoder, source = encoder_and_source(kind, foundation, dataset, torch.device(options.device), options.missing_images)
     encoder.to(options.device).eval()
     words, views = _views(encoder, source, foundation, item, title, _labelled_adapters(folder, has_groups(options)))
-    picture = seen_part(dataset.image_paths[item - 1], foundation.image_processor)
+    image = seen_part(dataset.image_paths[item - 1], foundation.image_processor)
     heading = f"What CLIP looks at: item {item} ({dataset.raw_ids[item - 1]})\n{folder.resolve().name}"
-    return item, Explanation(heading, title, words, picture, views)
+    return item, Explanation(heading, title, words, image, views)
 
 
 def _views(
@@ -210,11 +210,11 @@ def _views(
 # ---------------------------------------------------------------- drawing
 
 
-def _spotlight(picture: np.ndarray, patches: np.ndarray, brightest: float) -> np.ndarray:
-    """A picture dark where it is not looked at, uint8 [height, width, 3]."""
-    scaled = Image.fromarray(np.float32(patches / brightest)).resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
+def _spotlight(image: np.ndarray, patches: np.ndarray, brightest: float) -> np.ndarray:
+    """An image dark where it is not looked at, uint8 [height, width, 3]."""
+    scaled = Image.fromarray(np.float32(patches / brightest)).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
     light = DARKEST + (1 - DARKEST) * np.clip(np.asarray(scaled), 0, 1)
-    return np.uint8(picture * light[:, :, None])
+    return np.uint8(image * light[:, :, None])
 
 
 def _word_boxes(words: list[str]) -> list[tuple[str, float, float, float]]:
@@ -239,7 +239,7 @@ def _told_moves(view: View, first: View) -> str:
     """How far an adapter's attention is from the first one's."""
     if view is first:
         return ""
-    pairs = (("words", view.words, first.words), ("picture", view.patches, first.patches))
+    pairs = (("words", view.words, first.words), ("image", view.patches, first.patches))
     return "\n".join(f"{name}: {100 * moved(own, before):.0f} % moved" for name, own, before in pairs if own is not None)
 
 
@@ -256,9 +256,9 @@ def _draw_words(axes: Axes, words: list[str], view: View, first: View, most: flo
 
 
 def draw_explanation(path: str | Path, explanation: Explanation) -> None:
-    """Draw a row an adapter: its label, the picture lit by attention, and the title's words shaded by attention."""
+    """Draw a row an adapter: its label, the image lit by attention, and the title's words shaded by attention."""
     views, words = explanation.views, explanation.words
-    first, picture_left, words_left = views[0], LABEL_WIDTH - 0.45, LABEL_WIDTH + EDGE - 0.25
+    first, image_left, words_left = views[0], LABEL_WIDTH - 0.45, LABEL_WIDTH + EDGE - 0.25
     boxes = [] if first.words is None else _word_boxes(words)
     row_height = max(EDGE, max((top + LINE_HEIGHT for _, _, top, _ in boxes), default=0)) + GAP
     width = words_left + max(LEAST_WORDS_WIDTH, *(left + width for _, left, _, width in boxes), 0) + GAP
@@ -266,7 +266,7 @@ def draw_explanation(path: str | Path, explanation: Explanation) -> None:
     bottom = top + (len(views) + 1) * row_height
     figure, axes = inch_axes(width, bottom + 0.65)
     write_text(axes, GAP, 0.12, explanation.heading, NORMAL + 1, weight="bold")
-    draw_picture(axes, explanation.picture, picture_left, top)
+    draw_image(axes, explanation.image, image_left, top)
     write_text(axes, GAP, top, "the item", NORMAL)
     write_text(axes, words_left, top, cut_title(explanation.title, TITLE_LETTERS, TITLE_LINES), NORMAL, linespacing=1.35)
     for place, view in enumerate(views, 1):
@@ -275,7 +275,7 @@ def draw_explanation(path: str | Path, explanation: Explanation) -> None:
         write_text(axes, GAP, y + 0.45, _told_moves(view, first), SMALL, color="dimgray", linespacing=1.4)
         if view.patches is not None:
             brightest = max(other.patches.max() for other in views)
-            draw_picture(axes, _spotlight(explanation.picture, view.patches, brightest), picture_left, y)
+            draw_image(axes, _spotlight(explanation.image, view.patches, brightest), image_left, y)
         if view.words is not None:
             _draw_words(axes, words, view, first, max(other.words.max() for other in views), words_left, y)
     write_text(axes, GAP, bottom, FOOTNOTE, SMALL, color="dimgray", linespacing=1.4)
@@ -285,7 +285,7 @@ def draw_explanation(path: str | Path, explanation: Explanation) -> None:
 def told_explanation(explanation: Explanation) -> str:
     """The words' shares in percent, a line an adapter."""
     if explanation.views[0].words is None:
-        return "this run reads no titles: see the picture"
+        return "this run reads no titles: see the image"
     width = max(len(view.label.splitlines()[0]) for view in explanation.views) + 2
     lines = []
     for view in explanation.views:

@@ -19,7 +19,7 @@ from models import IISANEncoder, ItemEncoder, MMProjector, PerPEFT, SASRec
 from utils.common.devices import autocast_for, has_fused_adamw
 from utils.data.dataset import Dataset, Histories, leave_last_out
 from utils.items.foundation import Foundation
-from utils.items.store import PictureTitleStore
+from utils.items.store import ImageTitleStore
 from utils.training.evaluation import ItemSource, encode_all_items, rank_targets
 from utils.training.grouping import kmeans_groups
 from utils.training.sampling import Batch, Sampler, group_items
@@ -84,11 +84,11 @@ class PlainIISAN(nn.Module):
             t, v = text_states[:, i], image_states[:, i]  # [items, width]
             both = w[2, i] * t + (1 - w[2, i]) * self.combine[i](v)
             if i == 0:
-                text, picture, joint = t, v, both
+                text, image, joint = t, v, both
             else:
-                text, picture, joint = w[0, i] * text + (1 - w[0, i]) * t, w[1, i] * picture + (1 - w[1, i]) * v, joint + both
-            text, picture, joint = self.text[i](text) + text, self.image[i](picture) + picture, self.inter[i](joint) + joint
-        return torch.cat([text, picture, joint], dim=-1)
+                text, image, joint = w[0, i] * text + (1 - w[0, i]) * t, w[1, i] * image + (1 - w[1, i]) * v, joint + both
+            text, image, joint = self.text[i](text) + text, self.image[i](image) + image, self.inter[i](joint) + joint
+        return torch.cat([text, image, joint], dim=-1)
 
 
 def bare_step(encoder: nn.Module, parameters: list[nn.Parameter], inputs: tuple, device: torch.device) -> Callable[[], None]:
@@ -309,25 +309,25 @@ def catalogue_costs(num_items: int, device: torch.device, repeats: int, hidden_u
 
 
 def store_costs(
-    foundation: Foundation, dataset: Dataset, store: PictureTitleStore, batch: Batch, num_batches: int
+    foundation: Foundation, dataset: Dataset, store: ImageTitleStore, batch: Batch, num_batches: int
 ) -> dict[str, float]:
-    """The store beside the plain way, which opens every picture of a batch by CLIP's processor in every step.
+    """The store beside the plain way, which opens every image of a batch by CLIP's processor in every step.
 
     Args:
         foundation: whose processors.
-        dataset: whose pictures.
+        dataset: whose images.
         store: already built.
         batch: a typical one.
         num_batches: of an epoch.
     Returns:
-        seconds an epoch of both ways, their ratio without and with the store's building, and its pictures a second.
+        seconds an epoch of both ways, their ratio without and with the store's building, and its images a second.
     """
     cpu = torch.device("cpu")
     paths = [dataset.image_paths[item - 1] for item in batch.items[1:]]
 
     def decode() -> None:
-        pictures = [Image.open(path) for path in paths]
-        foundation.image_processor(pictures, return_tensors="pt")
+        images = [Image.open(path) for path in paths]
+        foundation.image_processor(images, return_tensors="pt")
 
     times = compare({"decode": decode, "store": lambda: store.fetch(batch.items[1:], cpu)}, cpu, repeats=5, warm_up=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -336,7 +336,7 @@ def store_costs(
         building = time.perf_counter() - begun
     decoding, reading = (num_batches * statistics.median(times[name]) / MILLISECONDS for name in ("decode", "store"))
     return {
-        "pictures_per_second": dataset.num_items / building,
+        "images_per_second": dataset.num_items / building,
         "decoding_s_per_epoch": decoding,
         "store_s_per_epoch": reading,
         "store_over_decoding_every_step": decoding / reading,

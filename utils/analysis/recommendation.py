@@ -206,7 +206,7 @@ def as_json(run: Run, person: Person, rankings: list[Ranking]) -> dict[str, Any]
 
 
 def draw_recommendations(path: Path, run: Run, person: Person, rankings: list[Ranking], top_k: int) -> None:
-    """Draw the history and each adapter's recommendations as rows of pictures; the test item is framed."""
+    """Draw the history and each adapter's recommendations as rows of images; the test item is framed."""
     shown = person.history[-top_k:]
     few = f"last {len(shown)} of {len(person.history)}" if len(shown) < len(person.history) else f"{len(shown)} items"
     history = SheetRow(f"history\n({few},\nlatest last)", [item_tile(run.dataset, int(item)) for item in shown])

@@ -1,4 +1,4 @@
-"""Contact sheets: rows of item pictures with their titles, and how every figure of a run is saved."""
+"""Contact sheets: rows of item images with their titles, and how every figure of a run is saved."""
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from PIL import Image, ImageOps
 
 from utils.common.files import write_atomically
 from utils.data.dataset import Dataset
-from utils.data.images import decoded_picture
+from utils.data.images import decoded_image
 
 DOTS = 110  # an inch
-PICTURE_EDGE = 150  # pixels of a shown picture
+IMAGE_EDGE = 150  # pixels of a shown image
 # Lengths in inches from here on.
-EDGE, GAP = 1.15, 0.15  # of a picture, and between pictures
+EDGE, GAP = 1.15, 0.15  # of an image, and between images
 LABEL_WIDTH = 1.75
 LINE = 0.125  # height of a line of small text
 TITLE_LINES, TITLE_LETTERS = 3, 19
@@ -28,9 +28,9 @@ SMALL, NORMAL = 7, 9  # points
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture, the title below it, a note below that, and whether it is framed."""
+    """An image, the title below it, a note below that, and whether it is framed."""
 
-    picture: np.ndarray
+    image: np.ndarray
     title: str
     note: str = ""
     framed: bool = False
@@ -52,11 +52,11 @@ def cut_title(title: str, letters: int = TITLE_LETTERS, lines: int = TITLE_LINES
     return "\n".join(textwrap.wrap(plain, letters, max_lines=lines, placeholder="…"))
 
 
-def thumbnail(path: Path, edge: int = PICTURE_EDGE) -> np.ndarray:
-    """A picture fitted whole into a white square, uint8 [edge, edge, 3]; a grey square where none can be read."""
+def thumbnail(path: Path, edge: int = IMAGE_EDGE) -> np.ndarray:
+    """An image fitted whole into a white square, uint8 [edge, edge, 3]; a grey square where none can be read."""
     try:
-        with decoded_picture(path, edge) as picture:
-            return np.asarray(ImageOps.pad(picture, (edge, edge), color="white"))
+        with decoded_image(path, edge) as image:
+            return np.asarray(ImageOps.pad(image, (edge, edge), color="white"))
     except (OSError, ValueError):
         return np.asarray(Image.new("RGB", (edge, edge), "lightgray"))
 
@@ -90,9 +90,9 @@ def write_text(axes: Axes, x: float, y: float, text: str, size: float = SMALL, *
     axes.text(x, y, text, fontsize=size, parse_math=False, **{"va": "top", **look})
 
 
-def draw_picture(axes: Axes, picture: np.ndarray, left: float, top: float) -> None:
-    """Draw a picture [height, width, 3] as a square with EDGE a side."""
-    axes.imshow(picture, extent=(left, left + EDGE, top + EDGE, top), interpolation="antialiased", aspect="auto")
+def draw_image(axes: Axes, image: np.ndarray, left: float, top: float) -> None:
+    """Draw an image [height, width, 3] as a square with EDGE a side."""
+    axes.imshow(image, extent=(left, left + EDGE, top + EDGE, top), interpolation="antialiased", aspect="auto")
 
 
 def draw_sheet(path: str | Path, heading: str, rows: Sequence[SheetRow], footnote: str = "") -> None:
@@ -132,7 +132,7 @@ def _draw_row(axes: Axes, row: SheetRow, top: float) -> None:
 
 
 def _draw_tile(axes: Axes, tile: Tile, left: float, top: float) -> None:
-    draw_picture(axes, tile.picture, left, top)
+    draw_image(axes, tile.image, left, top)
     look = {"edgecolor": "tab:red", "lw": 3} if tile.framed else {"edgecolor": "silver", "lw": 0.6}
     axes.add_patch(Rectangle((left, top), EDGE, EDGE, fill=False, **look))
     title = cut_title(tile.title)

@@ -5,7 +5,7 @@ The way of one archive, every step safe to repeat:
     _missing       what lies in place already is recognised by size and CRC-32
     _extract       the rest goes to {target}/.unpacking/{archive name}/, skipping what an earlier run left there
     _verify        all of that is read back from disk, compared and fsynced
-    _place         renamed into place, a picture folder in one step and {name}_final.txt last
+    _place         renamed into place, an image folder in one step and {name}_final.txt last
     unlink         only now the archive goes
 """
 import copy
@@ -28,15 +28,15 @@ from utils.common.errors import PerPEFTError
 
 TEMP = ".unpacking"  # inside the target, so that renaming out of it never crosses a file system
 CHUNK = 1 << 20
-BLOCK = 4096  # a file takes whole blocks on disk, which adds up over tens of thousands of pictures
-MAX_RATIO = 200  # texts pack about 4:1 and pictures 1:1; deflate of zeros reaches 1000:1
+BLOCK = 4096  # a file takes whole blocks on disk, which adds up over tens of thousands of images
+MAX_RATIO = 200  # texts pack about 4:1 and images 1:1; deflate of zeros reaches 1000:1
 RATIO_FREE = 1 << 20  # below this many bytes a ratio is no danger
 JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}
 LAYOUT = re.compile(r".+(_final\.txt|_item2id_final\.pickle|_texts_final\.pickle|_preX\.pt|_images\.zip)")
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # zipfile unpacks the others without a bound on memory
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, ValueError, NotImplementedError, RuntimeError)
 
-COUNTS = ("users", "items", "interactions", "pictures")
+COUNTS = ("users", "items", "interactions", "images")
 # Table 1 of the paper: {data set: {"users": .., "items": .., "interactions": ..}}. Empty until someone copies the
 # numbers from the paper itself; a count that is not here shows as n/a and is compared with nothing.
 PAPER_COUNTS: dict[str, dict[str, int]] = {}
@@ -340,7 +340,7 @@ def _plain_errors(archive: Path) -> Iterator[None]:
 
 
 def dataset_names(target: str | Path) -> list[str]:
-    """Name the data sets of which target holds interactions or pictures.
+    """Name the data sets of which target holds interactions or images.
 
     Args:
         target: the folder of the data sets; it may be missing.
@@ -360,9 +360,9 @@ def count_dataset(target: str | Path, name: str) -> dict[str, int | str]:
         target: the folder of the data sets.
         name: the data set.
     Returns:
-        {"users", "items", "interactions", "pictures"}: each a number, or "missing" or "unreadable".
+        {"users", "items", "interactions", "images"}: each a number, or "missing" or "unreadable".
     """
-    interactions, pictures = Path(target) / f"{name}_final.txt", Path(target) / f"{name}_images"
+    interactions, images = Path(target) / f"{name}_final.txt", Path(target) / f"{name}_images"
     counts: dict[str, int | str] = dict.fromkeys(COUNTS, "missing")
     if interactions.is_file():
         try:
@@ -372,8 +372,8 @@ def count_dataset(target: str | Path, name: str) -> dict[str, int | str]:
             counts |= {"users": len(np.unique(users)), "items": len(np.unique(items)), "interactions": len(pairs)}
         except (ValueError, OSError):  # the full diagnosis belongs to the data check; here the table must still come
             counts |= dict.fromkeys(COUNTS[:3], "unreadable")
-    if pictures.is_dir():
-        counts["pictures"] = sum(entry.name.endswith(".jpg") for entry in os.scandir(pictures))
+    if images.is_dir():
+        counts["images"] = sum(entry.name.endswith(".jpg") for entry in os.scandir(images))
     return counts
 
 

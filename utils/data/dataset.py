@@ -1,4 +1,4 @@
-"""A data set from its files: purchase histories, raw ids, titles, picture paths, and the leave-last-out split."""
+"""A data set from its files: purchase histories, raw ids, titles, image paths, and the leave-last-out split."""
 import csv
 import itertools
 import math
@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
 from utils.common.pickles import load_pickle
-from utils.data.images import on_all_cores, try_picture
+from utils.data.images import on_all_cores, try_image
 
 MISSING_TITLE = "No description available."
 PAPER_DATASETS = ("sports_outdoors", "toys_games", "beauty_care", "arts")
 SHOWN_PROBLEMS = 10
 LONGEST_RAW_ID = 251  # bytes: with .jpg, the longest name that file systems take
 LARGEST_NUMBER = np.iinfo(np.int64).max
-UNREADABLE_PICTURES = "unreadable pictures (mend them, or go on without by --missing_images blank)"
-BLANK_PICTURES = "pictures that are missing or cannot be read, for which black ones stand in"
+UNREADABLE_IMAGES = "unreadable images (mend them, or go on without by --missing_images blank)"
+BLANK_IMAGES = "images that are missing or cannot be read, for which black ones stand in"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Dataset:
         histories: purchases in time order.
         raw_ids: the shop's own item ids.
         titles: MISSING_TITLE where there is none.
-        image_paths: pictures, which need not have been looked at yet.
+        image_paths: images, which need not have been looked at yet.
         missing_titles: how many titles were missing.
     """
 
@@ -163,8 +163,8 @@ def _told(value: Any) -> str:
     return f"<{type(value).__name__}>"
 
 
-def told_picture(path: Path, item: int, error: Exception) -> str:
-    """A picture that cannot be read, as all reports name it."""
+def told_image(path: Path, item: int, error: Exception) -> str:
+    """An image that cannot be read, as all reports name it."""
     return f"{path.name} (item {item}: {error or type(error).__name__})"
 
 
@@ -292,7 +292,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def can_name_a_picture(raw_id: str) -> bool:
+def can_name_a_image(raw_id: str) -> bool:
     """Whether `{raw_id}.jpg` is a file name, and cannot lead into another folder."""
     if not raw_id or set(raw_id) & set("/\\\0") or not _is_encodable(raw_id):
         return False
@@ -309,7 +309,7 @@ def _read_raw_ids(path: Path, bought: np.ndarray, problems: Problems) -> dict[in
     wrong = []
     for item, raw_id in table.items():
         plain_item = type(item) is int and 0 <= item <= LARGEST_NUMBER
-        if plain_item and isinstance(raw_id, str) and can_name_a_picture(raw_id):
+        if plain_item and isinstance(raw_id, str) and can_name_a_image(raw_id):
             usable[item] = raw_id
         else:
             wrong.append(f"{_told(item)}: {_told(raw_id)}")
@@ -351,19 +351,19 @@ def _read_titles(path: Path, raw_ids: list[str], problems: Problems, remarks: Pr
     return titles
 
 
-def _find_pictures(images: Path, raw_ids: dict[int, str], missing_images: str, problems: Problems, remarks: Problems) -> set[int]:
-    """The items whose picture file is there; the others are noted."""
+def _find_images(images: Path, raw_ids: dict[int, str], missing_images: str, problems: Problems, remarks: Problems) -> set[int]:
+    """The items whose image file is there; the others are noted."""
     try:
         with os.scandir(images) as entries:
             names = {entry.name for entry in entries}
     except OSError as error:
-        problems.add("folder of pictures that cannot be read", [f"{images} ({error.strerror})"])
+        problems.add("folder of images that cannot be read", [f"{images} ({error.strerror})"])
         return set()
     missing = [f"{raw_id}.jpg (item {item})" for item, raw_id in raw_ids.items() if f"{raw_id}.jpg" not in names]
     if missing_images == "error":
-        problems.add(f"items without a picture in {images.name}/ (--missing_images blank goes on without them)", missing)
+        problems.add(f"items without an image in {images.name}/ (--missing_images blank goes on without them)", missing)
     else:
-        remarks.add(BLANK_PICTURES, missing)
+        remarks.add(BLANK_IMAGES, missing)
     return {item for item, raw_id in raw_ids.items() if f"{raw_id}.jpg" in names}
 
 
@@ -375,7 +375,7 @@ class Inspection:
         dataset: what could be read; of use for training only if there are no problems.
         problems: what has to be mended.
         remarks: what is worth knowing, such as missing titles.
-        present: the pictures whose files are there, by item number.
+        present: the images whose files are there, by item number.
     """
 
     dataset: Dataset
@@ -383,29 +383,29 @@ class Inspection:
     remarks: Problems
     present: dict[int, Path]
 
-    def try_pictures(self, missing_images: str = "error") -> list[int]:
-        """Decode every picture that is there, on all cores, and note those that cannot be read.
+    def try_images(self, missing_images: str = "error") -> list[int]:
+        """Decode every image that is there, on all cores, and note those that cannot be read.
 
         Args:
-            missing_images: "error" where an unreadable picture is a problem, "blank" where it is a remark.
+            missing_images: "error" where an unreadable image is a problem, "blank" where it is a remark.
         Returns:
             the items of the unreadable ones
         """
         paths = list(self.present.values())
-        found = tqdm(on_all_cores(try_picture, paths), "trying pictures", len(paths), unit="picture", disable=None)
+        found = tqdm(on_all_cores(try_image, paths), "trying images", len(paths), unit="image", disable=None)
         wrong = {item: error for item, error in zip(self.present, found) if error is not None}
-        told = [told_picture(self.present[item], item, error) for item, error in wrong.items()]
+        told = [told_image(self.present[item], item, error) for item, error in wrong.items()]
         if missing_images == "error":
-            self.problems.add(UNREADABLE_PICTURES, told)
+            self.problems.add(UNREADABLE_IMAGES, told)
         else:
-            self.remarks.add(BLANK_PICTURES, told)
+            self.remarks.add(BLANK_IMAGES, told)
         return list(wrong)
 
 
 def inspect_dataset(
     train_dir: str | Path, name: str, contents: bool = True, missing_images: str = "error", num_groups: int = 1
 ) -> Inspection:
-    """Read a data set's files and gather what is wrong with them; pictures are looked for but not opened.
+    """Read a data set's files and gather what is wrong with them; images are looked for but not opened.
 
     Args:
         train_dir, name, contents, missing_images, num_groups: as in `read_dataset`.
@@ -436,7 +436,7 @@ def inspect_dataset(
     titles, present = [MISSING_TITLE] * len(raw_ids), {}
     if contents:
         titles = _read_titles(folder / f"{name}_texts_final.pickle", raw_ids, problems, remarks)
-        found = _find_pictures(images, numbered, missing_images, problems, remarks)
+        found = _find_images(images, numbered, missing_images, problems, remarks)
         present = {item: path for item, path in paths.items() if item in found}
     dataset = Dataset(
         name=name,
@@ -454,26 +454,26 @@ def inspect_dataset(
 def read_dataset(
     train_dir: str | Path, name: str, contents: bool = True, missing_images: str = "error", num_groups: int = 1
 ) -> Dataset:
-    """Read a data set's histories, raw ids and titles, and look for its pictures; remarks go to stderr.
+    """Read a data set's histories, raw ids and titles, and look for its images; remarks go to stderr.
 
     Files, in `train_dir`: `{name}_final.txt` (lines `user item`, from 1, in time order), `{name}_item2id_final.pickle`
     (item to raw id), `{name}_texts_final.pickle` (raw id to title), `{name}_images/{raw id}.jpg`.
 
-    Pictures are opened here only where something else is wrong, so that one report names everything; otherwise they are when
+    Images are opened here only where something else is wrong, so that one report names everything; otherwise they are when
     the store is built.
 
     Args:
         train_dir: the folder of all data sets.
         name: the data set.
-        contents: whether titles and pictures are needed; without, their absence is no error.
-        missing_images: "error", or "blank" to let items without a picture file pass.
+        contents: whether titles and images are needed; without, their absence is no error.
+        missing_images: "error", or "blank" to let items without an image file pass.
         num_groups: how many groups the users will be put into (--C).
     Raises:
         PerPEFTError: all that is wrong with the files, the first ten of each kind and the counts.
     """
     found = inspect_dataset(train_dir, name, contents, missing_images, num_groups)
     if found.problems and found.present and missing_images == "error":
-        found.try_pictures()
+        found.try_images()
     if found.remarks:
         print(f"warning: data set '{name}':\n{found.remarks}", file=sys.stderr)
     found.problems.raise_any(f"data set '{name}' in {found.dataset.folder} cannot be used:")

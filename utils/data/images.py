@@ -1,4 +1,4 @@
-"""Pictures decoded safely: only kinds that run no other program, only whole ones, only of bearable size."""
+"""Images decoded safely: only kinds that run no other program, only whole ones, only of bearable size."""
 import contextlib
 import functools
 import os
@@ -10,14 +10,14 @@ from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-BOMB_PIXELS = 2**27  # 134 million: a picture that asks for more memory than this is no product photograph
+BOMB_PIXELS = 2**27  # 134 million: an image that asks for more memory than this is no product photograph
 LARGE_PIXELS = 2**24  # decoded one at a time, so that memory stays bounded however many cores there are
-CLIP_EDGE = 224  # what CLIP resizes a picture's shortest edge to
+CLIP_EDGE = 224  # what CLIP resizes an image's shortest edge to
 # What shops have. Pillow reads more, but hands some kinds to other programs (EPS to Ghostscript).
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 
 Result = TypeVar("Result")
-_one_large_picture = threading.Lock()
+_one_large_image = threading.Lock()
 
 
 @functools.cache
@@ -27,16 +27,16 @@ def _readable_kinds() -> list[str]:
 
 
 @contextlib.contextmanager
-def decoded_picture(path: str | Path, edge: int = CLIP_EDGE) -> Iterator[Image.Image]:
-    """Decode one picture to RGB.
+def decoded_image(path: str | Path, edge: int = CLIP_EDGE) -> Iterator[Image.Image]:
+    """Decode one image to RGB.
 
     Args:
-        path: a picture of any mode.
+        path: an image of any mode.
         edge: what its shortest edge will be resized to; the other may not become huge thereby.
     Yields:
-        the picture
+        the image
     Raises:
-        OSError: the file is missing, or no whole picture of a kind that is read.
+        OSError: the file is missing, or no whole image of a kind that is read.
         ValueError: its pixels would fill the memory, or it is damaged.
     """
     with contextlib.ExitStack() as held:
@@ -47,18 +47,18 @@ def decoded_picture(path: str | Path, edge: int = CLIP_EDGE) -> Iterator[Image.I
                 if width * height > BOMB_PIXELS or longest_edge * edge > BOMB_PIXELS:
                     raise ValueError(f"{width} x {height} pixels is too large")
                 if width * height > LARGE_PIXELS:
-                    held.enter_context(_one_large_picture)
-                picture = opened.convert("RGB")
+                    held.enter_context(_one_large_image)
+                image = opened.convert("RGB")
         except UnidentifiedImageError:
             empty = os.path.getsize(path) == 0
-            raise OSError("the file is empty" if empty else "no picture of a kind that is read") from None
+            raise OSError("the file is empty" if empty else "no image of a kind that is read") from None
         except Image.DecompressionBombError:  # Pillow's own limit, met while opening
             raise ValueError("its pixels are far too many") from None
         except (OSError, ValueError):
             raise
         except Exception as error:  # Pillow's decoders raise many kinds: SyntaxError, struct.error, IndexError, ...
             raise ValueError(f"damaged: {error or type(error).__name__}") from error
-        yield picture
+        yield image
 
 
 def on_all_cores(read: Callable[[Path], Result], paths: list[Path]) -> Iterable[Result | Exception]:
@@ -73,15 +73,15 @@ def on_all_cores(read: Callable[[Path], Result], paths: list[Path]) -> Iterable[
     # Threads, not processes: decoding runs outside the interpreter's lock, and a crash leaves nothing behind.
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(paths), 64 * workers):  # in portions, so that finished pictures do not pile up
+        for start in range(0, len(paths), 64 * workers):  # in portions, so that finished images do not pile up
             yield from pool.map(read_or_tell, paths[start : start + 64 * workers])
 
 
-def try_picture(path: Path) -> None:
-    """Decode a picture and forget it.
+def try_image(path: Path) -> None:
+    """Decode an image and forget it.
 
     Raises:
-        OSError, ValueError: as in `decoded_picture`.
+        OSError, ValueError: as in `decoded_image`.
     """
-    with decoded_picture(path):
+    with decoded_image(path):
         pass

@@ -24,18 +24,18 @@ class Report:
 
 
 def check_dataset(train_dir: str | Path, name: str, num_groups: int, missing_images: str = "error") -> Report:
-    """Check all files of a data set, every picture included, and count what they hold.
+    """Check all files of a data set, every image included, and count what they hold.
 
     Args:
         train_dir: the folder of all data sets.
         name: the data set.
         num_groups: how many groups the users will be put into (--C).
-        missing_images: "error", or "blank" where items may lack a readable picture.
+        missing_images: "error", or "blank" where items may lack a readable image.
     Raises:
         PerPEFTError: there is no such data set.
     """
     found = inspect_dataset(train_dir, name, missing_images=missing_images, num_groups=num_groups)
-    unreadable = found.try_pictures(missing_images)
+    unreadable = found.try_images(missing_images)
     states = _check_states(found)
     counts = {**_counts(found, unreadable), "hidden states": states}
     lines = [f"data set '{name}' in {found.dataset.folder}"]
@@ -56,7 +56,7 @@ def _counts(found: Inspection, unreadable: list[int]) -> dict[str, int | float]:
     return {
         **counts,
         "purchases a user (mean)": counts["interactions"] / max(1, counts["users"]),
-        "pictures found": len(found.present) - len(unreadable),
+        "images found": len(found.present) - len(unreadable),
         "titles missing": dataset.missing_titles,
         "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
     }

@@ -15,7 +15,7 @@ from utils.common.files import add_model_files, made_by_one
 from utils.data.dataset import Dataset
 from utils.items.frozen_features import FeatureStore, compute_features
 from utils.items.hidden_states import HiddenStateStore, compute_hidden_states, save_hidden_states, states_path
-from utils.items.store import PictureTitleStore, picture_status
+from utils.items.store import ImageTitleStore, image_status
 from utils.prepare.small_clip import demo_clip, train_tokenizer
 from utils.training.evaluation import ItemSource
 
@@ -36,11 +36,11 @@ class Foundation:
         """The text tower's longest input."""
         return self.clip.config.text_config.max_position_embeddings
 
-    def store(self, dataset: Dataset, missing_images: str = "error") -> PictureTitleStore:
-        """A data set's pictures and titles as this CLIP reads them."""
-        return PictureTitleStore.open(dataset, self.image_processor, self.tokenizer, self.max_tokens, missing_images)
+    def store(self, dataset: Dataset, missing_images: str = "error") -> ImageTitleStore:
+        """A data set's images and titles as this CLIP reads them."""
+        return ImageTitleStore.open(dataset, self.image_processor, self.tokenizer, self.max_tokens, missing_images)
 
-    def hidden_states(self, store: PictureTitleStore, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden_states(self, store: ImageTitleStore, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """All items' states for IISAN, as in `compute_hidden_states`."""
         return compute_hidden_states(self.clip, self.image_processor, self.tokenizer, store, device)
 
@@ -130,12 +130,12 @@ class EncoderKind:
 
 
 def needs_contents(peft_type: str, train_dir: str | Path, name: str) -> bool:
-    """Whether pictures, titles and CLIP's weights are needed: not by IISAN once the hidden states are there."""
+    """Whether images, titles and CLIP's weights are needed: not by IISAN once the hidden states are there."""
     return peft_type != "none" and (peft_type != "iisan" or not states_path(train_dir, name).is_file())
 
 
 def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | None) -> str | None:
-    """A hash of what the encoder reads beside the histories: titles, sizes of pictures, and the files of a CLIP folder.
+    """A hash of what the encoder reads beside the histories: titles, sizes of images, and the files of a CLIP folder.
 
     None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A CLIP from the hub (or
     None) adds nothing.
@@ -144,7 +144,7 @@ def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | Non
         return None
     digest = hashlib.sha256()
     for title, path in zip(dataset.titles, dataset.image_paths):
-        status = picture_status(path)
+        status = image_status(path)
         digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
     if clip_model and Path(clip_model).is_dir():
         add_model_files(digest, clip_model)
@@ -161,7 +161,7 @@ def encoder_and_source(
         foundation: the CLIP.
         dataset: whose items are encoded.
         device: where hidden states or frozen features are computed; they are not kept.
-        missing_images: "error" or "blank", as in `PictureTitleStore.open`.
+        missing_images: "error" or "blank", as in `ImageTitleStore.open`.
     """
     clip, store = foundation.clip, foundation.store(dataset, missing_images)
     if kind.peft_type == "iisan":

@@ -7,7 +7,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from models.clip_peft import channel_statistics, clip_features
 from models.item_encoder import MODALITIES
-from utils.items.store import PictureTitleStore
+from utils.items.store import ImageTitleStore
 
 
 class FeatureStore:
@@ -39,7 +39,7 @@ class FeatureStore:
 def compute_features(
     clip: CLIPModel,
     processor: BaseImageProcessor,
-    store: PictureTitleStore,
+    store: ImageTitleStore,
     modality: str,
     device: torch.device,
     items_at_once: int = 64,
@@ -48,7 +48,7 @@ def compute_features(
 
     Args:
         clip, processor: the foundation model and its image processor.
-        store: the items' pictures and titles.
+        store: the items' images and titles.
         modality: "both", "image" or "text".
         device: where to compute.
         items_at_once: items a forward pass.
@@ -63,7 +63,7 @@ def compute_features(
     for start in tqdm(range(0, len(order), items_at_once), "frozen features", unit="batch", disable=None):
         items = order[start : start + items_at_once]
         pixels, tokens = store.fetch(items, device)
-        pictures = torch.addcmul(shift, pixels.float(), scale) if "image" in used else None  # [items, 3, height, width]
-        found = clip_features(clip, pictures, tokens if "text" in used else None)  # [items, width]
+        images = torch.addcmul(shift, pixels.float(), scale) if "image" in used else None  # [items, 3, height, width]
+        found = clip_features(clip, images, tokens if "text" in used else None)  # [items, width]
         features[torch.from_numpy(items - 1)] = found.cpu()
     return features

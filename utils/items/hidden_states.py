@@ -14,7 +14,7 @@ from utils.common.errors import PerPEFTError
 from utils.common.files import add_model_files, save_tensors, write_atomically, write_text_atomically
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset, Problems
-from utils.items.store import DEVICE_SHARE, PictureTitleStore
+from utils.items.store import DEVICE_SHARE, ImageTitleStore
 
 PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
 ROWS_AT_ONCE = 4096
@@ -25,7 +25,7 @@ def cached_layers(config: CLIPConfig) -> tuple[list[int], list[int]]:
     of the deeper one, evenly spaced. For ViT-B/32: 0, 2, ..., 12 of both.
 
     Returns:
-        layers of the picture tower, layers of the text tower, S each.
+        layers of the image tower, layers of the text tower, S each.
     """
     image_depth, text_depth = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
     intervals = max(1, min(image_depth, text_depth) // 2)
@@ -33,31 +33,31 @@ def cached_layers(config: CLIPConfig) -> tuple[list[int], list[int]]:
 
 
 def state_shapes(config: CLIPConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-    """[S, width] of an item's picture states and of its title states."""
+    """[S, width] of an item's image states and of its title states."""
     image_layers, text_layers = cached_layers(config)
     return (len(image_layers), config.vision_config.hidden_size), (len(text_layers), config.text_config.hidden_size)
 
 
 @torch.no_grad()
 def hidden_states(
-    clip: CLIPModel, pictures: torch.Tensor, tokens: torch.Tensor, end_of_text: int
+    clip: CLIPModel, images: torch.Tensor, tokens: torch.Tensor, end_of_text: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cached states of some items.
 
     Args:
         clip: in eval mode.
-        pictures: normalised, [items, 3, height, width].
+        images: normalised, [items, 3, height, width].
         tokens: titles, each with its end-of-text token, [items, length].
         end_of_text: that token's id; the state is taken at its first place, as CLIP pools.
     Returns:
-        picture states (CLS) [items, S, image width], title states (end of text) [items, S, text width]
+        image states (CLS) [items, S, image width], title states (end of text) [items, S, text width]
     """
     image_layers, text_layers = cached_layers(clip.config)
-    picture = clip.vision_model(pixel_values=pictures, output_hidden_states=True).hidden_states
+    image = clip.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
     title = clip.text_model(input_ids=tokens, output_hidden_states=True).hidden_states
     place = (tokens == end_of_text).int().argmax(-1)  # [items]
     rows = torch.arange(len(tokens), device=tokens.device)
-    image_states = torch.stack([picture[layer][:, 0] for layer in image_layers], dim=1)  # [items, S, image width]
+    image_states = torch.stack([image[layer][:, 0] for layer in image_layers], dim=1)  # [items, S, image width]
     text_states = torch.stack([title[layer][rows, place] for layer in text_layers], dim=1)  # [items, S, text width]
     return image_states.float(), text_states.float()
 
@@ -68,17 +68,17 @@ def states_path(train_dir: str | Path, name: str) -> Path:
 
 
 def compute_hidden_states(
-    clip: CLIPModel, processor: Any, tokenizer: Any, store: PictureTitleStore, device: torch.device, items_at_once: int = 64
+    clip: CLIPModel, processor: Any, tokenizer: Any, store: ImageTitleStore, device: torch.device, items_at_once: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All items' states, row i of item i + 1.
 
     Args:
         clip, processor, tokenizer: the foundation model and its processors.
-        store: the items' pictures and titles.
+        store: the items' images and titles.
         device: where to compute.
         items_at_once: items a forward pass.
     Returns:
-        picture states [items, S, image width], title states [items, S, text width], on the CPU
+        image states [items, S, image width], title states [items, S, text width], on the CPU
     """
     clip = clip.eval().to(device)
     image_shape, text_shape = state_shapes(clip.config)
@@ -89,8 +89,8 @@ def compute_hidden_states(
     for start in tqdm(range(0, len(order), items_at_once), "hidden states", unit="batch", disable=None):
         items = order[start : start + items_at_once]
         pixels, tokens = store.fetch(items, device)
-        pictures = torch.addcmul(shift, pixels.float(), scale)  # [items, 3, height, width]
-        image_states, text_states = hidden_states(clip, pictures, tokens, tokenizer.eos_token_id)
+        images = torch.addcmul(shift, pixels.float(), scale)  # [items, 3, height, width]
+        image_states, text_states = hidden_states(clip, images, tokens, tokenizer.eos_token_id)
         rows = torch.from_numpy(items - 1)
         all_image_states[rows], all_text_states[rows] = image_states.cpu(), text_states.cpu()
     return all_image_states, all_text_states
@@ -129,7 +129,7 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PerPEFTError(f"{path} cannot be read ({reason[:200]}); {again}") from error
     if not (isinstance(content, (tuple, list)) and len(content) == 3):
-        raise PerPEFTError(f"{path} holds no (picture states, title states, ids); {again}")
+        raise PerPEFTError(f"{path} holds no (image states, title states, ids); {again}")
     image_states, text_states, ids = content
     if isinstance(ids, torch.Tensor) and ids.dim() == 1 and ids.nbytes <= ids.untyped_storage().nbytes():
         ids = ids.tolist()
@@ -138,7 +138,7 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
         raise PerPEFTError(f"{path} holds no two float tensors [items, layers, width] and a list of ids; {again}")
     if not len(image_states) == len(text_states) == len(ids) or image_states.shape[1] != text_states.shape[1]:
         raise PerPEFTError(
-            f"{path} does not fit together: picture states {list(image_states.shape)}, title states {list(text_states.shape)}, "
+            f"{path} does not fit together: image states {list(image_states.shape)}, title states {list(text_states.shape)}, "
             f"{len(ids)} ids; {again}"
         )
     return image_states.detach(), text_states.detach(), list(ids)

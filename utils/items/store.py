@@ -1,4 +1,4 @@
-"""The picture and title store: every picture decoded once, every title tokenized once, read by item number ever after."""
+"""The image and title store: every image decoded once, every title tokenized once, read by item number ever after."""
 import hashlib
 import json
 import os
@@ -14,8 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, made_by_one
-from utils.data.dataset import BLANK_PICTURES, UNREADABLE_PICTURES, Dataset, Problems, told_picture
-from utils.data.images import decoded_picture, on_all_cores
+from utils.data.dataset import BLANK_IMAGES, UNREADABLE_IMAGES, Dataset, Problems, told_image
+from utils.data.images import decoded_image, on_all_cores
 
 PLAIN_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")  # of transformers 4 and 5, both by Pillow
 DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
@@ -36,33 +36,33 @@ def _is_plain_clip(processor: BaseImageProcessor) -> bool:
     return processor.do_convert_rgb and processor.do_resize and processor.do_center_crop and crops_inside
 
 
-def read_picture(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
-    """Decode, resize and crop one picture, bit for bit as the image processor leaves it before rescaling.
+def read_image(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
+    """Decode, resize and crop one image, bit for bit as the image processor leaves it before rescaling.
 
     Args:
-        path: a picture of any mode that Pillow reads.
+        path: an image of any mode that Pillow reads.
         processor: CLIP's image processor.
     Returns:
         uint8 [3, height, width]
     Raises:
-        OSError: the file is missing or no whole picture.
+        OSError: the file is missing or no whole image.
         ValueError: its pixels would fill the memory, or it is damaged.
     """
-    with decoded_picture(path, max(dict(processor.size).values())) as picture:
+    with decoded_image(path, max(dict(processor.size).values())) as image:
         if not _is_plain_clip(processor):
-            # The data format is said, since the processor takes a picture 3 pixels high for one with its channels first.
+            # The data format is said, since the processor takes an image 3 pixels high for one with its channels first.
             options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np", "input_data_format": "channels_last"}
-            return processor(picture, **options)["pixel_values"][0].astype(np.uint8)
+            return processor(image, **options)["pixel_values"][0].astype(np.uint8)
         # What the processor does, without its way through numpy, which holds the interpreter's lock: threads scale with this.
-        width, height = _resized_size(processor, *picture.size)
-        pixels = np.asarray(picture.resize((width, height), processor.resample))  # [height, width, 3]
+        width, height = _resized_size(processor, *image.size)
+        pixels = np.asarray(image.resize((width, height), processor.resample))  # [height, width, 3]
     crop_height, crop_width = processor.crop_size["height"], processor.crop_size["width"]
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return pixels[top : top + crop_height, left : left + crop_width].transpose(2, 0, 1)
 
 
-def picture_status(path: Path) -> os.stat_result | None:
-    """What the disk says of a picture file, in one question; None where there is none."""
+def image_status(path: Path) -> os.stat_result | None:
+    """What the disk says of an image file, in one question; None where there is none."""
     try:
         return path.stat()
     except OSError:
@@ -79,7 +79,7 @@ def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTr
     digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
     digest.update(f"{vocabulary} {tokenizer.pad_token_id} {max_length}".encode())
     for raw_id, title, path in zip(dataset.raw_ids, dataset.titles, dataset.image_paths):
-        status = picture_status(path)
+        status = image_status(path)
         stamp = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
         digest.update(f"{raw_id}\0{title}\0{stamp}\n".encode())
     return digest.hexdigest()[:16]
@@ -97,25 +97,25 @@ def _claim_room(path: Path, header: int) -> None:
             file.write(bytes(min(left, 2**24)))
 
 
-def _write_pictures(path: Path, dataset: Dataset, processor: BaseImageProcessor, missing_images: str) -> None:
+def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, missing_images: str) -> None:
     problems: list[str] = []
     size = processor.crop_size if processor.do_center_crop else processor.size
     shape = (dataset.num_items, 3, size["height"], size["width"])
     store = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     _claim_room(path, store.offset)
-    pictures = on_all_cores(lambda path: read_picture(path, processor), dataset.image_paths)
-    progress = tqdm(pictures, "pictures", dataset.num_items, unit="picture", disable=None)
-    for row, picture in enumerate(progress):
-        if isinstance(picture, np.ndarray):
-            store[row] = picture
-        elif missing_images == "error" or not isinstance(picture, FileNotFoundError):  # missing ones are told already
-            problems.append(told_picture(dataset.image_paths[row], row + 1, picture))
+    images = on_all_cores(lambda path: read_image(path, processor), dataset.image_paths)
+    progress = tqdm(images, "images", dataset.num_items, unit="image", disable=None)
+    for row, image in enumerate(progress):
+        if isinstance(image, np.ndarray):
+            store[row] = image
+        elif missing_images == "error" or not isinstance(image, FileNotFoundError):  # missing ones are told already
+            problems.append(told_image(dataset.image_paths[row], row + 1, image))
     store.flush()
     found = Problems()
     if missing_images == "error":
-        found.add(UNREADABLE_PICTURES, problems)
+        found.add(UNREADABLE_IMAGES, problems)
         found.raise_any(f"data set '{dataset.name}' in {dataset.folder} cannot be used:")
-    found.add(BLANK_PICTURES, problems)
+    found.add(BLANK_IMAGES, problems)
     if found:
         print(f"warning: data set '{dataset.name}':\n{found}", file=sys.stderr)
 
@@ -130,8 +130,8 @@ def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerB
 
 
 @dataclass
-class PictureTitleStore:
-    """Pictures and titles of all items, ready for CLIP; array row i is item i + 1.
+class ImageTitleStore:
+    """Images and titles of all items, ready for CLIP; array row i is item i + 1.
 
     Attributes:
         pixels: uint8 [items, 3, height, width], resized and cropped, not rescaled; a memory map.
@@ -155,19 +155,19 @@ class PictureTitleStore:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         missing_images: str = "error",
-    ) -> "PictureTitleStore":
+    ) -> "ImageTitleStore":
         """Open the store of a data set, building it first if it is not there.
 
         It lies in `{train_dir}/{name}_store/`, keyed by a hash of the processor's and tokenizer's settings and of the data
         set's files, and is renamed into place when complete.
 
         Args:
-            dataset: whose pictures and titles.
+            dataset: whose images and titles.
             processor, tokenizer: CLIP's own.
             max_length: the text tower's longest input, in tokens.
-            missing_images: "error", or "blank" for black pictures in place of missing or unreadable ones.
+            missing_images: "error", or "blank" for black images in place of missing or unreadable ones.
         Raises:
-            PerPEFTError: unreadable pictures, all of them named at once, or no room to write.
+            PerPEFTError: unreadable images, all of them named at once, or no room to write.
         """
         key = _store_key(dataset, processor, tokenizer, max_length)
         folder = dataset.folder / f"{dataset.name}_store" / (key if missing_images == "error" else f"{key}_blank")
@@ -176,19 +176,19 @@ class PictureTitleStore:
                 if missing:
                     with folder_written_atomically(folder) as temporary:
                         _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, max_length)
-                        _write_pictures(temporary / "pictures.npy", dataset, processor, missing_images)
+                        _write_images(temporary / "images.npy", dataset, processor, missing_images)
         except OSError as error:
-            raise PerPEFTError(f"the picture store {folder} cannot be written ({error}); make room there") from error
+            raise PerPEFTError(f"the image store {folder} cannot be written ({error}); make room there") from error
         try:
             titles = np.load(folder / "titles.npz", allow_pickle=False)
-            pixels = np.load(folder / "pictures.npy", mmap_mode="r", allow_pickle=False)
+            pixels = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
             return cls(pixels, titles["tokens"], titles["lengths"])
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
             reason = str(error) or type(error).__name__
-            raise PerPEFTError(f"the picture store {folder} is damaged ({reason}); delete it, it is then made anew") from error
+            raise PerPEFTError(f"the image store {folder} is damaged ({reason}); delete it, it is then made anew") from error
 
     def place_on(self, device: torch.device) -> None:
-        """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no picture."""
+        """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no image."""
         if device.type != "cuda" or self.pixels.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return
         self._on_device = (torch.from_numpy(np.array(self.pixels)).to(device), torch.from_numpy(self.tokens).to(device))

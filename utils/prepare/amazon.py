@@ -14,13 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import can_name_a_picture
+from utils.data.dataset import can_name_a_image
 from utils.prepare.interactions import key_of
 from utils.prepare.titles import clean_title
 
 GZIP = b"\x1f\x8b"  # what such a file begins with, whatever its name
 LONGEST_LINE = 2**24  # bytes; the rest of a longer one counts as further lines, malformed like the first
-PICTURE_SIZES = ("large", "hi_res", "thumb")  # large has 500 pixels a side, of which CLIP sees 224
+IMAGE_SIZES = ("large", "hi_res", "thumb")  # large has 500 pixels a side, of which CLIP sees 224
 LARGEST_TIME = 2**53  # up to here a float holds every whole number
 
 
@@ -30,12 +30,12 @@ class ItemText(NamedTuple):
     Attributes:
         raw_id: the shop's id.
         title: cleaned, not empty.
-        picture: an address or a path.
+        image: an address or a path.
     """
 
     raw_id: str
     title: str
-    picture: str
+    image: str
 
 
 class JsonLines:
@@ -96,7 +96,7 @@ class AmazonCategory:
 
     Args:
         reviews, meta: the category's two files.
-        images: a folder with `{raw id}.jpg` (or another kind) a picture, in place of the addresses in `meta`.
+        images: a folder with `{raw id}.jpg` (or another kind) an image, in place of the addresses in `meta`.
     Attributes:
         left_out: why items were left out, and how many, once `item_keys` has read them.
     """
@@ -104,7 +104,7 @@ class AmazonCategory:
     def __init__(self, reviews: str | Path, meta: str | Path, images: str | Path | None = None):
         self.reviews, self.meta = JsonLines(reviews), JsonLines(meta)
         self.left_out: collections.Counter[str] = collections.Counter()
-        self._pictures = None if images is None else _pictures_by_name(Path(images))
+        self._images = None if images is None else _images_by_name(Path(images))
 
     @property
     def malformed(self) -> int:
@@ -164,15 +164,15 @@ class AmazonCategory:
                 continue
             title = line.get("title")
             title = clean_title(title) if isinstance(title, str) else ""
-            picture = _address(line.get("images")) if self._pictures is None else self._pictures.get(raw_id)
-            if not can_name_a_picture(raw_id):
+            image = _address(line.get("images")) if self._images is None else self._images.get(raw_id)
+            if not can_name_a_image(raw_id):
                 yield "id that cannot be a file name"
             elif not title:
                 yield "no title"
-            elif picture is None:
-                yield "no picture"
+            elif image is None:
+                yield "no image"
             else:
-                yield ItemText(raw_id, title, picture)
+                yield ItemText(raw_id, title, image)
 
 
 def _told(reasons: collections.Counter[str]) -> str:
@@ -184,19 +184,19 @@ def _is_id(value: Any) -> bool:
 
 
 def _address(images: Any) -> str | None:
-    """The address of an item's main picture, or of its first where none is called main; None where there is none."""
-    pictures = [picture for picture in images if isinstance(picture, dict)] if isinstance(images, list) else []
-    for picture in sorted(pictures, key=lambda picture: picture.get("variant") != "MAIN"):
-        for size in PICTURE_SIZES:
-            if _is_id(picture.get(size)):
-                return picture[size]
+    """The address of an item's main image, or of its first where none is called main; None where there is none."""
+    images = [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
+    for image in sorted(images, key=lambda image: image.get("variant") != "MAIN"):
+        for size in IMAGE_SIZES:
+            if _is_id(image.get(size)):
+                return image[size]
     return None
 
 
-def _pictures_by_name(folder: Path) -> dict[str, str]:
+def _images_by_name(folder: Path) -> dict[str, str]:
     """Paths of a folder's files by their names without the ending; .jpg counts before others."""
     try:
         names = sorted((entry.name for entry in os.scandir(folder)), key=lambda name: (name.lower().endswith(".jpg"), name))
     except OSError as error:
-        raise PerPEFTError(f"the folder of pictures {folder} cannot be read ({error.strerror})") from error
+        raise PerPEFTError(f"the folder of images {folder} cannot be read ({error.strerror})") from error
     return {os.path.splitext(name)[0]: str(folder / name) for name in names if not name.startswith(".")}

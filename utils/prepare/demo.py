@@ -33,10 +33,10 @@ MATERIALS = {  # the tint of the rim around the body: hue, saturation, value; _m
     "woollen": (0.72, 0.12, 0.42),
     "wicker": (0.12, 0.42, 0.87),
 }
-BRANDS = ("Norvik", "Halden", "Solis", "Kumo", "Tarro", "Velia", "Lumo", "Brisk")  # a word in titles, a mark in pictures
+BRANDS = ("Norvik", "Halden", "Solis", "Kumo", "Tarro", "Velia", "Lumo", "Brisk")  # a word in titles, a mark in images
 STYLES = ("classic", "everyday", "compact", "deluxe", "handmade", "modern", "gift", "studio")  # words that mean nothing here
 
-# --- The users: what each group chooses by, and the categories it mostly shops in. Two aspects are seen only in pictures
+# --- The users: what each group chooses by, and the categories it mostly shops in. Two aspects are seen only in images
 # (colour, shape) and two are also read in titles (brand, material), so that both towers of CLIP have something to tell.
 GROUPS = (
     ("colour", ("cushion", "kite")),
@@ -52,7 +52,7 @@ TWO_LIKES_SHARE = 0.5  # of the users like two values of their aspect, the other
 SHORTEST, LONGEST = 5, 14  # purchases of a user: the least a 5-core data set has, and a little beyond the usual maxlen 10
 POPULARITY_SPREAD = 0.6  # standard deviation of log popularity: some items sell several times better than others
 
-PICTURE_SIZE = 96  # pixels a side: enough for the rim and the brand mark to be seen, and 400 of them are drawn in seconds
+IMAGE_SIZE = 96  # pixels a side: enough for the rim and the brand mark to be seen, and 400 of them are drawn in seconds
 _POLYGONS = {  # corners, where the first one lies (a share of a full turn, from the right, clockwise), size beside the circle
     "round": (60, 0.0, 1.0),
     "square": (4, 0.125, 1.22),
@@ -61,7 +61,7 @@ _POLYGONS = {  # corners, where the first one lies (a share of a full turn, from
     "star": (10, 0.75, 1.22),
 }
 _SCALE = 2  # drawn this many times larger and then shrunk, which smooths the edges
-_CANVAS = PICTURE_SIZE * _SCALE
+_CANVAS = IMAGE_SIZE * _SCALE
 
 
 class Item(NamedTuple):
@@ -121,17 +121,17 @@ def _pick(values: tuple[str, ...], rng: np.random.Generator) -> str:
     return values[rng.integers(len(values))]
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
-def draw_picture(item: Item, rng: np.random.Generator) -> Image.Image:
-    """Draw an item. Place, size, tilt, tints, background and noise vary, so that no two pictures are the same.
+def draw_image(item: Item, rng: np.random.Generator) -> Image.Image:
+    """Draw an item. Place, size, tilt, tints, background and noise vary, so that no two images are the same.
 
     Args:
         item: its aspects.
         rng: where the variation comes from.
     Returns:
-        An RGB picture of PICTURE_SIZE x PICTURE_SIZE pixels.
+        An RGB image of IMAGE_SIZE x IMAGE_SIZE pixels.
     """
     centre = _CANVAS * np.array([0.47, 0.5]) + rng.uniform(-5, 5, size=2)
     radius = _CANVAS * rng.uniform(0.31, 0.34)
@@ -140,23 +140,23 @@ def draw_picture(item: Item, rng: np.random.Generator) -> Image.Image:
     body = [tuple(point) for point in centre + radius * outline]
     face = [tuple(point) for point in centre + radius * (1 - rim_width) * outline]
 
-    picture = _background(rng)
-    pen = ImageDraw.Draw(picture)
+    image = _background(rng)
+    pen = ImageDraw.Draw(image)
     foot = centre[1] + radius * 1.12
     pen.ellipse((centre[0] - radius * 0.8, foot - 6, centre[0] + radius * 0.8, foot + 8), fill=_grey(196))  # its shadow
 
     material = _material_texture(item.material, rng)
     _draw_fittings(pen, item.category, centre, radius, rng)
-    picture.paste(material, mask=_polygon_mask(body))
-    picture.paste(_print_texture(item.colour, item.pattern, rng), mask=_polygon_mask(face))
+    image.paste(material, mask=_polygon_mask(body))
+    image.paste(_print_texture(item.colour, item.pattern, rng), mask=_polygon_mask(face))
     pen.line([*body, body[0]], fill=_grey(70), width=3, joint="curve")
     pen.line([*face, face[0]], fill=_grey(90), width=2, joint="curve")
     _draw_front(pen, item.category, centre, radius)
     _draw_brand_mark(pen, item.brand, rng)
 
-    picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
-    noise = rng.normal(0, 4, size=(PICTURE_SIZE, PICTURE_SIZE, 3))  # [height, width, RGB]
-    return Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+    image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    noise = rng.normal(0, 4, size=(IMAGE_SIZE, IMAGE_SIZE, 3))  # [height, width, RGB]
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
 def _outline(shape: str, tilt: float) -> np.ndarray:
@@ -428,7 +428,7 @@ def _write_demo(train_dir: Path, num_users: int, num_items: int, rng: np.random.
 
     with folder_written_atomically(train_dir / "demo_images") as folder:
         for raw_id, item in zip(tqdm(raw_ids, "Drawing the demo's items", unit="item", leave=False, disable=None), items):
-            draw_picture(item, rng).save(folder / f"{raw_id}.jpg", quality=92)
+            draw_image(item, rng).save(folder / f"{raw_id}.jpg", quality=92)
     aspects = [f"{number},{raw_id},{','.join(item)}" for number, (raw_id, item) in enumerate(zip(raw_ids, items), start=1)]
     _write_lines(train_dir / "demo_attributes.csv", [f"item,raw_id,{','.join(Item._fields)}", *aspects])
     _write_lines(train_dir / "demo_true_groups.csv", ["user,group", *(f"{user},{group}" for user, group in enumerate(groups, 1))])
@@ -453,12 +453,12 @@ def draw_caption_pairs(num: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
         num: how many.
         seed: the same seed gives the same pairs.
     Returns:
-        Pictures, uint8 [num, 3, PICTURE_SIZE, PICTURE_SIZE], and as many captions.
+        Images, uint8 [num, 3, IMAGE_SIZE, IMAGE_SIZE], and as many captions.
     """
     rng = np.random.default_rng([seed, 1])  # another stream than make_demo's, so the items differ
     items = draw_items(num, rng)
     captions = [web_caption(item, rng) for item in items]
-    pictures = np.empty((num, 3, PICTURE_SIZE, PICTURE_SIZE), dtype=np.uint8)
-    for row, item in enumerate(tqdm(items, "Drawing pictures with captions", unit="picture", leave=False, disable=None)):
-        pictures[row] = np.asarray(draw_picture(item, rng)).transpose(2, 0, 1)
-    return pictures, captions
+    images = np.empty((num, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    for row, item in enumerate(tqdm(items, "Drawing images with captions", unit="image", leave=False, disable=None)):
+        images[row] = np.asarray(draw_image(item, rng)).transpose(2, 0, 1)
+    return images, captions

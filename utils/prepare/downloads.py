@@ -15,15 +15,15 @@ LONGEST_WAIT = 60.0  # seconds before a further attempt, even if the server asks
 REDIRECTS = (301, 302, 303, 307, 308)
 MOST_REDIRECTS = 5
 PASSING = (408, 425, 429)  # and all from 500: what a later attempt may mend
-AGENT = "perpeft/0.1 (pictures of a research data set)"
+AGENT = "perpeft/0.1 (images of a research data set)"
 
 
-class PictureError(Exception):
-    """Why a picture cannot be had; another attempt would not help."""
+class ImageError(Exception):
+    """Why an image cannot be had; another attempt would not help."""
 
 
-class PassingError(PictureError):
-    """Why a picture cannot be had now.
+class PassingError(ImageError):
+    """Why an image cannot be had now.
 
     Attributes:
         wait: seconds after which the server wants to be asked again, if it says so.
@@ -55,7 +55,7 @@ class Downloader:
 
         Raises:
             PassingError: the last attempt failed in a way that may pass.
-            PictureError: no attempt can succeed.
+            ImageError: no attempt can succeed.
         """
         for attempt in range(self.retries + 1):
             try:
@@ -86,7 +86,7 @@ class Downloader:
             if watch.over or isinstance(reason, TimeoutError):
                 raise PassingError(f"not there within {self.timeout:g} seconds") from error
             if isinstance(error, (ValueError, http.client.InvalidURL)):
-                raise PictureError("no http or https address") from error
+                raise ImageError("no http or https address") from error
             raise PassingError(f"connection failed: {reason or type(error).__name__}") from error
         finally:
             self._watches.discard(watch)
@@ -95,20 +95,20 @@ class Downloader:
         for _ in range(MOST_REDIRECTS + 1):
             parts = urllib.parse.urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise PictureError("no http or https address")
+                raise ImageError("no http or https address")
             request = urllib.request.Request(urllib.parse.quote(url, safe=string.punctuation), headers={"User-Agent": AGENT})
             with watch.opener(self._context).open(request, timeout=self.timeout) as response:
                 if response.status not in REDIRECTS:
                     return self._content(response, watch)
                 url = urllib.parse.urljoin(url, response.headers.get("Location", ""))
-        raise PictureError(f"more than {MOST_REDIRECTS} redirects")
+        raise ImageError(f"more than {MOST_REDIRECTS} redirects")
 
     def _content(self, response: http.client.HTTPResponse, watch: "_Watch") -> bytes:
         if response.status >= 500 or response.status in PASSING:
             raise PassingError(f"HTTP {response.status}", _seconds(response.headers.get("Retry-After")))
         if response.status != 200:
-            raise PictureError(f"HTTP {response.status}")
-        too_large = PictureError(f"more than {self.max_bytes:,} bytes")
+            raise ImageError(f"HTTP {response.status}")
+        too_large = ImageError(f"more than {self.max_bytes:,} bytes")
         if (response.length or 0) > self.max_bytes:
             raise too_large
         content = response.read(self.max_bytes + 1)

@@ -1,4 +1,4 @@
-"""A data set's folder of pictures filled by many threads: what is there stays, only whole pictures get their names."""
+"""A data set's folder of images filled by many threads: what is there stays, only whole images get their names."""
 import contextlib
 import os
 import threading
@@ -11,30 +11,30 @@ from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
 from utils.common.files import remove_leftovers
-from utils.data.images import decoded_picture, try_picture
-from utils.prepare.downloads import PassingError, PictureError
+from utils.data.images import decoded_image, try_image
+from utils.prepare.downloads import ImageError, PassingError
 
 JPEG = b"\xff\xd8\xff"  # what every JPEG file begins with
 QUALITY = 95
 
 
-def read_picture(path: str) -> bytes:
+def read_image(path: str) -> bytes:
     """A file's content.
 
     Raises:
-        PictureError: it cannot be read.
+        ImageError: it cannot be read.
     """
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise PictureError(f"cannot be read ({error.strerror})") from error
+        raise ImageError(f"cannot be read ({error.strerror})") from error
 
 
-def keep_picture(content: bytes, path: Path) -> None:
-    """Save a picture under its final name once it is known to be whole: a JPEG as it came, another kind as RGB JPEG.
+def keep_image(content: bytes, path: Path) -> None:
+    """Save an image under its final name once it is known to be whole: a JPEG as it came, another kind as RGB JPEG.
 
     Raises:
-        PictureError: the content is no picture.
+        ImageError: the content is no image.
     """
     # an id may fill a file name to the last byte, so the temporary name is the thread's
     temporary = path.with_name(f".{threading.get_ident()}.tmp")
@@ -44,13 +44,13 @@ def keep_picture(content: bytes, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         try:
-            with decoded_picture(temporary) as decoded:
-                picture = decoded
+            with decoded_image(temporary) as decoded:
+                image = decoded
         except (OSError, ValueError) as error:
-            raise PictureError(f"no picture: {error or type(error).__name__}") from error
+            raise ImageError(f"no image: {error or type(error).__name__}") from error
         if not content.startswith(JPEG):
             with temporary.open("wb") as file:
-                picture.save(file, "JPEG", quality=QUALITY)
+                image.save(file, "JPEG", quality=QUALITY)
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -60,7 +60,7 @@ def keep_picture(content: bytes, path: Path) -> None:
 
 @dataclass
 class Filling:
-    """What became of a folder's pictures.
+    """What became of a folder's images.
 
     Attributes:
         kept: how many were there already.
@@ -81,58 +81,58 @@ def fill_folder(
     stop: Callable[[], None] = lambda: None,
     give_up: int = 0,
 ) -> Filling:
-    """Make `{raw id}.jpg` of every source, several at once; pictures that are there and whole are not fetched again.
+    """Make `{raw id}.jpg` of every source, several at once; images that are there and whole are not fetched again.
 
     Args:
         folder: made where it is missing. One process at a time may fill it.
         sources: raw id to what `get` is asked for.
-        get: gives a source's content or raises PictureError.
+        get: gives a source's content or raises ImageError.
         workers: how many threads fetch.
         stop: makes running calls of `get` end soon; called when this function is interrupted or fails.
-        give_up: after so many pictures in a row of which each failed in a way that may pass; 0 is never.
+        give_up: after so many images in a row of which each failed in a way that may pass; 0 is never.
     Raises:
         PerPEFTError: it was given up.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
 
-    def make(raw_id: str) -> tuple[str, PictureError | bool]:
-        """Whether the picture is new, or why there is none."""
+    def make(raw_id: str) -> tuple[str, ImageError | bool]:
+        """Whether the image is new, or why there is none."""
         path = folder / f"{raw_id}.jpg"
-        if _is_picture(path):
+        if _is_image(path):
             return raw_id, False
         try:
-            keep_picture(get(sources[raw_id]), path)
-        except PictureError as error:
+            keep_image(get(sources[raw_id]), path)
+        except ImageError as error:
             return raw_id, error
         return raw_id, True
 
     filling, in_a_row = Filling(), 0
-    bar = tqdm(total=len(sources), desc="pictures", unit="picture", disable=None)
+    bar = tqdm(total=len(sources), desc="images", unit="image", disable=None)
     with bar, contextlib.closing(_in_threads(make, sources, workers, stop)) as outcomes:
         for raw_id, outcome in outcomes:
             bar.update()
-            if isinstance(outcome, PictureError):
+            if isinstance(outcome, ImageError):
                 filling.failed[raw_id] = str(outcome)
             filling.fetched += outcome is True
             filling.kept += outcome is False
             if isinstance(outcome, PassingError):
                 in_a_row += 1
-            elif outcome is not False:  # a picture that was there says nothing about the connection
+            elif outcome is not False:  # an image that was there says nothing about the connection
                 in_a_row = 0
             if give_up and in_a_row == give_up:
                 raise PerPEFTError(
-                    f"{give_up} pictures in a row could not be fetched (the last: {outcome}). Is there a connection? The same "
-                    f"command goes on with the pictures that are missing in {folder}; --give_up 0 never gives up"
+                    f"{give_up} images in a row could not be fetched (the last: {outcome}). Is there a connection? The same "
+                    f"command goes on with the images that are missing in {folder}; --give_up 0 never gives up"
                 )
     return filling
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        try_picture(path)
+        try_image(path)
     except (OSError, ValueError):
         return False
     return True

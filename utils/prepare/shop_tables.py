@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import SHOWN_PROBLEMS, Problems, can_name_a_picture
+from utils.data.dataset import SHOWN_PROBLEMS, Problems, can_name_a_image
 from utils.prepare.amazon import ItemText
 from utils.prepare.interactions import key_of
 from utils.prepare.titles import clean_title
@@ -37,24 +37,24 @@ class ShopTables:
         self._items = {key_of(item.raw_id): item for item in self._read_items(Path(items))}
         if not self._items:
             reasons = ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
-            raise PerPEFTError(f"{items} has no item with title and picture ({reasons or 'it has no lines'})")
+            raise PerPEFTError(f"{items} has no item with title and image ({reasons or 'it has no lines'})")
 
     def _read_items(self, path: Path) -> Iterator[ItemText]:
         problems = Problems()
         lines: dict[str, int] = {}
         for number, (raw_id, title, image) in _rows(path, ("item", "title", "image")):
             where = f"line {number}"
-            title, picture = clean_title(title), path.parent / image
-            if not can_name_a_picture(raw_id):
+            title, image = clean_title(title), path.parent / image
+            if not can_name_a_image(raw_id):
                 problems.add("item ids that cannot be file names", [f"{where} {raw_id[:60]!r}"])
             elif lines.setdefault(raw_id, number) != number:
                 problems.add("items that stand there twice", [f"{where} {raw_id!r} as line {lines[raw_id]}"])
             elif not title or not image:
-                self.left_out["no picture" if title else "no title"] += 1
-            elif not _is_file(picture):
-                problems.add("picture files that are missing", [f"{where} {image[:200]!r}"])
+                self.left_out["no image" if title else "no title"] += 1
+            elif not _is_file(image):
+                problems.add("image files that are missing", [f"{where} {image[:200]!r}"])
             else:
-                yield ItemText(raw_id, title, str(picture))
+                yield ItemText(raw_id, title, str(image))
         problems.raise_any(f"{path} cannot be used:")
 
     def item_keys(self) -> np.ndarray:

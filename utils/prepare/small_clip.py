@@ -1,4 +1,4 @@
-"""A small CLIP of one's own: trained on pictures and titles in about a minute, saved as an ordinary CLIPModel folder."""
+"""A small CLIP of one's own: trained on images and titles in about a minute, saved as an ordinary CLIPModel folder."""
 import json
 import tempfile
 import time
@@ -16,12 +16,12 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from models.clip_peft import channel_statistics, clip_features
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, made_by_one
-from utils.data.dataset import Problems, told_picture
+from utils.data.dataset import Problems, told_image
 from utils.data.images import on_all_cores
-from utils.items.store import read_picture
+from utils.items.store import read_image
 from utils.prepare.demo import draw_caption_pairs
 
-IMAGE_SIZE = 48  # pixels a side; in patches of 16 these are 9, so that a picture costs about as much as its title
+IMAGE_SIZE = 48  # pixels a side; in patches of 16 these are 9, so that an image costs about as much as its title
 PATCH_SIZE = 16
 WIDTH = 64  # of both towers; with 2 layers a LoRA step over 170 items is about 35 ms on 2 CPU cores, with 4 twice that,
 LAYERS = 2  # for no clear gain in retrieval after as many steps
@@ -34,16 +34,16 @@ BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # a model this small stands a high rate, and in so few steps needs it
 WARM_UP_SHARE = 0.1  # of the steps, before the rate falls in a half cosine
 WEIGHT_DECAY = 0.1
-LARGEST_SHIFT = 0.08  # of a picture's side, for pictures that are varied
+LARGEST_SHIFT = 0.08  # of an image's side, for images that are varied
 LARGEST_GRADIENT = 1.0  # norm; without it, one bad step at such a rate can end in a plateau
 LARGEST_LOGIT_SCALE = 4.6052  # ln 100, as in CLIP: beyond it the loss becomes unstable
 HELD_OUT = 100  # pairs kept from training to measure retrieval (a tenth, of fewer than 1,000)
 FEWEST_PAIRS = 20  # of which 2 are held out
-DEMO_PAIRS = 8000  # drawn pictures with captions that the demo's CLIP learns from
+DEMO_PAIRS = 8000  # drawn images with captions that the demo's CLIP learns from
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # CLIP's own; EOS also pads, as in CLIP
 
 
-# ---------------------------------------------------------------- what goes in: titles as tokens, pictures as pixels
+# ---------------------------------------------------------------- what goes in: titles as tokens, images as pixels
 
 
 def train_tokenizer(titles: Sequence[str], vocab_size: int = VOCAB_SIZE, max_tokens: int = MAX_TITLE_TOKENS) -> CLIPTokenizerFast:
@@ -87,41 +87,41 @@ def _clip_tokenizer(tokens: list[str], merges: list[tuple[str, str]], max_tokens
 
 
 def image_processor(image_size: int = IMAGE_SIZE) -> CLIPImageProcessor:
-    """CLIP's own picture preparation (bicubic, centre crop, CLIP's mean and deviation) at another size."""
+    """CLIP's own image preparation (bicubic, centre crop, CLIP's mean and deviation) at another size."""
     return CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
 
 
-def read_pictures(paths: Sequence[Path], image_size: int = IMAGE_SIZE) -> torch.Tensor:
-    """Read pictures, resized and cropped as the small CLIP's own processor does.
+def read_images(paths: Sequence[Path], image_size: int = IMAGE_SIZE) -> torch.Tensor:
+    """Read images, resized and cropped as the small CLIP's own processor does.
 
     Args:
-        paths: picture files, of item 1, 2, ...
+        paths: image files, of item 1, 2, ...
         image_size: pixels a side.
     Returns:
-        uint8 [pictures, 3, image_size, image_size]
+        uint8 [images, 3, image_size, image_size]
     Raises:
-        PerPEFTError: pictures cannot be read; it names the first of them.
+        PerPEFTError: images cannot be read; it names the first of them.
     """
     processor = image_processor(image_size)
-    pictures = np.empty((len(paths), 3, image_size, image_size), dtype=np.uint8)
+    images = np.empty((len(paths), 3, image_size, image_size), dtype=np.uint8)
     unreadable = []
-    found = on_all_cores(lambda path: read_picture(path, processor), list(paths))
-    for row, picture in enumerate(tqdm(found, "pictures", len(paths), unit="picture", disable=None)):
-        if isinstance(picture, np.ndarray):
-            pictures[row] = picture
+    found = on_all_cores(lambda path: read_image(path, processor), list(paths))
+    for row, image in enumerate(tqdm(found, "images", len(paths), unit="image", disable=None)):
+        if isinstance(image, np.ndarray):
+            images[row] = image
         else:
-            unreadable.append(told_picture(paths[row], row + 1, picture))
+            unreadable.append(told_image(paths[row], row + 1, image))
     problems = Problems()
-    problems.add("unreadable pictures (mend them, or leave their items out)", unreadable)
-    problems.raise_any("a small CLIP cannot be trained on these pictures:")
-    return torch.from_numpy(pictures)
+    problems.add("unreadable images (mend them, or leave their items out)", unreadable)
+    problems.raise_any("a small CLIP cannot be trained on these images:")
+    return torch.from_numpy(images)
 
 
 # ---------------------------------------------------------------- training
 
 
 def train_small_clip(
-    pictures: torch.Tensor,
+    images: torch.Tensor,
     titles: Sequence[str],
     folder: str | Path,
     *,
@@ -137,29 +137,29 @@ def train_small_clip(
     vary: bool = True,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Train a small CLIPModel contrastively on pictures and their titles, and save it with its tokenizer and processor.
+    """Train a small CLIPModel contrastively on images and their titles, and save it with its tokenizer and processor.
 
     The folder is one that `CLIPModel`, `CLIPImageProcessor` and `AutoTokenizer` open by from_pretrained. It appears when
     training is done, in place of what was there. The same arguments on the same machine give the same weights.
 
     Args:
-        pictures: uint8 [pairs, 3, image_size, image_size], from `read_pictures`.
-        titles: one a picture; the same title may stand at many.
+        images: uint8 [pairs, 3, image_size, image_size], from `read_images`.
+        titles: one an image; the same title may stand at many.
         folder: where to save.
         seed: of the weights, the batches and the pairs held out.
-        image_size, patch_size: pixels a side, of a picture and of a patch.
+        image_size, patch_size: pixels a side, of an image and of a patch.
         width, layers, heads: of both towers.
         steps, batch_size, learning_rate: of AdamW, with warm-up and a half cosine.
-        vary: whether to shift and mirror pictures anew in every step, so that a few thousand are not learnt by heart.
+        vary: whether to shift and mirror images anew in every step, so that a few thousand are not learnt by heart.
         progress: whether to show a bar and print the result.
     Returns:
-        `picture_to_title` and `title_to_picture`, the shares of `held_out` unseen pairs whose partner comes first among all of
+        `image_to_title` and `title_to_image`, the shares of `held_out` unseen pairs whose partner comes first among all of
         theirs, `chance`, the share that guessing finds, `first_loss`, `last_loss`, `parameters` and `seconds`.
     Raises:
         PerPEFTError: the pairs are too few, or the sizes do not fit each other.
     """
     check_sizes(image_size, patch_size, width, layers, heads)
-    _check_pairs(pictures, titles, image_size)
+    _check_pairs(images, titles, image_size)
     start = time.monotonic()
     tokenizer = train_tokenizer(titles)
     encoded = tokenizer(list(titles), truncation=True, padding=True, return_tensors="pt")
@@ -180,8 +180,8 @@ def train_small_clip(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate_share(step, steps)
         rows = training[torch.randperm(len(training), generator=random)[:batch_size]]  # [batch]
-        seen = _varied(pictures[rows], random) if vary else pictures[rows]  # [batch, 3, image_size, image_size]
-        similarity = _similarity(model, seen, tokens[rows, : lengths[rows].max()])  # [batch pictures, batch titles]
+        seen = _varied(images[rows], random) if vary else images[rows]  # [batch, 3, image_size, image_size]
+        similarity = _similarity(model, seen, tokens[rows, : lengths[rows].max()])  # [batch images, batch titles]
         loss = contrastive_loss(model.logit_scale.exp() * similarity, title_numbers[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -193,7 +193,7 @@ def train_small_clip(
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
 
     with torch.inference_mode():
-        similarity = _similarity(model, pictures[held_out], tokens[held_out])  # [held-out pictures, held-out titles]
+        similarity = _similarity(model, images[held_out], tokens[held_out])  # [held-out images, held-out titles]
     result = retrieval(similarity, title_numbers[held_out])
     result |= {"held_out": num_held_out, "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
     result |= {"parameters": model.num_parameters(), "seconds": time.monotonic() - start}
@@ -204,8 +204,8 @@ def train_small_clip(
     if progress:
         print(
             f"Small CLIP, {result['parameters']:,} parameters, {result['seconds']:.0f} s: among {num_held_out} unseen pairs"
-            f" it finds the title of {result['picture_to_title']:.0%} of the pictures and the picture of"
-            f" {result['title_to_picture']:.0%} of the titles (chance {result['chance']:.0%}); saved in {folder}"
+            f" it finds the title of {result['image_to_title']:.0%} of the images and the image of"
+            f" {result['title_to_image']:.0%} of the titles (chance {result['chance']:.0%}); saved in {folder}"
         )
     return result
 
@@ -224,12 +224,12 @@ def check_sizes(image_size: int, patch_size: int, width: int, layers: int, heads
         raise PerPEFTError(f"width {width} is no multiple of heads {heads}; choose one that is")
 
 
-def _check_pairs(pictures: torch.Tensor, titles: Sequence[str], image_size: int) -> None:
+def _check_pairs(images: torch.Tensor, titles: Sequence[str], image_size: int) -> None:
     if len(titles) < FEWEST_PAIRS:
-        raise PerPEFTError(f"{len(titles)} pictures with titles are too few to train a CLIP on; it takes {FEWEST_PAIRS} or more")
+        raise PerPEFTError(f"{len(titles)} images with titles are too few to train a CLIP on; it takes {FEWEST_PAIRS} or more")
     expected = (len(titles), 3, image_size, image_size)
-    if pictures.dtype != torch.uint8 or tuple(pictures.shape) != expected:
-        raise PerPEFTError(f"the pictures are {pictures.dtype} {list(pictures.shape)}; uint8 {list(expected)} is needed")
+    if images.dtype != torch.uint8 or tuple(images.shape) != expected:
+        raise PerPEFTError(f"the images are {images.dtype} {list(images.shape)}; uint8 {list(expected)} is needed")
 
 
 def _new_model(
@@ -276,22 +276,22 @@ def _rate_share(step: int, steps: int) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
 
 
-def _similarity(model: CLIPModel, pictures: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cosine of every picture [p, 3, size, size] with every title [t, length]: [p, t]."""
+def _similarity(model: CLIPModel, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Cosine of every image [p, 3, size, size] with every title [t, length]: [p, t]."""
     scale, shift = channel_statistics(image_processor())
-    picture = clip_features(model, pictures.float() * scale + shift, None)  # [p, projection]
+    image = clip_features(model, images.float() * scale + shift, None)  # [p, projection]
     title = clip_features(model, None, tokens)  # [t, projection]
-    return picture @ title.T
+    return image @ title.T
 
 
-def _varied(pictures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Shift a batch of pictures [batch, 3, size, size] by a few pixels, edges repeated, and mirror a random half of it."""
-    size = pictures.shape[-1]
+def _varied(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Shift a batch of images [batch, 3, size, size] by a few pixels, edges repeated, and mirror a random half of it."""
+    size = images.shape[-1]
     reach = round(LARGEST_SHIFT * size)
     top, left = torch.randint(2 * reach + 1, (2,), generator=random).tolist()
-    mirrored = torch.rand(len(pictures), 1, 1, 1, generator=random) < 0.5
-    pictures = torch.where(mirrored, pictures.flip(-1), pictures)
-    padded = F.pad(pictures.float(), (reach,) * 4, mode="replicate")  # [batch, 3, size + 2 reach, size + 2 reach]
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=random) < 0.5
+    images = torch.where(mirrored, images.flip(-1), images)
+    padded = F.pad(images.float(), (reach,) * 4, mode="replicate")  # [batch, 3, size + 2 reach, size + 2 reach]
     return padded[:, :, top : top + size, left : left + size]
 
 
@@ -299,7 +299,7 @@ def contrastive_loss(logits: torch.Tensor, title_numbers: torch.Tensor) -> torch
     """CLIP's symmetric InfoNCE, in which every pair with the same title counts as a match, so that none is a false negative.
 
     Args:
-        logits: scaled cosines, [batch pictures, batch titles].
+        logits: scaled cosines, [batch images, batch titles].
         title_numbers: the same number for the same title, [batch].
     Returns:
         The mean of both directions' cross-entropies, a scalar.
@@ -313,15 +313,15 @@ def retrieval(similarity: torch.Tensor, title_numbers: torch.Tensor) -> dict[str
     """Top-1 retrieval in both directions; a pair with the same title as the asked one is right too.
 
     Args:
-        similarity: [pictures, titles], pair i at (i, i).
+        similarity: [images, titles], pair i at (i, i).
         title_numbers: the same number for the same title, [pairs].
     Returns:
-        `picture_to_title`, `title_to_picture` and `chance`, as shares of the pairs.
+        `image_to_title`, `title_to_image` and `chance`, as shares of the pairs.
     """
     same = (title_numbers[:, None] == title_numbers[None, :]).float()  # [pairs, pairs]
     return {
-        "picture_to_title": same.gather(1, similarity.argmax(1, keepdim=True)).mean().item(),
-        "title_to_picture": same.gather(1, similarity.T.argmax(1, keepdim=True)).mean().item(),
+        "image_to_title": same.gather(1, similarity.argmax(1, keepdim=True)).mean().item(),
+        "title_to_image": same.gather(1, similarity.T.argmax(1, keepdim=True)).mean().item(),
         "chance": same.mean().item(),
     }
 
@@ -331,10 +331,10 @@ def retrieval(similarity: torch.Tensor, title_numbers: torch.Tensor) -> dict[str
 
 def demo_pairs(image_size: int = IMAGE_SIZE, seed: int = 0, num: int = DEMO_PAIRS) -> tuple[torch.Tensor, list[str]]:
     """Draw what the demo's CLIP learns from: uint8 [num, 3, image_size, image_size] and as many captions."""
-    pictures, captions = draw_caption_pairs(num, seed)  # [num, 3, drawn size, drawn size]
+    images, captions = draw_caption_pairs(num, seed)  # [num, 3, drawn size, drawn size]
     resample = image_processor().resample
-    small = [Image.fromarray(picture.transpose(1, 2, 0)).resize((image_size, image_size), resample) for picture in pictures]
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in small]).transpose(0, 3, 1, 2).copy()), captions
+    small = [Image.fromarray(image.transpose(1, 2, 0)).resize((image_size, image_size), resample) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in small]).transpose(0, 3, 1, 2).copy()), captions
 
 
 def demo_clip(cache_folder: str | Path, seed: int = 0) -> Path:
@@ -349,7 +349,7 @@ def demo_clip(cache_folder: str | Path, seed: int = 0) -> Path:
     folder = Path(cache_folder) / ("demo_small_clip" if seed == 0 else f"demo_small_clip_seed{seed}")
     with made_by_one(folder) as missing:
         if missing:
-            print("Making the demo's CLIP: drawing pictures with captions and training on them, a minute or two on 2 CPU cores")
-            pictures, captions = demo_pairs(seed=seed)
-            train_small_clip(pictures, captions, folder, seed=seed, vary=False)  # its signs are too small to be shifted
+            print("Making the demo's CLIP: drawing images with captions and training on them, a minute or two on 2 CPU cores")
+            images, captions = demo_pairs(seed=seed)
+            train_small_clip(images, captions, folder, seed=seed, vary=False)  # its signs are too small to be shifted
     return folder

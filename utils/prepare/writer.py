@@ -1,4 +1,4 @@
-"""A data set's files from what a shop has: first purchases in time order, the core, titles, pictures; the rest is told."""
+"""A data set's files from what a shop has: first purchases in time order, the core, titles, images; the rest is told."""
 import argparse
 import csv
 import pickle
@@ -37,7 +37,7 @@ class Shop(Protocol):
     malformed: int
 
     def item_keys(self) -> np.ndarray:
-        """The keys of the items with an id, a title and a picture that can be used."""
+        """The keys of the items with an id, a title and an image that can be used."""
 
     def purchases(self) -> Iterator[tuple[str, str, float]]:
         """User, item and time of every purchase."""
@@ -84,7 +84,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "fewer remain (default: all)",
     )
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of --max_users")
-    parser.add_argument("--restart", action="store_true", help="replace a data set of that name; its pictures stay")
+    parser.add_argument("--restart", action="store_true", help="replace a data set of that name; its images stay")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
@@ -103,7 +103,7 @@ def prepare(
 ) -> str:
     """Make a data set; `{name}_final.txt` comes last, so that without it nothing counts as made.
 
-    Items whose picture cannot be had are left out and the core is formed anew. Interrupted, the same call goes on: pictures
+    Items whose image cannot be had are left out and the core is formed anew. Interrupted, the same call goes on: images
     that are there stay.
 
     Args:
@@ -113,7 +113,7 @@ def prepare(
     Returns:
         what was read, what was left out and why, what remained, and how to go on; for people.
     Raises:
-        PerPEFTError: the name cannot be used or is in use, nothing is left, or no picture could be had.
+        PerPEFTError: the name cannot be used or is in use, nothing is left, or no image could be had.
     """
     _require_name(target)
     target.train_dir.mkdir(parents=True, exist_ok=True)
@@ -160,8 +160,8 @@ def _prepare(
     filling = _fetch(target, items, get, workers, stop, give_up)
     failed = np.array([key for key, item in items.items() if item.raw_id in filling.failed], dtype=np.uint64)
     left = core_of(core.chosen(~np.isin(first.item_keys, failed)[core.items]), target.core)
-    counts["of items whose picture failed, and what left the core with them"] = len(core) - len(left)
-    _require_enough(left, target, f" once {len(failed):,} items without picture are left out")
+    counts["of items whose image failed, and what left the core with them"] = len(core) - len(left)
+    _require_enough(left, target, f" once {len(failed):,} items without image are left out")
     counts["kept"] = len(left)
 
     _write(target, left, first.item_keys, items)
@@ -184,21 +184,21 @@ def _fetch(
     stop: Callable[[], None],
     give_up: int,
 ) -> Filling:
-    """Fill the folder of pictures and write down what failed."""
+    """Fill the folder of images and write down what failed."""
     folder = target.file("_images")
-    sources = {item.raw_id: item.picture for item in items.values()}
+    sources = {item.raw_id: item.image for item in items.values()}
     try:
         filling = fill_folder(folder, sources, get, workers, stop, give_up)
     except (KeyboardInterrupt, OSError) as error:
-        error.saved = f"the pictures so far are in {folder}"  # which utils.run.options.run_main tells
+        error.saved = f"the images so far are in {folder}"  # which utils.run.options.run_main tells
         raise
-    failures = target.file("_failed_pictures.csv")
+    failures = target.file("_failed_images.csv")
     failures.unlink(missing_ok=True)
     if filling.failed:
         write_atomically(failures, lambda path: _write_failures(path, sources, filling.failed))
     if len(filling.failed) == len(sources):
         reason = next(iter(filling.failed.values()))
-        raise PerPEFTError(f"none of the {len(sources):,} pictures could be had (the first: {reason}); see {failures}")
+        raise PerPEFTError(f"none of the {len(sources):,} images could be had (the first: {reason}); see {failures}")
     return filling
 
 
@@ -240,14 +240,14 @@ def _summary(target: Target, purchases: Purchases, counts: dict[str, int], left_
     parts = [
         ("items left out", left_out),
         ("purchases", counts),
-        ("pictures", {"fetched": filling.fetched, "there already": filling.kept, "failed": len(filling.failed)}),
+        ("images", {"fetched": filling.fetched, "there already": filling.kept, "failed": len(filling.failed)}),
         (f"data set '{target.name}'", {"users": num_users, "items": num_items, "interactions": len(purchases)}),
     ]
     lines = []
     for heading, rows in parts:
         lines += [heading, *(f"  {what:<64}{count:>14,}" for what, count in rows.items())] if rows else []
     if filling.failed:
-        lines.append(f"Which pictures failed and why is in {target.file('_failed_pictures.csv')}; their items are left out.")
+        lines.append(f"Which images failed and why is in {target.file('_failed_images.csv')}; their items are left out.")
     command = ["python3", "-m", "scripts.check_data", "--dataset", target.name, "--train_dir", str(target.train_dir)]
     command += ["--C", str(num_users)] if num_users < GROUPS else []
     return "\n".join([*lines, f"Next: {shlex.join(command)}"])

@@ -45,7 +45,7 @@ def finished_options(
 
 
 def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None]) -> Dataset:
-    """The data set of a finished run, with titles and pictures where they are there to be shown.
+    """The data set of a finished run, with titles and images where they are there to be shown.
 
     Args:
         options, expected: as `finished_options` gives them.

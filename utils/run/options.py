@@ -97,7 +97,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     else:
         parser.set_defaults(rank=None, gradient_checkpointing=False)
     adapters.add_argument("--C", type=COUNT, default=None, help="user groups (default: 8; demo: 4)")
-    adapters.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without a picture")
+    adapters.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without an image")
     if len(peft_types) == 1:
         parser.set_defaults(peft_type=peft_types[0])
 

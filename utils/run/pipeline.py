@@ -47,7 +47,7 @@ FREE_OPTIONS = {
 # What is kept beside the options to know the data again, and what a difference means.
 FINGERPRINTS = {
     "dataset_fingerprint": " (the data set's purchases or raw ids have changed)",
-    "contents_fingerprint": " (the data set's titles or pictures, or the files of the CLIP, have changed)",
+    "contents_fingerprint": " (the data set's titles or images, or the files of the CLIP, have changed)",
 }
 RUN_FILES = (
     "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",

@@ -17,7 +17,7 @@ SCORES_AT_ONCE = 2**24  # entries of a score matrix held at a time: memory stays
 
 
 class ItemSource(Protocol):
-    """What an encoder's inputs are fetched from: pictures and tokens, or hidden states."""
+    """What an encoder's inputs are fetched from: images and tokens, or hidden states."""
 
     num_items: int
 
