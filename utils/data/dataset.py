@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
 from utils.common.pickles import load_pickle
+from utils.data.image_names import RAW_ID_RULE, find_image_files, image_file_name, is_raw_id
 from utils.data.images import on_all_cores, try_image
 
 MISSING_TITLE = "No description available."
 PAPER_DATASETS = ("sports_outdoors", "toys_games", "beauty_care", "arts")
 SHOWN_PROBLEMS = 10
-LONGEST_RAW_ID = 251  # bytes: with .jpg, the longest name that file systems take
 LARGEST_NUMBER = np.iinfo(np.int64).max
 UNREADABLE_IMAGES = "unreadable images (mend them, or go on without by --missing_images blank)"
 BLANK_IMAGES = "images that are missing or cannot be read, for which black ones stand in"
@@ -292,11 +292,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def can_name_a_image(raw_id: str) -> bool:
-    """Whether `{raw_id}.jpg` is a file name, and cannot lead into another folder."""
-    if not raw_id or set(raw_id) & set("/\\\0") or not _is_encodable(raw_id):
-        return False
-    return len(raw_id.encode()) <= LONGEST_RAW_ID
+can_name_a_image = is_raw_id  # until utils/prepare imports it by its new name
 
 
 def _read_raw_ids(path: Path, bought: np.ndarray, problems: Problems) -> dict[int, str]:
@@ -309,11 +305,11 @@ def _read_raw_ids(path: Path, bought: np.ndarray, problems: Problems) -> dict[in
     wrong = []
     for item, raw_id in table.items():
         plain_item = type(item) is int and 0 <= item <= LARGEST_NUMBER
-        if plain_item and isinstance(raw_id, str) and can_name_a_image(raw_id):
+        if plain_item and is_raw_id(raw_id):
             usable[item] = raw_id
         else:
             wrong.append(f"{_told(item)}: {_told(raw_id)}")
-    problems.add(f"entries of {path.name} that are not item number: raw id", wrong)
+    problems.add(f"entries of {path.name} that are not item number: raw id ({RAW_ID_RULE})", wrong)
     usable.pop(0, None)  # some files name the padding item
     usable = dict(sorted(usable.items()))
     num_items = max(usable, default=0)
@@ -351,20 +347,23 @@ def _read_titles(path: Path, raw_ids: list[str], problems: Problems, remarks: Pr
     return titles
 
 
-def _find_images(images: Path, raw_ids: dict[int, str], missing_images: str, problems: Problems, remarks: Problems) -> set[int]:
-    """The items whose image file is there; the others are noted."""
+def _find_images(
+    images: Path, raw_ids: dict[int, str], missing_images: str, problems: Problems, remarks: Problems
+) -> dict[int, str]:
+    """The names of the image files that are there, by item; the others are noted."""
     try:
         with os.scandir(images) as entries:
             names = {entry.name for entry in entries}
     except OSError as error:
         problems.add("folder of images that cannot be read", [f"{images} ({error.strerror})"])
-        return set()
-    missing = [f"{raw_id}.jpg (item {item})" for item, raw_id in raw_ids.items() if f"{raw_id}.jpg" not in names]
+        return {}
+    found = find_image_files(names, raw_ids)
+    missing = [f"{image_file_name(raw_id)} (item {item})" for item, raw_id in raw_ids.items() if item not in found]
     if missing_images == "error":
         problems.add(f"items without an image in {images.name}/ (--missing_images blank goes on without them)", missing)
     else:
         remarks.add(BLANK_IMAGES, missing)
-    return {item for item, raw_id in raw_ids.items() if f"{raw_id}.jpg" in names}
+    return found
 
 
 @dataclass
@@ -432,12 +431,13 @@ def inspect_dataset(
 
     raw_ids = list(numbered.values())
     images = folder / f"{name}_images"
-    paths = {item: images / f"{raw_id}.jpg" for item, raw_id in numbered.items()}
+    paths = {item: images / image_file_name(raw_id) for item, raw_id in numbered.items()}
     titles, present = [MISSING_TITLE] * len(raw_ids), {}
     if contents:
         titles = _read_titles(folder / f"{name}_texts_final.pickle", raw_ids, problems, remarks)
         found = _find_images(images, numbered, missing_images, problems, remarks)
-        present = {item: path for item, path in paths.items() if item in found}
+        paths |= {item: images / file_name for item, file_name in found.items()}
+        present = {item: paths[item] for item in numbered if item in found}
     dataset = Dataset(
         name=name,
         folder=folder,
