@@ -8,7 +8,7 @@ import torch
 from models import IISAN
 from scripts import benchmark as script
 from utils.analysis import benchmark
-from utils.data.dataset import Histories
+from utils.data.histories import Histories
 from utils.training.evaluation import rank_targets
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from utils.analysis.attention import explain_item, moved, words_of_tokens
 from utils.analysis.figures import draw_map, gains, mean_interval, typical_items
 from utils.analysis.sheets import SheetRow, Tile, cut_title, draw_sheet, thumbnail
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Histories
+from utils.data.histories import Histories
 
 
 def is_png(path, least=200):

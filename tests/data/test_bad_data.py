@@ -110,18 +110,18 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     report = complaint(folder, num_groups=3)
     assert re.search(r"not two integers \(12\): line 3 '0 x', .*line 12 '9 x' and 2 more", report)
     assert re.search(r"below 1 \(11\): line 15 '1 0', line 16 '1 -1', .*line 24 '1 -9' and 1 more", report)
-    assert "no user with the 3 purchases that evaluation needs; most purchases of one user (1): 2" in report
+    assert "no user with the 3 interactions that evaluation needs; most interactions of one user (1): 2" in report
     assert "fewer users than the 3 groups of --C (1): 2 users" in report
     assert re.search(r"not item number: raw id.*\(2\): 8: 9, 9: 'up\\n'", report)
     assert re.search(r"gaps in the item numbers .*\(4\): 8, 9, 20, 21\n", report)
-    assert re.search(r"bought items without raw id .*\(1\): 77\n", report)
+    assert re.search(r"items of users without raw id .*\(1\): 77\n", report)
     assert re.search(r"duplicate raw ids .*\(1\): R06 \(items 6 and 7\)", report)
     missing = ", ".join(f"R{item}.jpg \\(item {item}\\)" for item in range(10, 20))
     assert re.search(rf"items without an image .*\(12\): {missing} and 2 more", report)
     unreadable = re.search(r"unreadable images .*\(5\): (.*)", report).group(1)
     for name, reason in (
-        ("R01.jpg (item 1", "empty"), ("R02.jpg (item 2", "truncated"), ("R03.jpg (item 3", "no image of a kind"),
-        ("R04.jpg (item 4", "far too many"), ("R05.jpg (item 5", "."),
+        ("R01.jpg (item 1", "empty"), ("R02.jpg (item 2", "truncated"), ("R03.jpg (item 3", "not an image of a kind"),
+        ("R04.jpg (item 4", "far too many pixels"), ("R05.jpg (item 5", "."),
     ):  # fmt: skip
         assert re.search(rf"{re.escape(name)}: [^,]*{reason}", unreadable), unreadable
     remarks = capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_missing_titles_are_warned_of_once_with_the_first_ten(tmp_path, capsys):
     read_dataset(folder, "shop", missing_images="blank")
     out, err = capsys.readouterr()
     first_ten = ", ".join(f"B{item:03d}" for item in range(2, 22, 2))
-    assert err.count(f"stands in (15): {first_ten} and 5 more") == 1 and MISSING_TITLE in err
+    assert err.count(f"replaced by '{MISSING_TITLE}' (15): {first_ten} and 5 more") == 1
     assert err.startswith("warning: data set 'shop':\n") and out == ""
 
 
@@ -205,7 +205,7 @@ def test_title_that_is_no_text_is_warned_of_and_stood_in_for(folder, capsys, tit
     write_pickle(folder, "texts", {f"B{item:03d}": text for item, text in enumerate([title, *TITLES[1:]], 1)})
     dataset = read_dataset(folder, "shop")
     assert dataset.titles == [MISSING_TITLE, *TITLES[1:]] and dataset.missing_titles == 1
-    assert re.search(r"title is no text.*\(1\): B001", capsys.readouterr().err)
+    assert re.search(r"title is not text.*\(1\): B001", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("title", [None, "", " \t\n", float("nan")])
@@ -576,7 +576,7 @@ def test_check_prints_the_counts_of_a_sound_data_set(folder, run_check, capsys):
     assert run_check("--dataset", "shop", "--train_dir", folder, "--C", 2) == 0
     out, err = capsys.readouterr()
     assert table(out) == {
-        "users": "3", "items": "5", "interactions": "9", "purchases a user (mean)": "3.00", "images found": "5",
+        "users": "3", "items": "5", "interactions": "9", "interactions per user (mean)": "3.00", "images found": "5",
         "titles missing": "1", "users evaluated": "2", "hidden states": "none yet",
     }  # fmt: skip
     assert re.search(r"worth knowing:\n.*without a title.*\(1\): B005", out) and out.endswith("\nusable\n")
@@ -606,7 +606,7 @@ def test_check_of_images_alone_and_with_blanks(folder, run_check, capsys):
     assert run_check(*common, "--missing_images", "blank") == 0
     out = capsys.readouterr().out
     assert table(out)["images found"] == "3"
-    assert re.search(r"black ones stand in \(2\): B002.jpg \(item 2\), B001.jpg \(item 1: the file is empty\)", out)
+    assert re.search(r"replaced by black ones \(2\): B002.jpg \(item 2\), B001.jpg \(item 1: the file is empty\)", out)
 
 
 def test_check_finds_sound_hidden_states(folder):

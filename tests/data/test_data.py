@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import write_dataset
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import MISSING_TITLE, Histories, available_datasets, leave_last_out, read_dataset
+from utils.data.dataset import MISSING_TITLE, available_datasets, read_dataset
+from utils.data.histories import Histories, leave_last_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -246,7 +247,7 @@ def test_stray_huge_item_number_is_told_without_filling_the_memory(folder):
 
 def test_data_in_which_nobody_can_be_evaluated_is_an_error(folder):
     write_final(folder, "1 1\n1 2\n2 1\n")
-    assert "3 purchases" in complaint(folder)
+    assert "3 interactions" in complaint(folder)
 
 
 def test_missing_images_may_be_let_pass(folder):

@@ -19,7 +19,8 @@ from scripts import prepare_amazon
 from tests.conftest import draw_image
 from tests.prepare.test_downloads import JPEG, answer, server  # noqa: F401
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import leave_last_out, read_dataset
+from utils.data.dataset import read_dataset
+from utils.data.histories import leave_last_out
 from utils.items.data_check import check_dataset
 from utils.prepare import interactions
 from utils.prepare import writer as prepare

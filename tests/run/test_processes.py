@@ -20,7 +20,8 @@ from tests.conftest import NUM_ITEMS, tiny_arguments
 from tests.zygote import ROOT, shared_zygote
 from utils.common.devices import seed_everything
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Histories, leave_last_out, read_dataset
+from utils.data.dataset import read_dataset
+from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import load_foundation
 from utils.training.evaluation import encode_all_items, rank_all_users
 from utils.training.parallel import ParallelTrainer

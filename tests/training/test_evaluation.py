@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
 from models.clip_peft import lora_config
-from utils.data.dataset import Histories, leave_last_out, read_dataset
+from utils.data.dataset import read_dataset
+from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import load_foundation
 from utils.items.store import ImageTitleStore
 from utils.training import evaluation

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import write_dataset
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Histories, leave_last_out, read_dataset
+from utils.data.dataset import read_dataset
+from utils.data.histories import Histories, leave_last_out
 from utils.training.evaluation import CUTOFFS, metrics_of, rank_targets
 from utils.training.sampling import PurchaseIndex, Sampler, group_items
 

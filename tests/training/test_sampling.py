@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Histories
+from utils.data.histories import Histories
 from utils.training.sampling import PurchaseIndex, Sampler, group_items
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import IISAN, IISANEncoder, MMProjector, PerPEFT, SASRec
-from utils.data.dataset import Histories
+from utils.data.histories import Histories
 from utils.training import trainer as training
 from utils.training.sampling import Sampler
 from utils.training.trainer import ItemTableGradient, Trainer, transition_loss

@@ -17,7 +17,8 @@ from torch import nn
 
 from models import IISANEncoder, ItemEncoder, MMProjector, PerPEFT, SASRec
 from utils.common.devices import autocast_for, has_fused_adamw
-from utils.data.dataset import Dataset, Histories, leave_last_out
+from utils.data.dataset import Dataset
+from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import Foundation
 from utils.items.store import ImageTitleStore
 from utils.training.evaluation import ItemSource, encode_all_items, rank_targets

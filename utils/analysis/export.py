@@ -7,7 +7,7 @@ import torch
 
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically
-from utils.data.dataset import Histories
+from utils.data.histories import Histories
 from utils.run.pipeline import Run, has_groups
 from utils.training.evaluation import last_states
 

@@ -10,7 +10,8 @@ from scipy import stats
 from sklearn.decomposition import PCA
 
 from utils.analysis.sheets import SheetRow, draw_sheet, item_tile, save_figure
-from utils.data.dataset import Dataset, Histories
+from utils.data.dataset import Dataset
+from utils.data.histories import Histories
 from utils.run import reports as reporting
 from utils.run.finished import finished_dataset, finished_options, rebuilt_run
 from utils.run.pipeline import Run, has_groups

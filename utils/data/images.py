@@ -1,4 +1,4 @@
-"""Images decoded safely: only kinds that run no other program, only whole ones, only of bearable size."""
+"""The one image decoder: only kinds that run no other program, only whole images, only of bearable size, always 8-bit RGB."""
 import contextlib
 import functools
 import os
@@ -8,13 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+DECODING = "white background, deep images scaled"  # part of what a cache of pixels depends on: another text, another cache
 BOMB_PIXELS = 2**27  # 134 million: an image that asks for more memory than this is no product photograph
 LARGE_PIXELS = 2**24  # decoded one at a time, so that memory stays bounded however many cores there are
 CLIP_EDGE = 224  # what CLIP resizes an image's shortest edge to
 # What shops have. Pillow reads more, but hands some kinds to other programs (EPS to Ghostscript).
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
+# The largest value of deep images by mode: Pillow reads 16-bit PNG and PGM as I;16 or I, 32-bit TIFF as I or F.
+DEEP_RANGES = {"I": (65535, 2**31 - 1), "F": (1, 255, 65535)}
 
 Result = TypeVar("Result")
 _one_large_image = threading.Lock()
@@ -26,17 +30,37 @@ def _readable_kinds() -> list[str]:
     return [kind for kind in KINDS if kind in Image.OPEN]
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB.
+
+    Transparent images are put on white, as a person sees them and as transformers 5 does (4.49 shows the colours behind the
+    transparency). Deep images are scaled from their range of values to 0..255, where transformers clips: 16-bit images from
+    0..65535; mode I from 0..65535 if that holds all its values, else from 0..2^31-1; mode F from the smallest of 0..1, 0..255
+    and 0..65535 that holds all its values. All other modes are converted by Pillow, as in transformers.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        ranges = DEEP_RANGES.get(image.mode, (65535,))
+        largest = next((largest for largest in ranges if values.max() <= largest), ranges[-1])
+        return Image.fromarray(np.rint(values * (255 / largest)).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        background, image = Image.new("RGB", image.size, "white"), image.convert("RGBA")
+        background.paste(image, mask=image)
+        return background
+    return image.convert("RGB")
+
+
 @contextlib.contextmanager
 def decoded_image(path: str | Path, edge: int = CLIP_EDGE) -> Iterator[Image.Image]:
-    """Decode one image to RGB.
+    """Decode one image to RGB, see `to_rgb`.
 
     Args:
         path: an image of any mode.
-        edge: what its shortest edge will be resized to; the other may not become huge thereby.
+        edge: what its shortest edge will be resized to; images whose other edge would then become huge are refused.
     Yields:
         the image
     Raises:
-        OSError: the file is missing, or no whole image of a kind that is read.
+        OSError: the file is missing, or not a whole image of a kind that is read.
         ValueError: its pixels would fill the memory, or it is damaged.
     """
     with contextlib.ExitStack() as held:
@@ -48,12 +72,12 @@ def decoded_image(path: str | Path, edge: int = CLIP_EDGE) -> Iterator[Image.Ima
                     raise ValueError(f"{width} x {height} pixels is too large")
                 if width * height > LARGE_PIXELS:
                     held.enter_context(_one_large_image)
-                image = opened.convert("RGB")
+                image = to_rgb(opened)
         except UnidentifiedImageError:
             empty = os.path.getsize(path) == 0
-            raise OSError("the file is empty" if empty else "no image of a kind that is read") from None
-        except Image.DecompressionBombError:  # Pillow's own limit, met while opening
-            raise ValueError("its pixels are far too many") from None
+            raise OSError("the file is empty" if empty else "not an image of a kind that is read") from None
+        except Image.DecompressionBombError:  # Pillow's own limit, reached while opening
+            raise ValueError("far too many pixels") from None
         except (OSError, ValueError):
             raise
         except Exception as error:  # Pillow's decoders raise many kinds: SyntaxError, struct.error, IndexError, ...
@@ -62,9 +86,9 @@ def decoded_image(path: str | Path, edge: int = CLIP_EDGE) -> Iterator[Image.Ima
 
 
 def on_all_cores(read: Callable[[Path], Result], paths: list[Path]) -> Iterable[Result | Exception]:
-    """`read(path)` of every path in order, on all cores; where it raises, the exception comes in place of the result."""
+    """`read(path)` of every path in order, on all cores; an exception is returned in place of the result."""
 
-    def read_or_tell(path: Path) -> Result | Exception:
+    def read_or_catch(path: Path) -> Result | Exception:
         try:
             return read(path)
         except Exception as error:
@@ -74,11 +98,11 @@ def on_all_cores(read: Callable[[Path], Result], paths: list[Path]) -> Iterable[
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(paths), 64 * workers):  # in portions, so that finished images do not pile up
-            yield from pool.map(read_or_tell, paths[start : start + 64 * workers])
+            yield from pool.map(read_or_catch, paths[start : start + 64 * workers])
 
 
 def try_image(path: Path) -> None:
-    """Decode an image and forget it.
+    """Decode an image and discard it.
 
     Raises:
         OSError, ValueError: as in `decoded_image`.

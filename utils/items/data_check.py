@@ -3,7 +3,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Inspection, inspect_dataset, leave_last_out
+from utils.data.dataset import Inspection, inspect_dataset
+from utils.data.histories import leave_last_out
 from utils.items.hidden_states import HiddenStateStore, states_path
 
 
@@ -55,7 +56,7 @@ def _counts(found: Inspection, unreadable: list[int]) -> dict[str, int | float]:
     counts = dataset.counts()
     return {
         **counts,
-        "purchases a user (mean)": counts["interactions"] / max(1, counts["users"]),
+        "interactions per user (mean)": counts["interactions"] / max(1, counts["users"]),
         "images found": len(found.present) - len(unreadable),
         "titles missing": dataset.missing_titles,
         "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),

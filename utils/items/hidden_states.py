@@ -13,7 +13,8 @@ from models.clip_peft import channel_statistics
 from utils.common.errors import PerPEFTError
 from utils.common.files import add_model_files, save_tensors, write_atomically, write_text_atomically
 from utils.common.pickles import refuse_damaged_tensors
-from utils.data.dataset import Dataset, Problems
+from utils.data.dataset import Dataset
+from utils.data.problems import Problems
 from utils.items.store import DEVICE_SHARE, ImageTitleStore
 
 PADDING_IDS = (0, "0")  # published files may hold a row for the padding item

@@ -14,8 +14,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, made_by_one
-from utils.data.dataset import BLANK_IMAGES, UNREADABLE_IMAGES, Dataset, Problems, told_image
-from utils.data.images import decoded_image, on_all_cores
+from utils.data.dataset import Dataset
+from utils.data.images import DECODING, decoded_image, on_all_cores
+from utils.data.problems import BLANK_IMAGES, UNREADABLE_IMAGES, Problems, format_image_problem
 
 PLAIN_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")  # of transformers 4 and 5, both by Pillow
 DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
@@ -37,7 +38,7 @@ def _is_plain_clip(processor: BaseImageProcessor) -> bool:
 
 
 def read_image(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
-    """Decode, resize and crop one image, bit for bit as the image processor leaves it before rescaling.
+    """Decode, resize and crop one image, bit for bit as the image processor leaves it before rescaling (see `to_rgb`).
 
     Args:
         path: an image of any mode that Pillow reads.
@@ -77,7 +78,7 @@ def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTr
     # What the tokenizer was last asked for is part of its state, but not of what it makes of these titles.
     vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)
     digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
-    digest.update(f"{vocabulary} {tokenizer.pad_token_id} {max_length}".encode())
+    digest.update(f"{vocabulary} {tokenizer.pad_token_id} {max_length} {DECODING}".encode())
     for raw_id, title, path in zip(dataset.raw_ids, dataset.titles, dataset.image_paths):
         status = image_status(path)
         stamp = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
@@ -109,7 +110,7 @@ def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, m
         if isinstance(image, np.ndarray):
             store[row] = image
         elif missing_images == "error" or not isinstance(image, FileNotFoundError):  # missing ones are told already
-            problems.append(told_image(dataset.image_paths[row], row + 1, image))
+            problems.append(format_image_problem(dataset.image_paths[row], row + 1, image))
     store.flush()
     found = Problems()
     if missing_images == "error":

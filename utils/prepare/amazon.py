@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import can_name_a_image
+from utils.data.image_names import is_raw_id
 from utils.prepare.interactions import key_of
 from utils.prepare.titles import clean_title
 
@@ -165,7 +165,7 @@ class AmazonCategory:
             title = line.get("title")
             title = clean_title(title) if isinstance(title, str) else ""
             image = _address(line.get("images")) if self._images is None else self._images.get(raw_id)
-            if not can_name_a_image(raw_id):
+            if not is_raw_id(raw_id):
                 yield "id that cannot be a file name"
             elif not title:
                 yield "no title"

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
 from utils.common.files import remove_leftovers
+from utils.data.image_names import image_file_name
 from utils.data.images import decoded_image, try_image
 from utils.prepare.downloads import ImageError, PassingError
 
@@ -98,7 +99,7 @@ def fill_folder(
 
     def make(raw_id: str) -> tuple[str, ImageError | bool]:
         """Whether the image is new, or why there is none."""
-        path = folder / f"{raw_id}.jpg"
+        path = folder / image_file_name(raw_id)
         if _is_image(path):
             return raw_id, False
         try:

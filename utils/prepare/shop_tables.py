@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import SHOWN_PROBLEMS, Problems, can_name_a_image
+from utils.data.image_names import is_raw_id
+from utils.data.problems import SHOWN_PROBLEMS, Problems
 from utils.prepare.amazon import ItemText
 from utils.prepare.interactions import key_of
 from utils.prepare.titles import clean_title
@@ -45,7 +46,7 @@ class ShopTables:
         for number, (raw_id, title, image) in _rows(path, ("item", "title", "image")):
             where = f"line {number}"
             title, image = clean_title(title), path.parent / image
-            if not can_name_a_image(raw_id):
+            if not is_raw_id(raw_id):
                 problems.add("item ids that cannot be file names", [f"{where} {raw_id[:60]!r}"])
             elif lines.setdefault(raw_id, number) != number:
                 problems.add("items that stand there twice", [f"{where} {raw_id!r} as line {lines[raw_id]}"])

@@ -16,8 +16,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from models.clip_peft import channel_statistics, clip_features
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, made_by_one
-from utils.data.dataset import Problems, told_image
 from utils.data.images import on_all_cores
+from utils.data.problems import Problems, format_image_problem
 from utils.items.store import read_image
 from utils.prepare.demo import draw_caption_pairs
 
@@ -110,7 +110,7 @@ def read_images(paths: Sequence[Path], image_size: int = IMAGE_SIZE) -> torch.Te
         if isinstance(image, np.ndarray):
             images[row] = image
         else:
-            unreadable.append(told_image(paths[row], row + 1, image))
+            unreadable.append(format_image_problem(paths[row], row + 1, image))
     problems = Problems()
     problems.add("unreadable images (mend them, or leave their items out)", unreadable)
     problems.raise_any("a small CLIP cannot be trained on these images:")

@@ -7,7 +7,8 @@ import torch
 
 from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Dataset, Histories, read_dataset
+from utils.data.dataset import Dataset, read_dataset
+from utils.data.histories import Histories
 from utils.items.foundation import contents_fingerprint, needs_contents
 from utils.run.options import build_parser
 from utils.run.pipeline import FINGERPRINTS, Run, build_model, dataset_fingerprint, least_users, read_settings

@@ -161,7 +161,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     if options.hidden_units % options.num_heads:
         parser.error(f"--num_heads {options.num_heads} must divide --hidden_units {options.hidden_units}")
     if not is_dataset_name(options.dataset):
-        parser.error(f"--dataset {options.dataset}: a name is wanted, not a path; its folder goes into --train_dir")
+        parser.error(f"--dataset {options.dataset}: expected a name, not a path; pass its folder as --train_dir")
     is_demo = options.dataset == "demo"
     options.C = options.C or (4 if is_demo else 8)
     options.clip_model = options.clip_model or ("demo" if is_demo else DEFAULT_CLIP)

@@ -19,7 +19,8 @@ from models import ItemEncoder, MMProjector, NoProjector, PerPEFT, SASRec
 from utils.common.devices import autocast_for, seed_everything
 from utils.common.errors import PerPEFTError
 from utils.common.files import remove_leftovers
-from utils.data.dataset import Dataset, leave_last_out, read_dataset, read_true_groups, require_dataset
+from utils.data.dataset import Dataset, read_dataset, read_true_groups, require_dataset
+from utils.data.histories import leave_last_out
 from utils.items.foundation import EncoderKind, build_encoder, contents_fingerprint, needs_contents, trainable_counts
 from utils.prepare.demo import make_demo
 from utils.run import reports as reporting

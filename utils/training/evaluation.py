@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from models import PerPEFT, SASRec
-from utils.data.dataset import Histories, Split
+from utils.data.histories import Histories, Split
 from utils.training.processes import Processes
 
 CUTOFFS = (10, 20, 30)

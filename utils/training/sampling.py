@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Histories
+from utils.data.histories import Histories
 
 
 @dataclass(frozen=True)
