@@ -175,6 +175,14 @@ def test_fewer_users_than_groups_is_an_error_and_as_many_are_enough(folder):
     assert "fewer users than the 4 groups of --C (1): 3 users" in complaint(folder, num_groups=4)
 
 
+def test_user_with_every_item_is_remarked_by_their_own_number_and_no_problem(folder, capsys):
+    histories = {7: [1, 2, 3], 1000: [5, 4, 3, 2, 1, 1, 2], 9: [5, 4, 3, 2, 1]}  # of 9's, the last two are held out
+    lines = [f"{user} {item}\n" for user, items in histories.items() for item in items]
+    (folder / "shop_final.txt").write_text("".join(lines))
+    assert read_dataset(folder, "shop").num_users == 3
+    assert re.search(r"every item in their training history.*left out of training.*\(1\): user 1000\n", capsys.readouterr().err)
+
+
 def test_training_refuses_fewer_users_than_groups_before_it_begins(tiny_dataset, tiny_clip, tmp_path):
     options = tiny_options(tiny_dataset, tiny_clip, tmp_path / "runs", C=41)
     with pytest.raises(PerPEFTError, match="fewer users than the 41 groups of --C"), open_run(options):

@@ -155,12 +155,19 @@ def test_user_who_bought_all_of_the_groups_items_gets_others_that_they_did_not_b
     assert set(drawn.tolist()) == {4, 5, 6, 7, 8, 9, 10}
 
 
-def test_user_who_bought_every_item_is_an_error_and_so_is_nobody_to_train_on():
-    sampler = make_sampler([[1, 2, 3, 2]], [0], 3)
-    with pytest.raises(PerPEFTError, match="every item"):
-        sampler.batch(1, 0)
-    with pytest.raises(PerPEFTError, match="two training purchases"):
-        make_sampler([[1], [2]], [0, 0], 3)
+def test_user_with_every_item_is_left_out_of_training():
+    sampler = make_sampler([[1, 2, 3, 2], [3, 1], [2, 2]], [0, 0, 0], 3)
+    for epoch in range(1, 5):
+        assert sorted(np.concatenate([users for _, users in sampler.plan(epoch)])) == [1, 2]
+        batch = sampler.batch(epoch, 0)
+        negatives = batch.items[batch.negatives[batch.seq != 0]]
+        assert len(negatives) == 2 and set(negatives) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("histories", [[[1], [2]], [[1, 2, 3, 2], [1]]])
+def test_nobody_to_train_on_is_an_error(histories):
+    with pytest.raises(PerPEFTError, match="no user left to train on.*two training interactions"):
+        make_sampler(histories, [0] * len(histories), 3)
 
 
 def same(a, b):

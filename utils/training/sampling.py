@@ -60,7 +60,8 @@ class Sampler:
     """Batches of one stage. Every draw is a function of (seed, stage, epoch, step) alone, so any step can be repeated.
 
     An epoch has ceil(users of g / batch_size) batches of every group g, in shuffled order, and meets every user once.
-    Users with fewer than two training purchases have no transition to learn and take no part.
+    Left out are users with fewer than two training interactions, who have no transition to learn, and users whose training
+    history holds every item, who have no possible negative.
 
     Args:
         train: training histories.
@@ -89,11 +90,14 @@ class Sampler:
         self._batch_size = batch_size
         self._maxlen = maxlen
         self._seed = seed
-        trainable = train.lengths >= 2
+        trainable = (train.lengths >= 2) & (train.num_distinct_items() < num_items)
         self._members = [np.flatnonzero(trainable & (groups == group)) for group in range(len(candidates))]
         self.num_batches = sum(-(-len(members) // batch_size) for members in self._members)
         if not self.num_batches:
-            raise PerPEFTError("no user has two training purchases (four purchases in all), so there is nothing to train on")
+            raise PerPEFTError(
+                "no user left to train on: training needs users with two training interactions (four in all) whose training "
+                "history does not hold every item"
+            )
         self._planned_epoch: int | None = None
         self._plan: list[tuple[int, np.ndarray]] = []
 
@@ -131,10 +135,8 @@ class Sampler:
     def _left_over(self, user: int, candidates: np.ndarray) -> np.ndarray:
         bought = self._bought.items_of(user)
         left = np.setdiff1d(candidates, bought)
-        if not len(left):  # bought all that the group buys: any other item will do
+        if not len(left):  # the user has all items of the group: any other item will do
             left = np.setdiff1d(np.arange(1, self._num_items + 1), bought)
-        if not len(left):
-            raise PerPEFTError(f"the user in row {user + 1} has bought every item, so no negative can be drawn for them")
         return left
 
     def batch(self, epoch: int, step: int) -> Batch:
