@@ -6,6 +6,7 @@ VENV := .venv
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python perpeft_lora_ia3.py --dataset demo --peft_type lora --device cpu
+	$(VENV)/bin/python -m scripts.report runs/demo_lora_lr0.001_wd0.0001_seed0 --device cpu
 
 test: $(VENV)/.installed-tests lint
 	$(VENV)/bin/python -m pytest

@@ -1,22 +1,30 @@
-"""Show what CLIP looks at in an item's title and image under each group's adapter of a finished LoRA or IA3 run."""
-from pathlib import Path
-
-from utils.analysis.attention import draw_explanation, explain_item, told_explanation
-from utils.run.options import run_folder_parser, run_main
+"""Show where CLIP attends in an item's title and image under each group's adapter of a finished LoRA or IA3 run."""
+from utils.analysis.attention import as_text, explain_items, require_attention
+from utils.analysis.command_line import html_path, parse_raw_ids, raw_id, run_folder_parser
+from utils.analysis.page import Page
+from utils.run.finished import finished_dataset, finished_options, item_number
+from utils.run.options import run_main
 
 
 def main() -> None:
-    """Parse, look, draw, print."""
+    """Parse, explain, write, print."""
     parser = run_folder_parser(__doc__)
-    parser.add_argument("--item", required=True, help="raw id or number of the item")
+    parser.add_argument("--item", type=raw_id, required=True, help="raw id or number of the item")
     parser.add_argument(
-        "--output", type=Path, default=None, help="PNG to write (default: explain_item_{number}.png in the run's figures/)"
+        "--output", type=html_path, default=None, help="page to write (default: explain_item_{number}.html in the run's figures/)"
     )
-    options = parser.parse_args()
-    item, explanation = explain_item(options.run_folder, options.item, options.train_dir, options.device, options.clip_model)
-    path = options.output or options.run_folder / "figures" / f"explain_item_{item}.png"
-    draw_explanation(path, explanation)
-    print(f"{told_explanation(explanation)}\n{path}")
+    options = parse_raw_ids(parser, "--item")
+    folder = options.run_folder
+    run_options, expected = finished_options(folder, options.train_dir, options.device, options.clip_model)
+    require_attention(run_options, folder)
+    dataset = finished_dataset(run_options, expected)
+    item = item_number(dataset, options.item)
+    (explanation,) = explain_items(run_options, dataset, folder, [item])
+    page = Page(dataset, f"Attention to item {item} in {folder.resolve().name}")
+    page.add_attention(explanation)
+    path = options.output or folder / "figures" / f"explain_item_{item}.html"
+    page.write(path)
+    print(f"{as_text(explanation)}\n{path}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Export a finished run's item and user vectors for a vector search engine: inner products are the model's scores."""
 from pathlib import Path
 
+from utils.analysis.command_line import run_folder_parser
 from utils.analysis.export import HISTORIES, export_vectors
 from utils.run.finished import open_finished
-from utils.run.options import run_folder_parser, run_main
+from utils.run.options import run_main
 
 
 def main() -> None:

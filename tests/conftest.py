@@ -164,7 +164,7 @@ def tiny_global_run(tiny_dataset, tiny_clip, tmp_path_factory):
 def run_on_folder(module, folder, *arguments):
     """Run the main of a script that looks at a run folder, in this process."""
     before = sys.argv
-    sys.argv = [module.__name__, *map(str, (folder, "--device", "cpu", *arguments))]
+    sys.argv = [module.__name__, *map(str, (folder, *arguments, "--device", "cpu"))]
     try:
         module.main()
     finally:

@@ -15,7 +15,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from models import SASRec
-from scripts import export_vectors, plot_run, recommend
+from scripts import export_vectors, recommend, report
+from tests.analysis.test_report import check_page, classes
 from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments, write_dataset
 from tests.run.test_pipeline import ROOT, read_csv, tree
 from utils.analysis.recommendation import best_items, choose_groups
@@ -111,9 +112,9 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
     assert first["raw_id"] == f"B{first['item']:03d}"
     assert first["title"] == (tiny_dataset.titles[first["item"] - 1] or "No description available.")
     output = capsys.readouterr().out
-    assert "training and validation purchases" in output and f"recommend_{user}.json" in output
-    with Image.open(copied_run.folder / "figures" / f"recommend_{user}.png") as image:
-        assert image.format == "PNG" and min(image.size) > 500
+    assert "training and validation interactions" in output and f"recommend_{user}.json" in output
+    page = check_page(copied_run.folder / "figures" / f"recommend_{user}.html")
+    assert len(classes(page, "row")) == 4 and first["title"] in page.text
 
 
 def centres_by_loop(tiny_dataset, plain, groups):
@@ -153,26 +154,18 @@ def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain):
         is_told(found, plain_top(plain[other], tiny_dataset.histories[8][:-1], 3))
 
 
-def red_pixels(path):
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    return int((abs(pixels - (214, 39, 40)).max(-1) < 4).sum())
-
-
-def test_test_item_is_framed_where_it_is_recommended(copied_run, tiny_dataset):
+def test_test_item_is_marked_where_it_is_recommended(copied_run, tiny_dataset):
     ranks = ranks_of(copied_run.folder, "personalized")
     by_global = ranks_of(copied_run.folder, "global")
     found = next(user for user in ranks if ranks[user] < 5)
     missed = next(user for user in ranks if ranks[user] >= 5 and by_global[user] >= 5)
-    frames = {}
     for user, top_k in ((found, 5), (missed, 1)):
-        path = copied_run.folder / "sheets" / f"{user}.png"
+        path = copied_run.folder / "pages" / f"{user}.html"
         arguments = ("--train_dir", tiny_dataset.train_dir, "--top_k", top_k, "--user", user, "--output", path)
         run_on_folder(recommend, copied_run.folder, *arguments)
         rows = json.loads(path.with_suffix(".json").read_text())["recommendations"]
-        shown = [item["item"] for row in rows for item in row["items"]]
-        frames[user] = (red_pixels(path), shown.count(tiny_dataset.histories[user][-1]))
-    assert frames[found][1] >= 1 and frames[found][0] > 800 * frames[found][1]
-    assert frames[missed][1] == 0 and frames[missed][0] < 400  # what of the drawn items may happen to be of that colour
+        shown = [item["item"] for row in rows for item in row["items"]].count(tiny_dataset.histories[user][-1])
+        assert len(classes(check_page(path), "marked")) == shown and (shown > 0) == (user == found)
 
 
 def test_user_with_too_few_purchases_has_no_test_item(copied_run, tiny_dataset, plain):
@@ -184,7 +177,7 @@ def test_user_with_too_few_purchases_has_no_test_item(copied_run, tiny_dataset, 
 
 
 def test_run_without_groups_recommends_by_its_one_model(tiny_global_run, tiny_dataset, tiny_clip, tmp_path):
-    path = tmp_path / "sheet.png"
+    path = tmp_path / "page.html"
     run_on_folder(recommend, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--output", path)
     (only,) = json.loads(path.with_suffix(".json").read_text())["recommendations"]
     model = plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
@@ -277,10 +270,9 @@ def test_damaged_weights_leave_no_folder_behind(copied_run, tiny_dataset, tmp_pa
         (["--user", 3], "user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"),
         (["--history", "B001", "B031"], "item 'B031' is neither a raw id of tiny nor a number from 1 to 30"),
         (["--user", 8, "--other_group", 3], "--other_group 3: the run has groups 0 to 2; name another"),
-        (["--user", 8, "--output", "sheet.jpg"], "--output sheet.jpg: a name that ends in .png is wanted"),
     ],
 )
-def test_unknown_users_items_groups_and_kinds_of_image_are_refused(copied_run, tiny_dataset, arguments, message):
+def test_unknown_users_items_and_groups_are_refused(copied_run, tiny_dataset, arguments, message):
     before = tree(copied_run.folder)
     with pytest.raises(PerPEFTError, match=re.escape(message)) as raised:
         run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, *arguments)
@@ -294,7 +286,13 @@ def test_own_group_is_no_other_group(tiny_run, tiny_dataset):
         run_on_folder(recommend, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", own)
 
 
-@pytest.mark.parametrize("script", [plot_run, recommend, export_vectors])
+def test_page_needs_a_name_that_ends_in_html(tiny_run, tiny_dataset, capsys):
+    with pytest.raises(SystemExit):
+        run_on_folder(recommend, tiny_run.folder, "--user", 8, "--output", "page.png")
+    assert "argument --output: 'page.png': expected a name that ends in .html" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [report, recommend, export_vectors])
 def test_unfinished_run_is_refused(copied_run, tiny_dataset, tmp_path, script):
     (copied_run.folder / "summary.json").unlink()
     more = {recommend: ("--user", 8), export_vectors: ("--output", tmp_path / "out")}.get(script, ())

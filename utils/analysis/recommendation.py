@@ -1,17 +1,18 @@
 """What a finished run recommends to a user under their own group's adapter, the global one, and another group's."""
+import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from utils.analysis.sheets import SheetRow, draw_sheet, item_tile
+from models import SASRec
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
-from utils.run.finished import group_centres, item_number, state_after, user_row
+from utils.data.histories import Histories
+from utils.run.finished import item_number, user_row
 from utils.run.pipeline import Run, has_groups
-from utils.run.reports import write_json
+from utils.training.evaluation import last_states, rank_targets
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,24 @@ class Person:
 
     Attributes:
         name: in words.
-        history: items bought, in time order, [purchases].
+        history: item numbers in time order, [interactions].
         test_item: what they bought next and the model has not seen; None where that is not known.
-        row: of the data set's user; None for a history that was given.
+        row: of the data set's user; None for somebody new.
     """
 
     name: str
     history: np.ndarray
     test_item: int | None
     row: int | None
+
+    @property
+    def history_note(self) -> str:
+        """Which interactions the history holds."""
+        if self.row is None:
+            return "the given items; the group is the one whose centre is nearest"
+        if self.test_item is None:
+            return "all interactions (fewer than 3, so there is no test item)"
+        return "training and validation interactions; the test item, bought next, is a candidate"
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,13 @@ class Ranking:
 
 
 def known_user(run: Run, number: int) -> Person:
-    """A user of the data set by their number in `{name}_final.txt`; their history is what they bought before the test item.
+    """A user of the data set by their number in `{name}_final.txt`; the history ends before the test item.
 
     Raises:
         PerPEFTError: there is no such user.
     """
     row = user_row(run.dataset, number)
-    test_item = int(run.split.test[row]) or None
-    return Person(f"user {number}", run.split.train_and_valid[row], test_item, row)
+    return Person(f"user {number}", run.split.train_and_valid[row], int(run.split.test[row]) or None, row)
 
 
 def new_user(dataset: Dataset, raw_ids: list[str]) -> Person:
@@ -92,19 +101,12 @@ def best_items(state: torch.Tensor, table: torch.Tensor, bought: np.ndarray, top
     return best, scores[best]
 
 
-def _rank_of(target: int | None, state: torch.Tensor, table: torch.Tensor, bought: np.ndarray) -> int | None:
-    """As `utils.training.evaluation` ranks, from 1: ties count against the target, which is a candidate even if bought before."""
-    if target is None:
-        return None
-    scores = (table @ state).cpu().numpy()  # [num_items + 1]
-    others = np.setdiff1d(np.arange(1, len(scores)), np.append(bought, target))
-    return 1 + int((~(scores[others] < scores[target])).sum())
-
-
-def _ranking(run: Run, table: torch.Tensor, person: Person, top_k: int, adapter: str, group: int | None) -> Ranking:
-    state = state_after(run, table, person.history)
-    items, scores = best_items(state, table, person.history, top_k)
-    return Ranking(adapter, group, items, scores, _rank_of(person.test_item, state, table, person.history))
+def group_centres(vectors: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
+    """The mean of the members' vectors, [groups, hidden]; NaN for a group without members."""
+    sums = np.zeros((num_groups, vectors.shape[1]))
+    np.add.at(sums, groups, vectors)
+    with np.errstate(invalid="ignore"):
+        return sums / np.bincount(groups, minlength=num_groups)[:, None]
 
 
 def choose_groups(vector: np.ndarray, own: int | None, centres: np.ndarray, other: int | None) -> tuple[int, int | None]:
@@ -114,11 +116,11 @@ def choose_groups(vector: np.ndarray, own: int | None, centres: np.ndarray, othe
         vector: the user's by the global model, [hidden].
         own: the user's group, where it is known; else it is the one with the nearest centre.
         centres: [groups, hidden], NaN for a group without users.
-        other: which other group is wanted; by default the one whose centre is farthest from the user.
+        other: the other group; by default the one whose centre is farthest from the user.
     Returns:
         the group and the other, None where there is only one
     Raises:
-        PerPEFTError: the other group is none, or the user's own.
+        PerPEFTError: there is no such other group, or it is the user's own.
     """
     distances = np.linalg.norm(centres - vector, axis=1)  # [groups]
     own = int(np.nanargmin(distances)) if own is None else own
@@ -131,72 +133,96 @@ def choose_groups(vector: np.ndarray, own: int | None, centres: np.ndarray, othe
     return own, other
 
 
-def recommend(run: Run, person: Person, top_k: int, other_group: int | None = None) -> list[Ranking]:
-    """Rank all items that a person has not bought by their own group's adapter, the global one, and another group's.
-
-    In runs without groups there is the one model only, called "global".
+class Recommender:
+    """A finished run that ranks for any user by any adapter; every adapter's item table is encoded once, when first needed.
 
     Args:
-        run: as `open_finished` gives it.
-        person: from `known_user` or `new_user`.
-        top_k: how many items to keep.
-        other_group: as in `choose_groups`.
+        run: from `open_finished`; its model is in use from now on.
+
+    Attributes:
+        user_vectors: what users were grouped by, [users, hidden].
+
     Raises:
-        PerPEFTError: weights cannot be read, or `other_group` is no other group.
+        PerPEFTError: weights cannot be read.
     """
-    grouped = has_groups(run.options)
-    if other_group is not None and not grouped:
-        raise PerPEFTError(f"--other_group {other_group}: this run's method '{run.options.method}' has no groups")
-    if person.row is None and grouped and run.options.grouping == "random":
-        raise PerPEFTError("--history: this run's groups are random, so a new user belongs to none; name a --user instead")
-    run.load_global()
-    table = run.item_inputs(0)
-    by_global = _ranking(run, table, person, top_k, "global", None)
-    if not grouped:
-        return [by_global]
-    vectors, vector = run.user_vectors(table), state_after(run, table, person.history).cpu().numpy()
-    run.load_personalized()
-    centres = group_centres(vectors, run.groups, run.options.C)
-    own = None if person.row is None else int(run.groups[person.row])
-    own, other = choose_groups(vector, own, centres, other_group)
-    rankings = [_ranking(run, run.item_inputs(own), person, top_k, "own group", own), by_global]
-    if other is not None:
-        rankings.append(_ranking(run, run.item_inputs(other), person, top_k, "other group", other))
-    return rankings
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.grouped = has_groups(run.options)
+        run.load_global()
+        table = run.item_inputs(0)
+        self.user_vectors = run.user_vectors(table)
+        self._models: dict[int | None, tuple[SASRec, torch.Tensor]] = {None: (copy.deepcopy(run.model.sasrec), table)}
+        if self.grouped:
+            run.load_personalized()  # whose SASRec takes the place of the global one, copied above
+            self._centres = group_centres(self.user_vectors, run.groups, run.options.C)
+
+    def _state(self, group: int | None, history: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The user's state [hidden] after a history, and the item table [num_items + 1, hidden], by one adapter."""
+        if group not in self._models:
+            self._models[group] = (self.run.model.sasrec, self.run.item_inputs(group))
+        sasrec, table = self._models[group]
+        return last_states(sasrec, table, Histories.of_lists([history]), np.array([0]))[0], table
+
+    def ranking(self, person: Person, top_k: int, adapter: str, group: int | None) -> Ranking:
+        """The best items for a person by one adapter, of a group or, None, the global one."""
+        state, table = self._state(group, person.history)
+        items, scores = best_items(state, table, person.history, top_k)
+        test_rank = None
+        if person.test_item is not None:
+            bought = Histories.of_lists([person.history])
+            test_rank = 1 + int(rank_targets(state[None], table, np.array([person.test_item]), bought, np.array([0]))[0])
+        return Ranking(adapter, group, items, scores, test_rank)
+
+    def recommend(self, person: Person, top_k: int, other_group: int | None = None) -> list[Ranking]:
+        """Rank all items that a person has not bought by their own group's adapter, the global one, and another group's.
+
+        In runs without groups there is the one model only, called "global".
+
+        Args:
+            person: from `known_user` or `new_user`.
+            top_k: how many items to keep.
+            other_group: as in `choose_groups`.
+        Raises:
+            PerPEFTError: `other_group` is no other group, or somebody new has no nearest group.
+        """
+        options = self.run.options
+        if other_group is not None and not self.grouped:
+            raise PerPEFTError(f"--other_group {other_group}: this run's method '{options.method}' has no groups")
+        by_global = self.ranking(person, top_k, "global", None)
+        if not self.grouped:
+            return [by_global]
+        if person.row is None and options.grouping == "random":
+            raise PerPEFTError("--history: this run's groups are random, so a new user belongs to none; use --user instead")
+        known = None if person.row is None else int(self.run.groups[person.row])
+        vector = self._state(None, person.history)[0].cpu().numpy()
+        own, other = choose_groups(vector, known, self._centres, other_group)
+        rankings = [self.ranking(person, top_k, "own group", own), by_global]
+        if other is not None:
+            rankings.append(self.ranking(person, top_k, "other group", other))
+        return rankings
 
 
-# ---------------------------------------------------------------- what is written
-
-
-def _told_history(person: Person) -> str:
-    if person.row is None:
-        return "the items given; the group is the one whose centre is nearest"
-    if person.test_item is None:
-        return "all purchases (fewer than 3, so there is no test item)"
-    return "training and validation purchases; the test item, bought next, is a candidate"
-
-
-def _told_item(dataset: Dataset, item: int) -> dict[str, Any]:
+def _item(dataset: Dataset, item: int) -> dict[str, Any]:
     return {"item": item, "raw_id": dataset.raw_ids[item - 1], "title": dataset.titles[item - 1]}
 
 
 def as_json(run: Run, person: Person, rankings: list[Ranking]) -> dict[str, Any]:
-    """All that was recommended, in plain values; ranks count from 1."""
+    """All recommendations in plain values; ranks count from 1."""
     dataset = run.dataset
-    history = [_told_item(dataset, int(item)) for item in person.history]
     return {
         "run": run.folder.resolve().name,
         "user": None if person.row is None else int(dataset.user_ids[person.row]),
-        "history_is": _told_history(person),
-        "history": history,
-        "test_item": None if person.test_item is None else _told_item(dataset, person.test_item),
+        "history_is": person.history_note,
+        "history": [_item(dataset, int(item)) for item in person.history],
+        "test_item": None if person.test_item is None else _item(dataset, person.test_item),
         "recommendations": [
             {
                 "adapter": ranking.adapter,
                 "group": ranking.group,
                 "rank_of_test_item": ranking.test_rank,
                 "items": [
-                    {"rank": rank, **_told_item(dataset, item), "score": score}
+                    {"rank": rank, **_item(dataset, item), "score": score}
                     for rank, (item, score) in enumerate(zip(ranking.items.tolist(), ranking.scores.tolist()), 1)
                 ],
             }
@@ -205,39 +231,11 @@ def as_json(run: Run, person: Person, rankings: list[Ranking]) -> dict[str, Any]
     }
 
 
-def draw_recommendations(path: Path, run: Run, person: Person, rankings: list[Ranking], top_k: int) -> None:
-    """Draw the history and each adapter's recommendations as rows of images; the test item is framed."""
-    shown = person.history[-top_k:]
-    few = f"last {len(shown)} of {len(person.history)}" if len(shown) < len(person.history) else f"{len(shown)} items"
-    history = SheetRow(f"history\n({few},\nlatest last)", [item_tile(run.dataset, int(item)) for item in shown])
-    rows = [history, *(_row(run.dataset, ranking, person.test_item) for ranking in rankings)]
-    footnote = f"History: {_told_history(person)}. Bought items are not recommended. Below an item: its score."
-    if person.test_item is not None:
-        footnote += "\nRed frame: the test item."
-    draw_sheet(path, f"Recommended to {person.name} by {run.folder.resolve().name}", rows, footnote)
-
-
-def _row(dataset: Dataset, ranking: Ranking, test_item: int | None) -> SheetRow:
-    label = ranking.adapter if ranking.group is None else f"{ranking.adapter}\n(group {ranking.group})"
-    if ranking.test_rank is not None:
-        label += f"\n\ntest item is\nnumber {ranking.test_rank:,}"
-    scored = zip(ranking.items.tolist(), ranking.scores.tolist())
-    tiles = [item_tile(dataset, item, f"{score:.2f}", item == test_item) for item, score in scored]
-    return SheetRow(label, tiles, when_empty="everything is bought already")
-
-
-def write_recommendations(path: Path, run: Run, person: Person, rankings: list[Ranking], top_k: int) -> Path:
-    """Write the sheet, and the same as JSON beside it; returns the JSON's path."""
-    draw_recommendations(path, run, person, rankings, top_k)
-    write_json(path.with_suffix(".json"), as_json(run, person, rankings))
-    return path.with_suffix(".json")
-
-
-def told_recommendations(run: Run, person: Person, rankings: list[Ranking]) -> str:
-    """The best items' titles in lines."""
-    lines = [f"history: {_told_history(person)}"]
+def as_text(run: Run, person: Person, rankings: list[Ranking]) -> str:
+    """The best items' titles, one a line."""
+    lines = [f"history: {person.history_note}"]
     for ranking in rankings:
-        test = "" if ranking.test_rank is None else f"; the test item is number {ranking.test_rank}"
+        test = "" if ranking.test_rank is None else f"; the test item has rank {ranking.test_rank}"
         lines.append(f"{ranking.label}{test}")
         for rank, item in enumerate(ranking.items.tolist(), 1):
             mark = "  <- test item" if item == person.test_item else ""

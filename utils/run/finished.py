@@ -8,11 +8,9 @@ import torch
 from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
-from utils.data.histories import Histories
 from utils.items.foundation import contents_fingerprint, needs_contents
 from utils.run.options import build_parser
 from utils.run.pipeline import FINGERPRINTS, Run, build_model, dataset_fingerprint, least_users, read_settings
-from utils.training.evaluation import last_states
 from utils.training.processes import Processes
 
 
@@ -85,27 +83,10 @@ def open_finished(
         PerPEFTError: the run is not finished, or its data or CLIP is missing or has changed.
     """
     options, expected = finished_options(folder, train_dir, device, clip_model)
-    return rebuilt_run(options, finished_dataset(options, expected), Path(folder))
-
-
-def rebuilt_run(options: argparse.Namespace, dataset: Dataset, folder: Path) -> Run:
-    """A run as `open_finished` gives it, with its data read already."""
-    run = Run(options, dataset, *build_model(options, dataset), folder, {}, Processes(torch.device(options.device)))
+    dataset = finished_dataset(options, expected)
+    run = Run(options, dataset, *build_model(options, dataset), Path(folder), {}, Processes(torch.device(options.device)))
     run.model.eval()
     return run
-
-
-def state_after(run: Run, table: torch.Tensor, history: np.ndarray) -> torch.Tensor:
-    """The present recommender's state after one history, items as in `table`, [hidden]."""
-    return last_states(run.model.sasrec, table, Histories.of_lists([history]), np.array([0]))[0]
-
-
-def group_centres(vectors: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """The mean of the members' vectors, [groups, hidden]; NaN for a group without members."""
-    sums = np.zeros((num_groups, vectors.shape[1]))
-    np.add.at(sums, groups, vectors)
-    with np.errstate(invalid="ignore"):
-        return sums / np.bincount(groups, minlength=num_groups)[:, None]
 
 
 def item_number(dataset: Dataset, name: str) -> int:

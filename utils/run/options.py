@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -117,17 +116,6 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
         default=None,
         help="start stage 3 from a global model instead of training one: a run folder, or the authors' pretrained_models folder",
     )
-    return parser
-
-
-def run_folder_parser(description: str) -> argparse.ArgumentParser:
-    """The options of a script that looks at a finished run; a script adds its own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("run_folder", type=Path, help="folder of a finished run, as in ./runs")
-    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
-    parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
-    parser.add_argument("--clip_model", default=None, help="where the run's CLIP lies now (default: where it lay in training)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -52,7 +52,7 @@ FINGERPRINTS = {
 }
 RUN_FILES = (
     "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",
-    "groups.png", "figures", "tensorboard", "wandb",
+    "groups.png", "report.html", "figures", "tensorboard", "wandb",
 )  # fmt: skip  # and summary.json
 
 

@@ -101,46 +101,17 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw loss and NDCG@20 over the epochs of both stages, the best epochs marked."""
-    from matplotlib.figure import Figure
+    """Draw the training curves as PNG, as `curves_figure`."""
+    from utils.run import plots  # matplotlib takes a while to import
 
-    from utils.analysis.sheets import save_figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss_axes, metric_axes = figure.subplots(1, 2)
-    first = 0
-    for stage, colour in (("global", "tab:gray"), ("personalized", "tab:blue")):
-        stage_rows = [row for row in rows if row["stage"] == stage]
-        if not stage_rows:
-            continue
-        epochs = [first + row["epoch"] for row in stage_rows]
-        loss_axes.plot(epochs, [row["train_loss"] for row in stage_rows], color=colour, marker=".", label=stage)
-        for split, style in (("valid", "-"), ("test", ":")):
-            values = [row[f"{split}_NDCG@20"] for row in stage_rows]
-            metric_axes.plot(epochs, values, style, color=colour, marker=".", label=f"{stage}, {split}")
-        best = best_row(stage_rows)
-        metric_axes.plot(first + best["epoch"], best["valid_NDCG@20"], "*", color="tab:red", markersize=11)
-        first = epochs[-1]
-    loss_axes.set(xlabel="epoch", ylabel="training loss")
-    metric_axes.set(xlabel="epoch (star: best by valid)", ylabel="NDCG@20")
-    for axes in (loss_axes, metric_axes):
-        axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
-    save_figure(path, figure)
+    plots.save_png(path, plots.curves_figure(rows))
 
 
 def draw_groups(path: Path, sizes: list[int]) -> None:
-    """Draw how many users each group has."""
-    from matplotlib.figure import Figure
+    """Draw how many users each group has as PNG."""
+    from utils.run import plots
 
-    from utils.analysis.sheets import save_figure
-
-    figure = Figure(figsize=(1.5 + 0.6 * len(sizes), 3), layout="constrained")
-    axes = figure.subplots()
-    axes.bar_label(axes.bar(range(len(sizes)), sizes, color="tab:blue"), fontsize="small")
-    axes.set(xlabel="group", ylabel="users", xticks=range(len(sizes)))
-    axes.margins(y=0.15)
-    save_figure(path, figure)
+    plots.save_png(path, plots.group_sizes_figure(sizes))
 
 
 def results_table(summary: dict[str, Any]) -> str:

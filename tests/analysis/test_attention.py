@@ -1,0 +1,167 @@
+"""Attention against plain transformers and peft, and what explain_item writes and refuses."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from scripts import explain_item, recommend
+from tests.analysis.test_report import check_page, classes
+from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments, write_dataset
+from tests.run.test_pipeline import tree
+from utils.analysis.attention import explain_items, moved, words_of_tokens
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import read_dataset
+from utils.run.finished import finished_dataset, finished_options
+from utils.run.pipeline import dataset_fingerprint
+
+
+def explained(folder, train_dir, item):
+    options, expected = finished_options(folder, train_dir, "cpu")
+    return explain_items(options, finished_dataset(options, expected), folder, [item])[0]
+
+
+def run_explain(folder, train_dir, name):
+    run_on_folder(explain_item, folder, "--train_dir", train_dir, "--item", name)
+
+
+def test_tokens_are_merged_into_the_words_that_they_are_part_of():
+    title = "Red  wool-mug, by Brisk"
+    offsets = [(0, 0), (0, 3), (5, 9), (9, 10), (10, 13), (13, 14), (15, 17), (0, 0)]  # cut before the last word
+    words, places = words_of_tokens(title, offsets)
+    assert words == ["Red", "wool-mug,", "by"] and places.tolist() == [-1, 0, 1, 1, 1, 1, 2, -1]
+
+
+def test_moved_attention_is_what_lies_elsewhere():
+    before = np.array([[0.5, 0.25], [0.25, 0.0]])
+    assert moved(before, before) == 0
+    assert moved(np.array([[0.25, 0.25], [0.25, 0.25]]), before) == 0.25
+    assert moved(np.array([[0.0, 0.0], [0.0, 1.0]]), before) == 1
+
+
+@torch.no_grad()
+def plain_attention(tiny_dataset, tiny_clip, adapter, item):
+    """Shares of tokens and patches by transformers and peft alone: last layer, mean over heads, from the pooled position."""
+    clip = CLIPModel.from_pretrained(tiny_clip, attn_implementation="eager")
+    model = PeftModel.from_pretrained(clip, adapter).eval()
+    image = Image.open(tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg")
+    inputs = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False)(image, return_tensors="pt")
+    title = tiny_dataset.titles[item - 1] or "No description available."
+    inputs |= AutoTokenizer.from_pretrained(tiny_clip)([title], truncation=True, max_length=16, return_tensors="pt")
+    output = model(**inputs, output_attentions=True)
+    tokens = output.text_model_output.attentions[-1][0].mean(0)[-1, 1:-1]  # from the end of text, to what lies between
+    patches = output.vision_model_output.attentions[-1][0].mean(0)[0, 1:]
+    return (tokens / tokens.sum()).numpy(), (patches / patches.sum()).numpy()
+
+
+@pytest.mark.parametrize("item", [1, 5, 6])  # an ordinary title, none, and one that is cut
+def test_attention_is_that_of_a_plain_clip_with_the_saved_adapter(tiny_run, tiny_dataset, tiny_clip, item):
+    explanation = explained(tiny_run.folder, tiny_dataset.train_dir, item)
+    assert [view.label.split(" (")[0] for view in explanation.views] == ["global", "group 0", "group 1", "group 2"]
+    title = tiny_dataset.titles[item - 1] or "No description available."
+    tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
+    ids = tokenizer(title, truncation=True, max_length=16)["input_ids"][1:-1]
+    pieces = [piece.replace("</w>", "") for piece in tokenizer.convert_ids_to_tokens(ids)]
+    adapters = [tiny_run.folder / "global", *(tiny_run.folder / "personalized" / f"group_{group}" for group in range(3))]
+    for view, folder in zip(explanation.views, adapters):
+        tokens, patches = plain_attention(tiny_dataset, tiny_clip, folder / "adapter", item)
+        words, left = [], list(zip(pieces, tokens))
+        for word in explanation.words:  # tokens are eaten up word by word
+            share, letters = 0.0, ""
+            while left and len(letters) < len(word):
+                piece, weight = left.pop(0)
+                letters, share = letters + piece, share + weight
+            assert word.lower().startswith(letters)
+            words.append(share)
+        assert not left
+        assert view.words == pytest.approx(words, abs=1e-6) and view.words.sum() == pytest.approx(1)
+        assert view.patches.ravel() == pytest.approx(patches, abs=1e-6) and view.patches.shape == (2, 2)
+    assert np.ptp([view.words for view in explanation.views], axis=0).max() > 1e-4  # the groups do differ
+
+
+def test_explanation_is_written_and_printed(copied_run, tiny_dataset, capsys):
+    before = tree(copied_run.folder)
+    for name, number in (("B003", 3), ("6", 6)):
+        run_explain(copied_run.folder, tiny_dataset.train_dir, name)
+        page = check_page(copied_run.folder / "figures" / f"explain_item_{number}.html")
+        assert tiny_dataset.titles[number - 1].strip() in page.text
+        assert len(page.all("image")) == 2 + 4  # the item whole and as CLIP sees it; an overlay for each adapter
+    assert set(tree(copied_run.folder)) - set(before) == {"figures/explain_item_3.html", "figures/explain_item_6.html"}
+    output = capsys.readouterr().out
+    assert "group 2" in output and all(word in output for word in tiny_dataset.titles[2].split())
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_run_of_one_modality_shows_what_it_looks_at(tiny_dataset, tiny_clip, tmp_path, modality):
+    changes = {"modality": modality, "method": "global", "global_epochs": 1, "num_epochs": 1}
+    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, peft_type="ia3", **changes))
+    (folder,) = tmp_path.iterdir()
+    explanation = explained(folder, tiny_dataset.train_dir, 1)
+    (view,) = explanation.views
+    assert (view.words is None, view.patches is None) == (modality == "image", modality == "text")
+    run_explain(folder, tiny_dataset.train_dir, 1)
+    page = check_page(folder / "figures" / "explain_item_1.html")
+    assert (len(classes(page, "words")), len(page.all("image"))) == ((0, 3) if modality == "image" else (1, 2))
+
+
+def test_end_of_text_within_a_title_ends_what_is_read(tiny_dataset, tiny_clip, tmp_path, capsys):
+    """CLIP pools the first one and never reads what follows it; where it comes first there is the image alone."""
+    titles = ["red lamp <|endoftext|> pale mug", "<|endoftext|> pale mug", *tiny_dataset.titles[2:]]
+    dataset = SimpleNamespace(train_dir=write_dataset(tmp_path, "tiny", tiny_dataset.histories, titles), name="tiny")
+    changes = {"method": "global", "global_epochs": 1, "num_epochs": 1}
+    run_script(tiny_arguments(dataset, tiny_clip, tmp_path / "runs", **changes))
+    (folder,) = (tmp_path / "runs").iterdir()
+    explanation = explained(folder, tmp_path, 1)
+    assert explanation.words == ["red", "lamp"] and explanation.views[0].words.shape == (2,)
+    capsys.readouterr()
+    run_explain(folder, tmp_path, "2")
+    page = check_page(folder / "figures" / "explain_item_2.html")
+    note = "CLIP reads no word of this title, which begins with its end-of-text token."
+    assert note in page.text and note in capsys.readouterr().out
+    assert not classes(page, "words") and len(page.all("image")) == 3
+    assert explained(folder, tmp_path, 2).views[0].patches.sum() == pytest.approx(1)
+
+
+def test_raw_id_that_begins_with_a_dash_is_found(copied_run, tiny_dataset, tmp_path):
+    raw_ids = ["-0iIxySkp97W", "--device", *(f"B{item:03d}" for item in range(3, NUM_ITEMS + 1))]
+    folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, tiny_dataset.titles, raw_ids)
+    path = copied_run.folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["dataset_fingerprint"] = dataset_fingerprint(read_dataset(folder, "tiny"))
+    path.write_text(json.dumps(summary))
+    run_explain(copied_run.folder, folder, "-0iIxySkp97W")
+    assert "-0iIxySkp97W" in check_page(copied_run.folder / "figures" / "explain_item_1.html").text
+    run_on_folder(recommend, copied_run.folder, "--train_dir", folder, "--history", "-0iIxySkp97W", "B003", "--top_k", 2)
+    history = json.loads((copied_run.folder / "figures" / "recommend_new.json").read_text())["history"]
+    assert [item["item"] for item in history] == [1, 3]
+
+
+@pytest.mark.parametrize("peft_type", ["iisan", "frozen", "none"])
+def test_run_without_adapters_inside_clip_is_refused(copied_run, tiny_dataset, peft_type):
+    path = copied_run.folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["config"]["peft_type"] = peft_type
+    path.write_text(json.dumps(summary))
+    with pytest.raises(PerPEFTError, match=f"--peft_type {peft_type}, which leaves CLIP's attention as it is") as raised:
+        run_explain(copied_run.folder, tiny_dataset.train_dir, 1)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["B031", "0", str(NUM_ITEMS + 1), "-1", "1.5", "²", "9" * 30])
+def test_unknown_item_is_refused(tiny_run, tiny_dataset, name):
+    with pytest.raises(PerPEFTError, match="is neither a raw id of tiny nor a number from 1 to 30") as raised:
+        run_explain(tiny_run.folder, tiny_dataset.train_dir, name)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_unfinished_run_and_damaged_adapter_are_refused(copied_run, tiny_dataset):
+    (copied_run.folder / "personalized" / "group_2" / "adapter" / "adapter_model.safetensors").write_bytes(b"none")
+    with pytest.raises(PerPEFTError, match="group_2 cannot be read"):
+        run_explain(copied_run.folder, tiny_dataset.train_dir, 1)
+    (copied_run.folder / "summary.json").unlink()
+    with pytest.raises(PerPEFTError, match="holds no finished run"):
+        run_explain(copied_run.folder, tiny_dataset.train_dir, 1)

@@ -1,0 +1,338 @@
+"""The report: its numbers against hand-computed ones, and the page as a parser of HTML sees it."""
+import json
+import math
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from scripts import report
+from tests.conftest import run_on_folder, run_script, write_dataset
+from tests.run.test_pipeline import read_csv, tree
+from utils.analysis.figures import group_colours, inline_svg, users_figure
+from utils.analysis.groups import intervals_by_group, mean_interval, typical_items
+from utils.analysis.page import thumbnail
+from utils.analysis.report import choose_users, user_values
+from utils.common.errors import PerPEFTError
+from utils.data.histories import Histories
+
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+class Parsed(HTMLParser):
+    """A page's elements; checks on the way that every element is closed where it must be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.headings, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._open and self._open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", "".join(self.texts))
+
+    def all(self, *tags):
+        return [attributes for tag, attributes in self.elements if tag in tags]
+
+
+def check_page(path):
+    """What holds for every page; returns it parsed."""
+    page = Parsed(path.read_text(encoding="utf-8"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("href", "src", "xlink:href", "aria-labelledby"):
+            target = attributes.get(name)
+            if target is None:
+                continue
+            if name == "aria-labelledby":
+                assert target in ids
+            elif target.startswith("#"):
+                assert target[1:] in ids, f"{target} leads nowhere"
+            else:
+                assert target.startswith(("data:image/jpeg;base64,", "data:image/png;base64,"))
+        for reference in re.findall(r"url\(([^)]*)\)", attributes.get("style", "") + attributes.get("clip-path", "")):
+            assert reference.lstrip("#") in ids
+        if tag == "svg":
+            assert attributes.get("aria-hidden") == "true" or (attributes["role"] == "img" and attributes["aria-label"])
+        if tag == "img":
+            assert attributes["alt"]
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    (style,) = [text for text in page.texts if "prefers-color-scheme" in text]
+    assert "url(" not in style and "@import" not in style
+    assert page.headings[0] == 1 and page.headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:]))  # no level is left out
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert page.all("html")[0]["lang"] == "en"
+    return page
+
+
+def classes(page, name):
+    return [attributes for _, attributes in page.elements if name in attributes.get("class", "").split()]
+
+
+@pytest.fixture(scope="module")
+def tiny_page(tiny_run, tiny_dataset, tmp_path_factory):
+    """The report of the tiny run."""
+    path = tmp_path_factory.mktemp("report") / "page.html"
+    arguments = ("--train_dir", tiny_dataset.train_dir, "--users", 9, "--items", 4, "--output", path)
+    run_on_folder(report, tiny_run.folder, *arguments)
+    return SimpleNamespace(path=path, page=check_page(path))
+
+
+def test_page_shows_what_the_run_found(tiny_page, tiny_run):
+    page, text = tiny_page.page, tiny_page.page.text
+    summary = json.loads((tiny_run.folder / "summary.json").read_text())
+    for stage in ("global", "personalized"):
+        for split in ("valid", "test"):
+            for metric, value in summary[stage][split].items():
+                assert f"{100 * value:.2f}" in text, (stage, split, metric)
+    for group, size in enumerate(summary["group_sizes"]):
+        assert f"Group {group} {size} users" in text or f"Group {group} {size} (" in text
+    assert len([attributes for attributes in page.all("article") if attributes["id"].startswith("user-")]) == 9
+    assert len(classes(page, "views")) == 4
+    assert len(page.all("figure")) == 3  # curves, map, gains
+    assert "1e-05" in text or "1e-06" in text  # settings
+
+
+def test_every_item_in_a_list_leads_to_its_card_and_back(tiny_page):
+    page = tiny_page.page
+    shown = {attributes["href"] for attributes in page.all("a") if attributes["href"].startswith("#item-")}
+    cards = {f"#{attributes['id']}" for attributes in page.all("article") if attributes["id"].startswith("item-")}
+    assert shown == cards and len(shown) > 4
+    users = [attributes["href"] for attributes in page.all("a") if attributes["href"].startswith("#user-")]
+    assert len(users) > len(set(users)) == 9  # from the list of users and from items
+
+
+def test_marked_items_are_test_items(tiny_page, tiny_run, tiny_dataset):
+    """As often as the ranks say that a shown user's test item is among the ten best."""
+    users = [int(attributes["id"][5:]) for attributes in tiny_page.page.all("article") if attributes["id"].startswith("user-")]
+    ranks = {
+        stage: {int(row["user"]): int(row["test_rank"]) for row in read_csv(tiny_run.folder / f"{stage}_ranks.csv")}
+        for stage in ("global", "personalized")
+    }
+    found = sum(ranks[stage][user] < 10 for stage in ranks for user in users)
+    assert found <= len(classes(tiny_page.page, "marked")) <= found + len(users)  # and the farthest group's, which no file holds
+    assert found > 0
+
+
+def test_titles_and_ids_stay_text(copied_run, tiny_dataset, tiny_clip, tmp_path):
+    evil = "<script>alert(1)</script>"
+    titles = [f"{evil} red lamp", '"><img src=x onerror=alert(1)>', *tiny_dataset.titles[2:]]
+    raw_ids = [f"B{item:03d}" for item in range(1, len(titles) + 1)]
+    raw_ids[2] = "&lt;B003'\"<i>"
+    folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, titles, raw_ids)
+    arguments = list(copied_run.arguments)
+    changes = {"--train_dir": folder, "--output_dir": tmp_path / "evil", "--global_epochs": 1, "--num_epochs": 1}
+    for name, value in changes.items():
+        arguments[arguments.index(name) + 1] = str(value)
+    run_script(arguments)
+    (run_folder,) = (tmp_path / "evil").iterdir()
+    run_on_folder(report, run_folder, "--train_dir", folder, "--users", 40, "--items", 30)
+    page = check_page(run_folder / "report.html")
+    assert evil in page.text and '"><img src=x onerror=alert(1)>' in page.text and raw_ids[2] in page.text
+
+
+def test_runs_of_one_data_set_side_by_side(tiny_run, tiny_global_run, tiny_dataset, tmp_path, capsys):
+    path = tmp_path / "both.html"
+    arguments = (tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--users", 3, "--items", 2, "--output", path)
+    run_on_folder(report, tiny_global_run, *arguments)
+    page = check_page(path)
+    assert "B − A" in page.text and "A: global" in page.text and "B: own group" in page.text
+    assert "Run A" in page.text and "Run B" in page.text  # attention
+    assert len(classes(page, "differ")) >= 3  # method, epochs
+    before, after = (
+        json.loads((folder / "summary.json").read_text())[stage]["test"]["NDCG@20"]
+        for folder, stage in ((tiny_global_run, "global"), (tiny_run.folder, "personalized"))
+    )
+    assert f"{100 * (after - before):+.2f}" in page.text
+    assert "both.html" in capsys.readouterr().out
+
+
+def test_run_without_groups_has_a_report(tiny_global_run, tiny_dataset, tmp_path):
+    path = tmp_path / "page.html"
+    run_on_folder(report, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--users", 2, "--items", 1, "--output", path)
+    page = check_page(path)
+    assert "Drawn at random" in page.text and "Largest gain" not in page.text and "Gain by group" not in page.text
+
+
+def test_report_lies_in_the_run_folder_and_restart_removes_it(copied_run, tiny_dataset):
+    before = tree(copied_run.folder)
+    run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--users", 1, "--items", 0)
+    assert set(tree(copied_run.folder)) - set(before) == {"report.html"}
+    run_script([*copied_run.arguments, "--restart"])
+    assert not (copied_run.folder / "report.html").exists()
+
+
+def test_damaged_ranks_and_summary_are_refused(copied_run, tiny_dataset):
+    (copied_run.folder / "personalized_ranks.csv").write_text("user,valid_rank,test_rank\n2,1\n")
+    with pytest.raises(PerPEFTError, match="personalized_ranks.csv cannot be read"):
+        run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
+    path = copied_run.folder / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["personalized"]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(PerPEFTError, match="summary.json is damaged"):
+        run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
+
+
+def test_users_of_the_gallery_are_the_ones_that_gained_and_lost_most():
+    ids = np.arange(10, 22)
+    before = np.array([0, 1, 5, 30, 30, 2, 3, 9, 50, 40, 7, 8])
+    after = np.array([0, 4, 0, 0, 25, 2, 60, 9, 50, 0, 7, 8])
+    chosen = choose_users(ids, before, after, 6, seed=1)
+    kinds = {kind: [choice.user for choice in chosen if choice.kind == kind] for kind in ("Largest gain", "Largest loss")}
+    assert kinds == {"Largest gain": [19, 13], "Largest loss": [16, 11]}  # to rank 0 from beyond 20, the farther one first
+    drawn = [choice.user for choice in chosen if choice.kind == "Drawn at random"]
+    assert len(drawn) == 2 and len({choice.user for choice in chosen}) == 6 and set(drawn) <= set(ids.tolist())
+    assert chosen[0].gain == "+1.00" and chosen == choose_users(ids, before, after, 6, seed=1)
+    assert len(choose_users(ids, None, after, 30)) == 12
+
+
+def test_values_of_users_follow_the_definition():
+    ranks = np.array([0, 2, 9, 10, 19, 20])
+    assert user_values("HR@10", ranks).tolist() == [1, 1, 1, 0, 0, 0]
+    expected = [1, 0.5, 1 / math.log2(11), 1 / math.log2(12), 1 / math.log2(21), 0]
+    assert user_values("NDCG@20", ranks).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_groups", [1, 12, 25])
+def test_map_has_as_many_colours_as_groups(num_groups):
+    vectors = np.random.default_rng(0).normal(size=(80, 5))
+    svg = inline_svg("map", "users", lambda: users_figure(vectors, np.arange(80) % num_groups, num_groups))
+    assert len(set(group_colours(num_groups))) == num_groups
+    assert all(colour in svg for colour in group_colours(num_groups))
+
+
+def test_figures_take_the_pages_colours_and_refer_to_nothing_else():
+    def make():
+        figure = Figure()
+        axes = figure.subplots()
+        axes.plot([1, 2], [3, 4])
+        axes.set_title("a < b & c")
+        axes.grid()
+        return figure
+
+    svg = inline_svg("one", 'loss "x"', make)
+    assert "currentColor" in svg and "var(--rule)" in svg and "http" not in svg and "<metadata" not in svg
+    assert "a &lt; b &amp; c" in svg and "aria-label=\"loss &#34;x&#34;\"" in svg
+    ids = set(re.findall(r'id="([^"]+)"', svg))
+    assert ids and all(name.startswith("one-") for name in ids)
+
+
+def test_vectors_one_number_wide_make_a_map():
+    users_figure(np.linspace(0, 1, 12)[:, None].astype(np.float32), np.arange(12) % 3, 3)
+
+
+def decoded(uri, tmp_path):
+    import base64
+
+    (tmp_path / "thumb").write_bytes(base64.b64decode(uri.partition("base64,")[2]))
+    return np.asarray(Image.open(tmp_path / "thumb").convert("RGB")).astype(int)
+
+
+def test_thumbnails_keep_the_whole_image_or_the_centre_that_clip_sees(tmp_path):
+    image = Image.new("RGB", (300, 100), (255, 0, 0))
+    image.paste((0, 0, 255), (100, 0, 200, 100))
+    image.save(tmp_path / "wide.png")
+    whole = decoded(thumbnail(tmp_path / "wide.png", 60), tmp_path)
+    assert whole.shape == (20, 60, 3) and whole[10, 3, 0] > 200 and whole[10, 30, 2] > 200
+    centre = decoded(thumbnail(tmp_path / "wide.png", 60, crop=1.0), tmp_path)
+    assert centre.shape == (60, 60, 3) and centre[30, 3:57, 2].min() > 200
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    for name in ("broken.jpg", "missing.jpg"):
+        assert np.ptp(decoded(thumbnail(tmp_path / name), tmp_path)) <= 2  # grey
+
+
+# ---------------------------------------------------------------- what is typical of a group
+
+
+def test_typical_items_agree_with_the_formula_by_a_loop():
+    random = np.random.default_rng(0)
+    lists = [random.choice(np.arange(1, 13), size=6, p=np.arange(1, 13) / 78).tolist() for _ in range(30)]
+    groups = np.arange(30) % 3
+    found = typical_items(Histories.of_lists(lists), groups, 1, 12, top=4)
+    ours = [sum(items.count(item) for items, group in zip(lists, groups) if group == 1) for item in range(1, 13)]
+    theirs = [sum(items.count(item) for items, group in zip(lists, groups) if group != 1) for item in range(1, 13)]
+    prior = [12 * (a + b) / 180 for a, b in zip(ours, theirs)]
+    scores = {}
+    for item, (y, z, a) in enumerate(zip(ours, theirs, prior), 1):
+        if y + z:
+            difference = math.log((y + a) / (sum(ours) + 12 - y - a)) - math.log((z + a) / (sum(theirs) + 12 - z - a))
+            scores[item] = difference / math.sqrt(1 / (y + a) + 1 / (z + a))
+    best = [item for item in sorted(scores, key=lambda item: -scores[item]) if scores[item] > 0][:4]
+    assert found.items.tolist() == best and len(best) > 1
+    assert found.counts.tolist() == [ours[item - 1] for item in best]
+    lifts = [ours[item - 1] / 60 / (theirs[item - 1] / 120) if theirs[item - 1] else math.inf for item in best]
+    assert found.lifts.tolist() == pytest.approx(lifts)
+
+
+def test_item_bought_once_by_chance_is_less_typical_than_one_bought_often():
+    lists = [[1, 1, 1, 2], [1, 1, 3, 4], [3, 4, 4, 3], [1, 3, 4, 3]]
+    found = typical_items(Histories.of_lists(lists), np.array([0, 0, 1, 1]), 0, 5)
+    assert found.items.tolist()[:2] == [1, 2]
+    assert np.isinf(found.lifts[1]) and found.lifts[0] == pytest.approx(5)  # by the ratio alone, item 2 would come first
+    assert set(found.items) <= {1, 2}  # what others buy more of is not typical, nor what nobody buys
+
+
+def test_group_without_users_has_no_typical_items():
+    assert typical_items(Histories.of_lists([[1, 2], [2]]), np.array([0, 0]), 1, 3).items.tolist() == []
+    assert typical_items(Histories.of_lists([[], []]), np.array([0, 1]), 1, 3).items.tolist() == []
+
+
+# ---------------------------------------------------------------- gains
+
+
+def test_interval_agrees_with_one_computed_by_hand():
+    mean, low, high, _ = mean_interval(np.array([1.0, 2.0, 3.0, 4.0]))
+    half = 3.182446 * 1.290994 / 2  # t of 3 degrees of freedom at 97.5 %, times s / sqrt(n)
+    assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-5)
+    assert mean_interval(np.array([0.5]))[0] == 0.5 and np.isnan(mean_interval(np.array([0.5]))[1:3]).all()
+    assert np.isnan(mean_interval(np.array([]))[:3]).all()
+
+
+def ndcg(rank):
+    return 1 / math.log2(rank + 2) if rank < 20 else 0.0
+
+
+def test_gains_by_group_follow_from_the_ranks_and_their_total_from_the_summary(tiny_run, tiny_page):
+    groups = {row["user"]: int(row["group"]) for row in read_csv(tiny_run.folder / "groups.csv")}
+    before = {row["user"]: int(row["test_rank"]) for row in read_csv(tiny_run.folder / "global_ranks.csv")}
+    after = {row["user"]: int(row["test_rank"]) for row in read_csv(tiny_run.folder / "personalized_ranks.csv")}
+    users = np.array(list(after))
+    differences = np.array([ndcg(after[user]) - ndcg(before[user]) for user in users])
+    found = intervals_by_group(differences, np.array([groups[user] for user in users]), 3)
+    for group in range(3):
+        own = [value for user, value in zip(users, differences) if groups[user] == group]
+        assert found[group].users == len(own) and found[group].mean == pytest.approx(np.mean(own), abs=1e-12)
+        assert found[group].low < found[group].mean < found[group].high
+        text = f"{100 * found[group].mean:+.2f} [{100 * found[group].low:+.2f}, {100 * found[group].high:+.2f}]"
+        assert text in tiny_page.page.text
+    summary = json.loads((tiny_run.folder / "summary.json").read_text())
+    total = summary["personalized"]["test"]["NDCG@20"] - summary["global"]["test"]["NDCG@20"]
+    assert found[3].mean == pytest.approx(total, abs=1e-12) and found[3].users == len(after)

@@ -1,0 +1,46 @@
+"""Options of the scripts for finished runs, and raw ids on the command line, which may begin with a dash."""
+import argparse
+import sys
+from pathlib import Path
+
+from utils.run.options import HelpFormatter
+
+
+def run_folder_parser(description: str, several: bool = False) -> argparse.ArgumentParser:
+    """The options of a script that opens a finished run, or `several`; a script adds its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    name, more = ("run_folders", {"nargs": "+", "metavar": "run_folder"}) if several else ("run_folder", {})
+    parser.add_argument(name, type=Path, help="folder of a finished run, as in ./runs", **more)
+    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
+    parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
+    parser.add_argument("--clip_model", default=None, help="where the run's CLIP lies now (default: where it lay in training)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def raw_id(text: str) -> str:
+    """The option type of a raw id; undoes what `parse_raw_ids` does to those with a dash."""
+    return text.removeprefix("\0")
+
+
+def parse_raw_ids(parser: argparse.ArgumentParser, option: str) -> argparse.Namespace:
+    """Parse the command line; after `option`, a word that begins with a dash is a raw id unless it names an option.
+
+    The shops' own ids begin with a dash now and then, and argparse would take them for options.
+    """
+    known, arguments, in_option = set(parser._option_string_actions), [], False
+    for word in sys.argv[1:]:
+        name = word.partition("=")[0]
+        if name in known:
+            in_option = name == option
+        elif in_option and word.startswith("-"):
+            word = f"\0{word}"  # which no command line can hold
+        arguments.append(word)
+    return parser.parse_args(arguments)
+
+
+def html_path(text: str) -> Path:
+    """The option type of a page to write."""
+    if not text.lower().endswith(".html"):
+        raise argparse.ArgumentTypeError(f"'{text}': expected a name that ends in .html")
+    return Path(text)

@@ -1,0 +1,203 @@
+"""One HTML page about items and users of a data set: no script, nothing from elsewhere, every image in it once."""
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image, ImageOps
+
+from utils.analysis.attention import Explanation, View, moved
+from utils.analysis.recommendation import Person, Ranking
+from utils.common.files import write_text_atomically
+from utils.data.dataset import Dataset
+from utils.data.images import decoded_image
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+THUMBNAIL, SEEN = 112, 144  # pixels of an image's longer edge, and of the square that CLIP sees
+JPEG_QUALITY = 80
+DARKEST = 0.2  # brightness of a patch without attention
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An item in a list: a note below its title, and whether it is marked as the test item."""
+
+    item: int
+    note: str
+    marked: bool
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """Items side by side, with a label and a note; `empty` is said where there are none."""
+
+    label: str
+    note: str
+    tiles: list[Tile]
+    empty: str = ""
+
+
+@dataclass(frozen=True)
+class UserCard:
+    """A user's history and recommendations; why they are shown, and what they gained, are empty where there is nothing to say."""
+
+    anchor: str
+    name: str
+    kind: str
+    gain: str
+    note: str
+    rows: list[TileRow]
+
+
+@dataclass(frozen=True)
+class Word:
+    """A title's word with its share of the attention in percent, the change against the global adapter, and a shade in [0, 1]."""
+
+    text: str
+    percent: int
+    change: int
+    shade: float
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """One adapter's attention: words, and the image darkened where there is little, as an overlay in a data URI."""
+
+    label: str
+    moves: str
+    words: list[Word] | None
+    overlay: str | None
+    strongest: str
+
+
+@dataclass
+class ItemCard:
+    """An item, where it appears on the page, and attention to it by run."""
+
+    item: int
+    raw_id: str
+    title: str
+    image: str
+    mentions: dict[str, str] = field(default_factory=dict)  # label by anchor
+    counts: str = ""
+    seen: str = ""
+    note: str = ""
+    attention: list[tuple[str, list[AttentionView]]] = field(default_factory=list)
+
+
+def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def thumbnail(path: Path, edge: int = THUMBNAIL, crop: float | None = None) -> str:
+    """An image as JPEG in a data URI, its longer edge `edge` pixels; a grey square where it cannot be read.
+
+    Args:
+        path: of the image.
+        edge: pixels.
+        crop: show only a central square, this share of the shorter edge wide.
+    """
+    try:
+        with decoded_image(path, edge) as image:
+            if crop:
+                side = round(crop * min(image.size))
+                image = ImageOps.fit(ImageOps.fit(image, (min(image.size),) * 2), (side, side))
+            image.thumbnail((edge, edge))
+            return _data_uri(image, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    except (OSError, ValueError):
+        return _data_uri(Image.new("RGB", (8, 8), "lightgray"), "JPEG")
+
+
+class Page:
+    """What a page shows; every item in any list gets one card, to which all lists link.
+
+    Args:
+        dataset: whose items and users.
+        heading: of the page.
+    """
+
+    def __init__(self, dataset: Dataset, heading: str):
+        self.dataset = dataset
+        self.heading = heading
+        self.items: dict[int, ItemCard] = {}
+        self.users: list[UserCard] = []
+
+    def card(self, item: int) -> ItemCard:
+        """The card of an item."""
+        if item not in self.items:
+            dataset, place = self.dataset, item - 1
+            image = thumbnail(dataset.image_paths[place])
+            self.items[item] = ItemCard(item, dataset.raw_ids[place], dataset.titles[place], image)
+        return self.items[item]
+
+    def tile(self, item: int, anchor: str, label: str, note: str = "", marked: bool = False) -> Tile:
+        """An item in the list of the card `anchor`, which `label` names where the item's card links back."""
+        self.card(item).mentions.setdefault(anchor, label)
+        return Tile(item, note, marked)
+
+    def add_user(
+        self, person: Person, rankings: Sequence[tuple[str, Ranking]], top_k: int, kind: str = "", gain: str = ""
+    ) -> None:
+        """Add a user's card.
+
+        Args:
+            person: who.
+            rankings: what each adapter recommends, under the name of its run or "".
+            top_k: how many of the latest items of the history are shown.
+            kind, gain: why the user is shown, and their gain in NDCG@20.
+        """
+        anchor = person.name.replace(" ", "-")
+        shown = [int(item) for item in person.history[-top_k:]]
+        few = f"last {len(shown)} of {len(person.history)}" if len(shown) < len(person.history) else f"{len(shown)} items"
+        rows = [TileRow("History", f"{few}, latest last", [self.tile(item, anchor, person.name) for item in shown])]
+        for run_name, ranking in rankings:
+            label = f"{run_name}: {ranking.label}" if run_name else ranking.label.capitalize()
+            note = "" if ranking.test_rank is None else f"test item at rank {ranking.test_rank:,}"
+            scored = zip(ranking.items.tolist(), ranking.scores.tolist())
+            tiles = [self.tile(item, anchor, person.name, f"{score:.2f}", item == person.test_item) for item, score in scored]
+            rows.append(TileRow(label, note, tiles, "Every item is in the history already."))
+        self.users.append(UserCard(anchor, person.name.capitalize(), kind, gain, person.history_note, rows))
+
+    def add_attention(self, explanation: Explanation, run_name: str = "") -> None:
+        """Add the attention to an item in one run to its card."""
+        card = self.card(explanation.item)
+        views = explanation.views
+        card.note = explanation.note
+        card.seen = card.seen or thumbnail(self.dataset.image_paths[explanation.item - 1], SEEN, explanation.crop)
+        most = max((view.words.max() for view in views if view.words is not None), default=0)
+        brightest = max((view.patches.max() for view in views if view.patches is not None), default=0)
+        card.attention.append((run_name, [_attention_view(view, views[0], explanation.words, most, brightest) for view in views]))
+
+    def write(self, path: Path, **sections: Any) -> None:
+        """Write the page; `sections` are further variables of the template."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, TEMPLATES.get_template("report.html.j2").render(page=self, **sections).lstrip())
+
+
+def _attention_view(view: View, first: View, words: list[str], most: float, brightest: float) -> AttentionView:
+    moves = ""
+    if view is not first:
+        pairs = (("words", view.words, first.words), ("image", view.patches, first.patches))
+        moves = ", ".join(f"{name} {100 * moved(own, before):.0f} % moved" for name, own, before in pairs if own is not None)
+    shown = overlay = None
+    strongest = ""
+    if view.words is not None:
+        shown = [
+            Word(word, round(100 * share), round(100 * (share - before)), round(float(share / most), 3))
+            for word, share, before in zip(words, view.words, first.words)
+        ]
+    if view.patches is not None:
+        row, column = np.unravel_index(view.patches.argmax(), view.patches.shape)
+        strongest = f"strongest in row {row + 1}, column {column + 1} of {len(view.patches)} x {len(view.patches)} patches"
+        darkness = 255 * (1 - DARKEST) * (1 - np.clip(view.patches / brightest, 0, 1))
+        alpha = Image.fromarray(np.uint8(darkness))
+        overlay = _data_uri(Image.merge("LA", (Image.new("L", alpha.size), alpha)), "PNG", optimize=True)
+    return AttentionView(view.label, moves, shown, overlay, strongest)
