@@ -7,13 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from scripts import report
 from tests.conftest import run_on_folder, run_script, write_dataset
 from tests.run.test_pipeline import read_csv, tree
-from utils.analysis.figures import group_colours, inline_svg, users_figure
+from utils.analysis.figures import group_colours, inline_svg, plot_users
 from utils.analysis.groups import intervals_by_group, mean_interval, typical_items
 from utils.analysis.page import thumbnail
 from utils.analysis.report import choose_users, user_values
@@ -116,7 +115,7 @@ def test_page_shows_what_the_run_found(tiny_page, tiny_run):
         assert f"Group {group} {size} users" in text or f"Group {group} {size} (" in text
     assert len([attributes for attributes in page.all("article") if attributes["id"].startswith("user-")]) == 9
     assert len(classes(page, "views")) == 4
-    assert len(page.all("figure")) == 3  # curves, map, gains
+    assert len(page.all("figure")) == 4  # loss, NDCG, map, gains
     assert "1e-05" in text or "1e-06" in text  # settings
 
 
@@ -224,21 +223,18 @@ def test_values_of_users_follow_the_definition():
 @pytest.mark.parametrize("num_groups", [1, 12, 25])
 def test_map_has_as_many_colours_as_groups(num_groups):
     vectors = np.random.default_rng(0).normal(size=(80, 5))
-    svg = inline_svg("map", "users", lambda: users_figure(vectors, np.arange(80) % num_groups, num_groups))
+    svg = inline_svg("map", "users", plot_users, vectors, np.arange(80) % num_groups, num_groups)
     assert len(set(group_colours(num_groups))) == num_groups
     assert all(colour in svg for colour in group_colours(num_groups))
 
 
 def test_figures_take_the_pages_colours_and_refer_to_nothing_else():
-    def make():
-        figure = Figure()
-        axes = figure.subplots()
+    def plot(axes):
         axes.plot([1, 2], [3, 4])
         axes.set_title("a < b & c")
         axes.grid()
-        return figure
 
-    svg = inline_svg("one", 'loss "x"', make)
+    svg = inline_svg("one", 'loss "x"', plot)
     assert "currentColor" in svg and "var(--rule)" in svg and "http" not in svg and "<metadata" not in svg
     assert "a &lt; b &amp; c" in svg and "aria-label=\"loss &#34;x&#34;\"" in svg
     ids = set(re.findall(r'id="([^"]+)"', svg))
@@ -246,7 +242,8 @@ def test_figures_take_the_pages_colours_and_refer_to_nothing_else():
 
 
 def test_vectors_one_number_wide_make_a_map():
-    users_figure(np.linspace(0, 1, 12)[:, None].astype(np.float32), np.arange(12) % 3, 3)
+    vectors = np.linspace(0, 1, 12)[:, None].astype(np.float32)
+    assert "<path" in inline_svg("line", "users", plot_users, vectors, np.arange(12) % 3, 3)
 
 
 def decoded(uri, tmp_path):

@@ -2,16 +2,19 @@
 import io
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from utils.analysis.groups import Interval
 
+WIDTH = 6.6  # inches
 MOST_POINTS = 2_000  # users on the map; more would only hide each other
 INK, RULE = "#010203", "#040506"  # stand for the page's colours of text and of lines, which differ in light and dark
 PAGE_COLOURS = {INK: "currentColor", RULE: "var(--rule)"}
@@ -23,17 +26,20 @@ STYLE = {
 }  # fmt: skip
 
 
-def inline_svg(name: str, description: str, make: Callable[[], Figure]) -> Markup:
-    """Draw a figure as an SVG element that takes its colours from the page, without any reference beyond it.
+def inline_svg(name: str, description: str, plot: Callable[..., None], *arguments: Any, height: float = 4.0) -> Markup:
+    """Draw a plot as an SVG element that takes its colours from the page, without any reference beyond it.
 
     Args:
         name: prefix of the ids inside, different for every figure of a page.
         description: what a screen reader says instead of it.
-        make: makes the figure; called with this page's style in force.
+        plot: `plot(axes, *arguments)` draws it.
+        height: inches.
     """
     text = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name}):
-        make().savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        plot(figure.subplots(), *arguments)
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     box = re.search(r'viewBox="([^"]+)"', svg).group(1)
@@ -58,7 +64,7 @@ def group_colours(num_groups: int) -> list[str]:
     return [to_hex(colour) for colour in colours]
 
 
-def users_figure(vectors: np.ndarray, groups: np.ndarray, num_groups: int, seed: int = 0) -> Figure:
+def plot_users(axes: Axes, vectors: np.ndarray, groups: np.ndarray, num_groups: int, seed: int = 0) -> None:
     """Users in the plane of most variance, coloured by group.
 
     Args:
@@ -72,8 +78,6 @@ def users_figure(vectors: np.ndarray, groups: np.ndarray, num_groups: int, seed:
     pca = PCA(2, random_state=seed).fit(vectors)
     shown = np.random.default_rng(seed).permutation(len(vectors))[:MOST_POINTS]  # in no order, so that no group lies on top
     points, colours = pca.transform(vectors[shown]), group_colours(num_groups)
-    figure = Figure(figsize=(6.6, 5), layout="constrained")
-    axes = figure.subplots()
     size = float(np.clip(9000 / len(shown), 5, 30))
     axes.scatter(*points.T, s=size, c=[colours[group] for group in groups[shown]], alpha=0.6, linewidths=0)
     for group in np.unique(groups):
@@ -83,13 +87,10 @@ def users_figure(vectors: np.ndarray, groups: np.ndarray, num_groups: int, seed:
     shares = 100 * pca.explained_variance_ratio_
     axes.set(xlabel=f"first principal component ({shares[0]:.0f} % of variance)", ylabel=f"second ({shares[1]:.0f} %)")
     axes.grid(alpha=0.5)
-    return figure
 
 
-def gains_figure(labels: Sequence[str], gains: Sequence[Interval]) -> Figure:
+def plot_gains(axes: Axes, labels: Sequence[str], gains: Sequence[Interval]) -> None:
     """Gains in percentage points with their intervals, one line each; the last, of all users, in the text's colour."""
-    figure = Figure(figsize=(6.6, 0.8 + 0.36 * len(gains)), layout="constrained")
-    axes = figure.subplots()
     for place, gain in enumerate(gains):
         colour = INK if place == len(gains) - 1 else "#4477aa"
         if np.isfinite(gain.low):
@@ -101,4 +102,3 @@ def gains_figure(labels: Sequence[str], gains: Sequence[Interval]) -> Figure:
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel("percentage points of test NDCG@20")
     axes.grid(alpha=0.5, axis="x")
-    return figure

@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 from tqdm import tqdm
 
 from utils.analysis.attention import explain_items
-from utils.analysis.figures import gains_figure, group_colours, inline_svg, users_figure
+from utils.analysis.figures import group_colours, inline_svg, plot_gains, plot_users
 from utils.analysis.groups import Interval, intervals_by_group, mean_interval, typical_items
 from utils.analysis.page import Page, TileRow
 from utils.analysis.recommendation import Recommender, known_user
@@ -19,7 +19,7 @@ from utils.data.dataset import read_true_groups
 from utils.items.foundation import INSIDE_CLIP
 from utils.run.finished import open_finished
 from utils.run.pipeline import has_groups
-from utils.run.plots import curves_figure
+from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
 from utils.training.evaluation import METRICS, ndcg_at
 
@@ -75,9 +75,10 @@ class RunPart:
         self.recommender = Recommender(self.run)
         self.groups: list[GroupPart] = []
         rows = read_metrics(folder / "metrics.csv")
-        self.curves = inline_svg(
-            f"curves{name}", f"Training loss and NDCG@20 over {len(rows)} epochs", lambda: curves_figure(rows)
-        )
+        self.curves = [
+            inline_svg(f"loss{name}", f"Training loss over {len(rows)} epochs", plot_loss, rows),
+            inline_svg(f"ndcg{name}", f"NDCG@20 over {len(rows)} epochs", plot_ndcg, rows),
+        ]
 
     @property
     def title(self) -> str:
@@ -128,10 +129,10 @@ class RunPart:
         labels = [f"group {group}" for group in range(number)] + ["all users"]
         vectors = self.recommender.user_vectors
         self.users_map = inline_svg(
-            f"map{self.name}", f"Map of users in {number} groups", lambda: users_figure(vectors, run.groups, number)
+            f"map{self.name}", f"Map of users in {number} groups", plot_users, vectors, run.groups, number, height=5
         )
         self.gains_plot = inline_svg(
-            f"gains{self.name}", "Gain by group; the table has the numbers", lambda: gains_figure(labels, gains)
+            f"gains{self.name}", "Gain by group, as in the table", plot_gains, labels, gains, height=0.8 + 0.36 * len(gains)
         )
 
     def agreement(self) -> float | None:

@@ -2,6 +2,7 @@
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -17,28 +18,47 @@ def save_png(path: Path, figure: Figure) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH))
 
 
-def curves_figure(rows: list[dict[str, Any]]) -> Figure:
-    """Loss and NDCG@20 over the epochs of both stages, the best epochs marked; `rows` as in metrics.csv."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss_axes, metric_axes = figure.subplots(1, 2)
-    first = 0
-    for stage, colour in (("global", "tab:gray"), ("personalized", "tab:blue")):
-        stage_rows = [row for row in rows if row["stage"] == stage]
-        if not stage_rows:
-            continue
-        epochs = [first + row["epoch"] for row in stage_rows]
-        loss_axes.plot(epochs, [row["train_loss"] for row in stage_rows], color=colour, marker=".", label=stage)
+STAGE_COLOURS = {"global": "tab:gray", "personalized": "tab:blue"}
+
+
+def _stages(rows: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]], list[int]]]:
+    """Each stage's name, colour, rows, and epochs counted on from the stage before."""
+    stages, first = [], 0
+    for stage, colour in STAGE_COLOURS.items():
+        own = [row for row in rows if row["stage"] == stage]
+        if own:
+            stages.append((stage, colour, own, [first + row["epoch"] for row in own]))
+            first += own[-1]["epoch"]
+    return stages
+
+
+def plot_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Training loss over the epochs of both stages; `rows` as in metrics.csv."""
+    for stage, colour, own, epochs in _stages(rows):
+        axes.plot(epochs, [row["train_loss"] for row in own], color=colour, marker=".", label=stage)
+    axes.set(xlabel="epoch", ylabel="training loss")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+def plot_ndcg(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """NDCG@20 over the epochs of both stages, the best epochs marked; `rows` as in metrics.csv."""
+    for stage, colour, own, epochs in _stages(rows):
         for split, style in (("valid", "-"), ("test", ":")):
-            values = [row[f"{split}_NDCG@20"] for row in stage_rows]
-            metric_axes.plot(epochs, values, style, color=colour, marker=".", label=f"{stage}, {split}")
-        best = best_row(stage_rows)
-        metric_axes.plot(first + best["epoch"], best["valid_NDCG@20"], "*", color="tab:red", markersize=11)
-        first = epochs[-1]
-    loss_axes.set(xlabel="epoch", ylabel="training loss")
-    metric_axes.set(xlabel="epoch (star: best by valid)", ylabel="NDCG@20")
-    for axes in (loss_axes, metric_axes):
-        axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
+            values = [row[f"{split}_NDCG@20"] for row in own]
+            axes.plot(epochs, values, style, color=colour, marker=".", label=f"{stage}, {split}")
+        best = best_row(own)
+        axes.plot(epochs[own.index(best)], best["valid_NDCG@20"], "*", color="tab:red", markersize=11)
+    axes.set(xlabel="epoch (star: best by valid)", ylabel="NDCG@20")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+def curves_figure(rows: list[dict[str, Any]]) -> Figure:
+    """Both curves side by side."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, plot in zip(figure.subplots(1, 2), (plot_loss, plot_ndcg)):
+        plot(axes, rows)
     return figure
 
 
