@@ -128,7 +128,7 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PerPEFTError(f"{path} cannot be read ({reason[:200]}); {again}") from error
+        raise PerPEFTError(f"{path} cannot be read ({reason[:500]}); {again}") from error
     if not (isinstance(content, (tuple, list)) and len(content) == 3):
         raise PerPEFTError(f"{path} holds no (image states, title states, ids); {again}")
     image_states, text_states, ids = content
