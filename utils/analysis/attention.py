@@ -19,6 +19,11 @@ from utils.run.pipeline import has_groups
 from utils.run.reports import read_groups
 
 
+def moved(share: np.ndarray, before: np.ndarray) -> float:
+    """How much of the attention lies elsewhere than before: the total variation distance of two distributions."""
+    return float(np.abs(share - before).sum() / 2)
+
+
 @dataclass(frozen=True)
 class View:
     """Attention to one item under one adapter.
@@ -32,6 +37,19 @@ class View:
     label: str
     words: np.ndarray | None
     patches: np.ndarray | None
+
+    def moved_from(self, other: "View") -> str:
+        """How much of the attention lies elsewhere than in another view, in words; empty for the view itself."""
+        if self is other:
+            return ""
+        pairs = (("words", self.words, other.words), ("image", self.patches, other.patches))
+        return ", ".join(f"{name} {100 * moved(own, theirs):.0f} % moved" for name, own, theirs in pairs if own is not None)
+
+    @property
+    def strongest_patch(self) -> str:
+        """Where in the image the attention is highest, in words."""
+        row, column = np.unravel_index(self.patches.argmax(), self.patches.shape)
+        return f"row {row + 1}, column {column + 1} of {len(self.patches)} × {len(self.patches)} patches"
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,10 @@ class Explanation:
     note: str
     crop: float | None
     views: list[View]
+
+    def highest(self, part: str) -> float:
+        """The highest share of any view's "words" or "patches", to bring them to one scale."""
+        return max((float(getattr(view, part).max()) for view in self.views if getattr(view, part) is not None), default=0)
 
 
 def words_of_tokens(title: str, offsets: list[tuple[int, int]]) -> tuple[list[str], np.ndarray]:
@@ -98,11 +120,6 @@ def view_of(encoder: ClipPeftEncoder, inputs: tuple[torch.Tensor, ...], end_of_t
         side = round((of_image.shape[1] - 1) ** 0.5)
         patches = _shares(of_image[0, 1:].cpu().double().numpy().reshape(side, side))
     return View(label, words, patches)
-
-
-def moved(share: np.ndarray, before: np.ndarray) -> float:
-    """How much of the attention lies elsewhere than before: the total variation distance of two distributions."""
-    return float(np.abs(share - before).sum() / 2)
 
 
 def central_crop(processor: BaseImageProcessor) -> float | None:

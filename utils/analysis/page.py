@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageOps
 
-from utils.analysis.attention import Explanation, View, moved
+from utils.analysis.attention import Explanation
 from utils.analysis.recommendation import Person, Ranking
 from utils.common.files import write_text_atomically
 from utils.data.dataset import Dataset
@@ -55,30 +55,9 @@ class UserCard:
     rows: list[TileRow]
 
 
-@dataclass(frozen=True)
-class Word:
-    """A title's word with its share of the attention in percent, the change against the global adapter, and a shade in [0, 1]."""
-
-    text: str
-    percent: int
-    change: int
-    shade: float
-
-
-@dataclass(frozen=True)
-class AttentionView:
-    """One adapter's attention: words, and the image darkened where there is little, as an overlay in a data URI."""
-
-    label: str
-    moves: str
-    words: list[Word] | None
-    overlay: str | None
-    strongest: str
-
-
 @dataclass
 class ItemCard:
-    """An item, where it appears on the page, and attention to it by run."""
+    """An item with its image as a data URI, where it appears on the page, how often it was bought, and attention to it by run."""
 
     item: int
     raw_id: str
@@ -86,9 +65,8 @@ class ItemCard:
     image: str
     mentions: dict[str, str] = field(default_factory=dict)  # label by anchor
     counts: str = ""
-    seen: str = ""
-    note: str = ""
-    attention: list[tuple[str, list[AttentionView]]] = field(default_factory=list)
+    seen: str = ""  # the part that CLIP sees, as a data URI
+    attention: list[tuple[str, Explanation]] = field(default_factory=list)
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
@@ -114,6 +92,20 @@ def thumbnail(path: Path, edge: int = THUMBNAIL, crop: float | None = None) -> s
             return _data_uri(image, "JPEG", quality=JPEG_QUALITY, optimize=True)
     except (OSError, ValueError):
         return _data_uri(Image.new("RGB", (8, 8), "lightgray"), "JPEG")
+
+
+def shadow(patches: np.ndarray, brightest: float) -> str:
+    """An overlay that darkens an image where there is little attention, a pixel a patch, as PNG in a data URI.
+
+    Args:
+        patches: shares of attention, [rows, columns].
+        brightest: the share that is not darkened.
+    """
+    darkness = Image.fromarray(np.uint8(255 * (1 - DARKEST) * (1 - np.clip(patches / brightest, 0, 1))))
+    return _data_uri(Image.merge("LA", (Image.new("L", darkness.size), darkness)), "PNG", optimize=True)
+
+
+TEMPLATES.globals.update(zip=zip, shadow=shadow)
 
 
 class Page:
@@ -169,35 +161,10 @@ class Page:
     def add_attention(self, explanation: Explanation, run_name: str = "") -> None:
         """Add the attention to an item in one run to its card."""
         card = self.card(explanation.item)
-        views = explanation.views
-        card.note = explanation.note
         card.seen = card.seen or thumbnail(self.dataset.image_paths[explanation.item - 1], SEEN, explanation.crop)
-        most = max((view.words.max() for view in views if view.words is not None), default=0)
-        brightest = max((view.patches.max() for view in views if view.patches is not None), default=0)
-        card.attention.append((run_name, [_attention_view(view, views[0], explanation.words, most, brightest) for view in views]))
+        card.attention.append((run_name, explanation))
 
     def write(self, path: Path, **sections: Any) -> None:
         """Write the page; `sections` are further variables of the template."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, TEMPLATES.get_template("report.html.j2").render(page=self, **sections).lstrip())
-
-
-def _attention_view(view: View, first: View, words: list[str], most: float, brightest: float) -> AttentionView:
-    moves = ""
-    if view is not first:
-        pairs = (("words", view.words, first.words), ("image", view.patches, first.patches))
-        moves = ", ".join(f"{name} {100 * moved(own, before):.0f} % moved" for name, own, before in pairs if own is not None)
-    shown = overlay = None
-    strongest = ""
-    if view.words is not None:
-        shown = [
-            Word(word, round(100 * share), round(100 * (share - before)), round(float(share / most), 3))
-            for word, share, before in zip(words, view.words, first.words)
-        ]
-    if view.patches is not None:
-        row, column = np.unravel_index(view.patches.argmax(), view.patches.shape)
-        strongest = f"strongest in row {row + 1}, column {column + 1} of {len(view.patches)} x {len(view.patches)} patches"
-        darkness = 255 * (1 - DARKEST) * (1 - np.clip(view.patches / brightest, 0, 1))
-        alpha = Image.fromarray(np.uint8(darkness))
-        overlay = _data_uri(Image.merge("LA", (Image.new("L", alpha.size), alpha)), "PNG", optimize=True)
-    return AttentionView(view.label, moves, shown, overlay, strongest)
