@@ -4,7 +4,8 @@ import sys
 import traceback
 
 from utils.common.errors import PerPEFTError
-from utils.data.archives import dataset_table, unpack_all
+from utils.data.archives import unpack_all
+from utils.data.table1 import dataset_table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the command line without the program's name; None takes sys.argv.
     Returns:
-        The exit code: 0, 2 for a mistake that the user can mend, 130 when interrupted.
+        The exit code: 0, 2 for a mistake that the user can fix, 130 when interrupted.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--archive", default="mmrec_datasets.zip", help="the downloaded zip")

@@ -1,8 +1,8 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can fix this"."""
 
 
 class PerPEFTError(Exception):
-    """A mistake in data, options or surroundings, told in a clear sentence: what, where, what to do.
+    """A mistake in data, options or environment, in one clear sentence: what, where, what to do.
 
-    The command-line scripts print its text and exit with code 2; a traceback is shown only with `--debug`.
+    Scripts print its text and exit with code 2; `--debug` adds the traceback.
     """

@@ -17,17 +17,22 @@ def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}{suffix}")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(path: str | Path) -> None:
+    """Make a file's content or a folder's names last on the disk; file systems that cannot sync folders are left alone."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not Path(path).is_dir():
+            raise
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """A failing write names no file: let the error that leaves this block say which one was being written."""
+    """Add the name of the file to an OSError without one."""
     try:
         yield
     except OSError as error:
@@ -37,19 +42,18 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it to the disk, and rename it into place.
+    """Call `write` with a temporary path beside `path`, sync the file and rename it into place.
 
-    Whatever happens on the way, `path` holds either what it held before or all of the new. One process at a time may write a
-    path: see `made_by_one`.
+    `path` holds either its old content or all of the new. Only one process at a time may write a path, see `build_once`.
     """
     path = Path(path)
     temporary = _hidden(path, TEMPORARY)
     with _naming(path):
         try:
             write(temporary)
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -60,15 +64,11 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 
 
 def save_tensors(value: Any, path: str | Path) -> None:
-    """`torch.save` that tells a failing write as the OSError it is.
-
-    Raises:
-        OSError: the disk is full, say.
-    """
+    """`torch.save` that raises a failing write, such as to a full disk, as an OSError."""
     try:
         with open(path, "wb") as file:
             torch.save(value, file)
-    except RuntimeError as error:  # torch's own writer, on its way out, covers the file's error with one that has no reason
+    except RuntimeError as error:  # torch's writer hides the file's error behind one without a reason
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -76,9 +76,9 @@ def save_tensors(value: Any, path: str | Path) -> None:
 
 @contextlib.contextmanager
 def folder_written_atomically(folder: str | Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; when the block ends well, it takes the place of `folder`.
+    """Yield a temporary folder to fill; when the block ends well, it takes the place of `folder`.
 
-    One process at a time may write a folder: see `made_by_one`.
+    Only one process at a time may write a folder, see `build_once`.
     """
     folder = Path(folder)
     temporary, old = _hidden(folder, TEMPORARY), _hidden(folder, OLD)
@@ -89,17 +89,17 @@ def folder_written_atomically(folder: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
+                sync(path)
             if folder.exists():  # a folder cannot be renamed over another, so the old one steps aside first
                 os.rename(folder, old)
             os.rename(temporary, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             _settle(folder)
 
 
 def _settle(path: Path) -> None:
-    """Remove what a writing of `path` that was broken off left; between its two renames, what was there before comes back."""
+    """Remove what an interrupted write of `path` left; if it was interrupted between its two renames, restore the old one."""
     temporary, old = _hidden(path, TEMPORARY), _hidden(path, OLD)
     if old.exists() and not path.exists():
         os.rename(old, path)
@@ -111,13 +111,13 @@ def _settle(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while writing left in `folder`; nobody else may be writing there."""
+    """Remove what a process that was killed while writing left in `folder`; no other process may be writing there."""
     for leftover in [path for path in folder.glob(".*") if path.suffix in (TEMPORARY, OLD)]:
         _settle(folder / leftover.stem.removeprefix("."))
 
 
 def add_model_files(digest: "hashlib._Hash", folder: str | Path) -> None:
-    """Let a hash take in a model folder's settings and weights, by which it is known again wherever it lies."""
+    """Add a model folder's settings and weights to a hash that identifies the model wherever it is."""
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
             with path.open("rb") as file:
@@ -126,16 +126,19 @@ def add_model_files(digest: "hashlib._Hash", folder: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def made_by_one(path: str | Path) -> Iterator[bool]:
-    """Let one of several processes that need `path` make it, while the others wait; a process that dies lets go.
+def build_once(path: str | Path) -> Iterator[bool]:
+    """Let one of several processes build `path` while the others wait; a process that dies releases its lock.
 
     Yields:
-        Whether it is still to be made.
+        whether it is still to be built
     """
     path = Path(path)
-    if path.exists():  # no lock then: what is there may lie in a folder that can only be read
+    if path.exists():  # without a lock: an existing path may be in a read-only folder
         yield False
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_hidden(path, ".lock")):
         yield not path.exists()
+
+
+made_by_one = build_once  # until its callers use the new name

@@ -13,8 +13,8 @@ from utils.data.image_names import image_file_name
 from utils.data.images import on_all_cores, try_image
 from utils.data.parsing import MISSING_TITLE, find_images, read_pairs, read_raw_ids, read_titles
 from utils.data.problems import BLANK_IMAGES, UNREADABLE_IMAGES, Problems, format_image_problem
+from utils.data.table1 import PAPER_TABLE1
 
-PAPER_DATASETS = ("sports_outdoors", "toys_games", "beauty_care", "arts")
 DOWNLOAD = "Download mmrec_datasets.zip by the link in README's section Data, then run python3 unzip_data.py."
 OTHER = "Write it as README's section Data describes, or choose another by --dataset or --train_dir."
 
@@ -80,7 +80,7 @@ def require_dataset(train_dir: str | Path, name: str) -> None:
         found = ", ".join(available_datasets(train_dir)) or "none"
         raise PerPEFTError(
             f"data set '{name}' is not in {train_dir}: {name}_final.txt is missing (data sets there: {found}). "
-            + (DOWNLOAD if name in PAPER_DATASETS else OTHER)
+            + (DOWNLOAD if name in PAPER_TABLE1 else OTHER)
         )
 
 
