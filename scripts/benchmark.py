@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,8 @@ from utils.run.options import HelpFormatter, number, run_main
 
 RANDOM_CLIP = "random-vit-b32"
 SIZES = (62_500, 250_000, 1_000_000)  # users or items: 1x, 4x, 16x
+MOST_USERS_TO_GROUP = 250_000  # k-means takes a minute beyond
 CATALOGUE_ITEMS = 15_701  # the size at which ranking is compared with the plain loop
-
-
-def foundation_for(clip_model: str, dataset: Dataset) -> Foundation:
-    """The CLIP to measure: a folder, a hub name, the demo's, or ViT-B/32 with random weights."""
-    if clip_model == RANDOM_CLIP:
-        return random_foundation(dataset)
-    return load_foundation(clip_folder(clip_model, dataset))
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -38,28 +33,34 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     clip_model = options.clip_model or ("demo" if options.dataset == "demo" else RANDOM_CLIP)
     machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(device)}
     figures: dict[str, Any] = {"date": date.today().isoformat(), **machine, "dataset": options.dataset, "clip": clip_model}
-    for peft_type in tqdm(options.peft, "adapters", unit="adapter", disable=None):
+
+    def foundation() -> Foundation:
         seed_everything(0)
-        foundation = foundation_for(clip_model, dataset)
-        encoder, source = encoder_and_source(EncoderKind(peft_type), foundation, dataset, device)
-        figures[peft_type] = benchmark.encoding_costs(encoder.to(device), source, dataset, device, options.repeats)
-        for stage, num_groups in (("global", 1), ("personalized", 8)):
-            arguments = (source, dataset, device, num_groups, options.batch_size, options.repeats)
-            found = benchmark.step_costs(encoder, *arguments)
-            figures[peft_type] |= found if stage == "global" else {f"personalized_{name}": value for name, value in found.items()}
+        return random_foundation(dataset) if clip_model == RANDOM_CLIP else load_foundation(clip_folder(clip_model, dataset))
+
+    for peft_type in tqdm(options.peft, "adapters", unit="adapter", disable=None):
+        figures[peft_type] = measure_adapter(peft_type, foundation(), dataset, device, options.batch_size, options.repeats)
     if not options.steps_only:
-        figures["store"] = measure_store(clip_model, dataset, options.batch_size)
+        figures["store"] = benchmark.store_costs(foundation(), dataset, options.batch_size)
         figures["store_over_decoding_every_step"] = figures["store"]["store_over_decoding_every_step"]
         figures |= measure_scale(device, options.repeats)
     figures["peak_memory_mib"] = benchmark.peak_memory_mib()
     return figures
 
 
-def measure_store(clip_model: str, dataset: Dataset, batch_size: int) -> dict[str, float]:
-    """The image store beside decoding in every step."""
-    foundation = foundation_for(clip_model, dataset)
-    sampler = benchmark.stage_sampler(dataset, 1, batch_size, 10)
-    return benchmark.store_costs(foundation, dataset, foundation.store(dataset), sampler.batch(1, 0), sampler.num_batches)
+def measure_adapter(
+    peft_type: str, foundation: Foundation, dataset: Dataset, device: torch.device, batch_size: int, repeats: int
+) -> dict[str, float]:
+    """Encoding, and steps of stages 1 and 3, with one kind of adapter on as many items as this CLIP encodes in short time."""
+    number_of_items = benchmark.items_worth_measuring(foundation, dataset, device)
+    with tempfile.TemporaryDirectory() as folder:
+        if number_of_items < dataset.num_items:
+            dataset = benchmark.first_items(dataset, number_of_items, Path(folder))
+        encoder, source = encoder_and_source(EncoderKind(peft_type), foundation, dataset, device)
+        found = {"items": number_of_items, **benchmark.encoding_costs(encoder.to(device), source, device, repeats)}
+        found |= benchmark.step_costs(encoder, source, dataset, device, 1, batch_size, repeats)
+        personalized = benchmark.step_costs(encoder, source, dataset, device, 8, batch_size, repeats)
+    return found | {f"personalized_{name}": value for name, value in personalized.items()}
 
 
 def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:
@@ -69,12 +70,13 @@ def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:
         figures["ranking"][f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
         figures["ranking"][f"{size}_items"] = benchmark.ranking_costs(64, size, device)
         figures["sampling"][f"{size}_users_and_items"] = benchmark.sampling_costs(size, size, repeats=50)
-        figures["grouping"][f"{size}_users"] = benchmark.grouping_costs(size)
-        figures["item_table"][f"{size}_items"] = benchmark.catalogue_costs(size, device, repeats)
+        if size <= MOST_USERS_TO_GROUP:
+            figures["grouping"][f"{size}_users"] = benchmark.grouping_costs(size)
+        figures["item_table"][f"{size}_items"] = benchmark.item_table_costs(size, device, repeats)
     plain = benchmark.ranking_costs(2048, CATALOGUE_ITEMS, device, plain_users=24)
+    sampling = figures["sampling"][f"{SIZES[-1]}_users_and_items"]
     figures["ranking"]["beside_plain_loop"] = plain
     figures["ranking_over_plain_loop"] = plain["over_plain_loop"]
-    sampling = figures["sampling"][f"{SIZES[-1]}_users_and_items"]
     figures["sampling_ms_at_1m_users"] = max(sampling["global_ms"], sampling["personalized_ms"])
     return figures
 
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--peft", nargs="+", choices=("lora", "ia3", "iisan"), default=["lora", "ia3", "iisan"])
     parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="users a batch")
-    parser.add_argument("--repeats", type=number(int, 1), default=15, help="each figure is a median over so many")
+    parser.add_argument("--repeats", type=number(int, 1), default=15, help="each figure is a median over at most so many")
     parser.add_argument("--steps_only", action="store_true", help="leave out the store and the large sizes")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

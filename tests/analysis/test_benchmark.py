@@ -7,7 +7,7 @@ import torch
 
 from models import IISAN
 from scripts import benchmark as script
-from utils.analysis import benchmark
+from utils.analysis.baselines import PlainIISAN, plain_ranking_loop
 from utils.data.histories import Histories
 from utils.training.evaluation import rank_targets
 
@@ -19,14 +19,14 @@ def test_plain_ranking_loop_gives_the_same_ranks():
     histories = Histories.of_lists([random.integers(1, 31, size=random.integers(1, 9)).tolist() for _ in range(12)])
     states, inputs = torch.from_numpy(random.normal(size=(12, 4))), torch.from_numpy(random.normal(size=(31, 4)))
     targets, users = random.integers(1, 31, size=12), np.arange(12)
-    plain = benchmark.plain_ranking_loop(states, inputs, targets, histories, users)
+    plain = plain_ranking_loop(states, inputs, targets, histories, users)
     assert plain.tolist() == rank_targets(states, inputs, targets, histories, users).tolist()
     assert len(set(plain.tolist())) > 3
 
 
 def test_plain_iisan_computes_the_same_from_the_same_weights():
     torch.manual_seed(0)
-    ours, plain = IISAN(image_dim=6, text_dim=5, num_states=3, bottleneck=4), benchmark.PlainIISAN(6, 5, 3, bottleneck=4)
+    ours, plain = IISAN(image_dim=6, text_dim=5, num_states=3, bottleneck=4), PlainIISAN(6, 5, 3, bottleneck=4)
     ours, plain = ours.double(), plain.double()
     with torch.no_grad():
         for parameter in ours.parameters():

@@ -9,7 +9,7 @@ import perpeft_iisan
 from models import IISAN
 from tests.conftest import iisan_arguments, run_script, tiny_arguments
 from tests.run.test_pipeline import read_csv
-from utils.analysis.benchmark import plain_ranking_loop
+from utils.analysis.baselines import plain_ranking_loop
 from utils.items.store import ImageTitleStore
 from utils.run import pipeline
 from utils.training import evaluation, sampling

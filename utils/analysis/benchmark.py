@@ -16,46 +16,49 @@ from PIL import Image
 from torch import nn
 
 from models import IISANEncoder, ItemEncoder, MMProjector, PerPEFT, SASRec
+from utils.analysis.baselines import PlainIISAN, plain_ranking_loop
 from utils.common.devices import autocast_for, has_fused_adamw
 from utils.data.dataset import Dataset
 from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import Foundation
-from utils.items.store import ImageTitleStore
 from utils.training.evaluation import ItemSource, encode_all_items, rank_targets
 from utils.training.grouping import kmeans_groups
-from utils.training.sampling import Batch, Sampler, group_items
-from utils.training.trainer import ItemTableGradient, Trainer
+from utils.training.sampling import Sampler, group_items
+from utils.training.trainer import Trainer
 
 MILLISECONDS = 1e3
+SECONDS = 12  # after which a comparison ends, if it has 3 rounds
+ENCODING_SECONDS = 1.5  # of encoding as many items as a measurement takes
+FEWEST_ITEMS = 16
 
 
-def wait_for(device: torch.device) -> None:
-    """Let a GPU finish what it was given, so that the clock reads true."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ---------------------------------------------------------------- measuring
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call."""
-    wait_for(device)
-    begun = time.perf_counter()
+    """Milliseconds of one call, a GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
     work()
-    wait_for(device)
-    return MILLISECONDS * (time.perf_counter() - begun)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return MILLISECONDS * (time.perf_counter() - start)
 
 
-def compare(
-    ways: dict[str, Callable[[], Any]], device: torch.device, repeats: int, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Milliseconds of several ways of working, taken in turn so that all meet the same noise of the machine."""
-    for _ in range(warm_up):
-        for work in ways.values():
-            work()
+def compare(ways: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of several ways of doing the same, taken in turn so that all meet the same noise of the machine.
+
+    One round warms up; then come `repeats` rounds, or fewer where they take longer than SECONDS, but at least three.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
+    start = time.perf_counter()
+    for done in range(-1, repeats):
+        if done >= 3 and time.perf_counter() - start > SECONDS:
+            break
         for name, work in ways.items():
             times[name].append(timed(work, device))
-    return times
+    return {name: values[1:] for name, values in times.items()}
 
 
 def ratio(above: list[float], below: list[float]) -> float:
@@ -63,48 +66,40 @@ def ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below))
 
 
-class PlainIISAN(nn.Module):
-    """IISAN written out layer by layer, without batching: the baseline that the project's own is held against."""
+def peak_memory_mib() -> float:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    def __init__(self, image_dim: int, text_dim: int, num_states: int, bottleneck: int = 32):
-        super().__init__()
 
-        def block(width: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(width, bottleneck), nn.GELU(), nn.Linear(bottleneck, width))
+# ---------------------------------------------------------------- one adapter: steps and encoding
 
-        self.gates = nn.Parameter(torch.zeros(3, num_states))
-        self.image, self.text, self.inter = (
-            nn.ModuleList(block(width) for _ in range(num_states)) for width in (image_dim, text_dim, text_dim)
-        )
-        self.combine = nn.ModuleList(nn.Linear(image_dim, text_dim) for _ in range(num_states))
 
-    def forward(self, image_states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
-        """Shapes as in `IISAN.forward`."""
-        w = torch.sigmoid(self.gates)
-        for i in range(len(self.image)):
-            t, v = text_states[:, i], image_states[:, i]  # [items, width]
-            both = w[2, i] * t + (1 - w[2, i]) * self.combine[i](v)
-            if i == 0:
-                text, image, joint = t, v, both
-            else:
-                text, image, joint = w[0, i] * text + (1 - w[0, i]) * t, w[1, i] * image + (1 - w[1, i]) * v, joint + both
-            text, image, joint = self.text[i](text) + text, self.image[i](image) + image, self.inter[i](joint) + joint
-        return torch.cat([text, image, joint], dim=-1)
+def first_items(dataset: Dataset, number: int, folder: Path) -> Dataset:
+    """A data set of the first `number` items alone, whose store goes into `folder`; every user has at least 3 of them."""
+    random = np.random.default_rng(0)
+    histories = Histories.of_lists([random.permutation(number)[:12] + 1 for _ in range(200)])
+    lists = {name: getattr(dataset, name)[:number] for name in ("raw_ids", "titles", "image_paths")}
+    return replace(dataset, folder=folder, histories=histories, user_ids=np.arange(1, 201), **lists)
+
+
+@torch.no_grad()
+def items_worth_measuring(foundation: Foundation, dataset: Dataset, device: torch.device) -> int:
+    """How many items a CLIP encodes in ENCODING_SECONDS, at least FEWEST_ITEMS and at most all."""
+    size = foundation.clip.config.vision_config.image_size
+    images, clip = torch.rand(FEWEST_ITEMS, 3, size, size, device=device), foundation.clip.to(device)
+    seconds = min(timed(lambda: clip.vision_model(images), device) for _ in range(2)) / MILLISECONDS
+    return min(dataset.num_items, max(FEWEST_ITEMS, int(FEWEST_ITEMS * ENCODING_SECONDS / seconds)))
 
 
 def bare_step(encoder: nn.Module, parameters: list[nn.Parameter], inputs: tuple, device: torch.device) -> Callable[[], None]:
     """Forward, backward and fused AdamW of an encoder alone: the least that a training step must cost."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=has_fused_adamw(device))
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-    weights = None
 
     def step() -> None:
-        nonlocal weights
         with autocast_for(device)():
             features = encoder(*inputs)
-        if weights is None:
-            weights = torch.randn_like(features) / features.numel()
-        scaler.scale((features * weights).sum()).backward()
+        scaler.scale(features.square().sum()).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -115,12 +110,14 @@ def bare_step(encoder: nn.Module, parameters: list[nn.Parameter], inputs: tuple,
 def stage_sampler(dataset: Dataset, num_groups: int, batch_size: int, maxlen: int) -> Sampler:
     """As in stage 1 with one group, as in stage 3 with more, of users put into groups at random."""
     train = leave_last_out(dataset.histories).train
-    if num_groups == 1:
-        groups, candidates = np.zeros(train.num_users, dtype=np.int64), [np.arange(1, dataset.num_items + 1)]
-    else:
-        groups = np.random.default_rng(0).integers(num_groups, size=train.num_users)
-        candidates = group_items(train, groups, num_groups)
+    groups = np.random.default_rng(0).integers(num_groups, size=train.num_users)
+    everything = [np.arange(1, dataset.num_items + 1)]
+    candidates = everything if num_groups == 1 else group_items(train, groups, num_groups)
     return Sampler(train, dataset.num_items, groups, candidates, batch_size, maxlen, seed=(0, num_groups))
+
+
+def _model(encoder: ItemEncoder, num_items: int, device: torch.device) -> PerPEFT:
+    return PerPEFT(encoder, MMProjector(encoder.feature_dim), SASRec(num_items)).to(device)
 
 
 def step_costs(
@@ -132,7 +129,7 @@ def step_costs(
     batch_size: int,
     repeats: int,
 ) -> dict[str, float]:
-    """Milliseconds of a training step, of its parts, and the ratio to the bare encoder's step on the same items.
+    """Milliseconds of a training step, of sampling and fetching, and the ratio to the bare encoder's step on the same items.
 
     Args:
         encoder: an item encoder with one adapter; it is trained on.
@@ -141,9 +138,9 @@ def step_costs(
         device: where to work.
         num_groups: 1 for stage 1, more for stage 3.
         batch_size: users a batch.
-        repeats: how many steps the medians are of.
+        repeats: as in `compare`.
     """
-    model = PerPEFT(encoder, MMProjector(encoder.feature_dim), SASRec(dataset.num_items)).to(device)
+    model = _model(encoder, dataset.num_items, device)
     model.clone_groups(num_groups)
     model.train()
     trainer = Trainer(model, 1e-4, 1e-4, 1e-6, device)
@@ -151,80 +148,51 @@ def step_costs(
     batch = sampler.batch(1, 0)
     inputs = source.fetch(batch.items[1:], device)
 
-    def fetch(batch: Batch) -> tuple[torch.Tensor, ...]:
-        return source.fetch(batch.items[1:], device)
-
     def step() -> None:
-        same = sampler.batch(1, 0)  # the same batch each time, drawn anew
-        trainer.update(trainer.loss(same, fetch(same)))
+        same = sampler.batch(1, 0)  # the same batch each time, sampled again
+        trainer.update(trainer.loss(same, source.fetch(same.items[1:], device)))
 
-    bare_encoder: nn.Module = copy.deepcopy(encoder)
-    bare_encoder.use_group(batch.group)
+    bare: nn.Module = copy.deepcopy(encoder)
+    bare.use_group(batch.group)
+    parameters = list(bare.group_parameters(batch.group).values())
     if isinstance(encoder, IISANEncoder):
         _, num_states, image_dim = inputs[0].shape
-        bare_encoder = PlainIISAN(image_dim, inputs[1].shape[2], num_states).to(device)
-        bare_parameters = list(bare_encoder.parameters())
-    else:
-        bare_parameters = list(bare_encoder.group_parameters(batch.group).values())
-    ways = {"step": step, "bare encoder": bare_step(bare_encoder, bare_parameters, inputs, device)}
-    times = compare(ways, device, repeats)
-
-    latest: dict[str, torch.Tensor] = {}
-    parts = {  # in the order of a step, each going on from the one before
-        "sampling": lambda: sampler.batch(1, 0),
-        "fetch": lambda: fetch(batch),
-        "forward": lambda: latest.update(loss=trainer.loss(batch, inputs)),
-        "backward": lambda: trainer.scaler.scale(latest["loss"]).backward(),
-        "optimizer": trainer.apply_gradients,
-    }
-    part_times = compare(parts, device, repeats)
+        bare = PlainIISAN(image_dim, inputs[1].shape[2], num_states).to(device)
+        parameters = list(bare.parameters())
+    times = compare({"step": step, "bare_encoder": bare_step(bare, parameters, inputs, device)}, device, repeats)
+    parts = {"sampling": lambda: sampler.batch(1, 0), "fetch": lambda: source.fetch(batch.items[1:], device)}
+    times |= compare(parts, device, repeats)
+    medians = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
     return {
-        "distinct_items": len(batch.items) - 1,
-        **{f"{name}_ms": statistics.median(values) for name, values in part_times.items()},
-        "step_ms": statistics.median(times["step"]),
-        "bare_encoder_ms": statistics.median(times["bare encoder"]),
-        "step_over_bare_encoder": ratio(times["step"], times["bare encoder"]),
-    }
+        "distinct_items": len(batch.items) - 1, **medians, "step_over_bare_encoder": ratio(times["step"], times["bare_encoder"])
+    }  # fmt: skip
 
 
 @torch.no_grad()
 def encoding_costs(
-    encoder: ItemEncoder, source: ItemSource, dataset: Dataset, device: torch.device, repeats: int, items_at_once: int = 256
+    encoder: ItemEncoder, source: ItemSource, device: torch.device, repeats: int, items_at_once: int = 256
 ) -> dict[str, float]:
     """Encoding all items for evaluation, beside the bare forward pass on inputs that were fetched before."""
-    model = PerPEFT(encoder, MMProjector(encoder.feature_dim), SASRec(dataset.num_items)).to(device).eval()
+    model = _model(encoder, source.num_items, device).eval()
     order = source.reading_order()
-    starts = range(0, len(order), items_at_once)
-    fetched = [source.fetch(order[start : start + items_at_once], device) for start in starts]
+    fetched = [source.fetch(order[start : start + items_at_once], device) for start in range(0, len(order), items_at_once)]
 
     def bare() -> None:
         with autocast_for(device)():
             for inputs in fetched:
                 encoder(*inputs)
 
-    def ours() -> None:
+    def table() -> None:
         encode_all_items(model, 0, source, device, items_at_once, autocast=autocast_for(device))
 
-    times = compare({"ours": ours, "bare": bare}, device, repeats, warm_up=1)
+    times = compare({"table": table, "bare": bare}, device, repeats)
     return {
-        "encode_items_per_second": dataset.num_items / statistics.median(times["ours"]) * MILLISECONDS,
-        "encode_over_bare_encoder": ratio(times["ours"], times["bare"]),
+        "encode_items_per_second": source.num_items / statistics.median(times["table"]) * MILLISECONDS,
+        "encode_over_bare_encoder": ratio(times["table"], times["bare"]),
     }
 
 
-def plain_ranking_loop(
-    states: torch.Tensor, inputs: torch.Tensor, targets: np.ndarray, excluded: Histories, users: np.ndarray
-) -> np.ndarray:
-    """The plain way of ranking, kept as the baseline: a user at a time, candidates listed, scored and sorted."""
-    num_items = inputs.shape[0] - 1
-    ranks = []
-    for place, user in enumerate(users):
-        bought = set(excluded[user].tolist())
-        candidates = [int(targets[place])]
-        candidates += [item for item in range(1, num_items + 1) if item not in bought and item != targets[place]]
-        scores = inputs[torch.tensor(candidates)] @ states[place]  # [candidates]
-        ranks.append(int((scores[1:] >= scores[0]).sum()))
-    return np.array(ranks)
+# ---------------------------------------------------------------- large data, without an encoder
 
 
 def _random_histories(num_users: int, num_items: int, seed: int = 0) -> Histories:
@@ -265,10 +233,10 @@ def sampling_costs(num_users: int, num_items: int, repeats: int, num_groups: int
         ("global", np.zeros(num_users, dtype=np.int64), [np.arange(1, num_items + 1)]),
         ("personalized", groups, group_items(histories, groups, num_groups)),
     ):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         sampler = Sampler(histories, num_items, group_of, candidates, 16, 10, seed=(0,))
         sampler.plan(1)
-        found[f"{name}_setup_s"] = time.perf_counter() - begun
+        found[f"{name}_setup_s"] = time.perf_counter() - start
         drawing = [functools.partial(sampler.batch, 1, step % sampler.num_batches) for step in range(repeats)]
         times = [timed(draw, torch.device("cpu")) for draw in drawing]
         found[f"{name}_ms"] = statistics.median(times)
@@ -278,64 +246,43 @@ def sampling_costs(num_users: int, num_items: int, repeats: int, num_groups: int
 def grouping_costs(num_users: int, num_groups: int = 8, hidden_units: int = 32) -> dict[str, float]:
     """Seconds of k-means over random user vectors."""
     vectors = np.random.default_rng(0).normal(size=(num_users, hidden_units))
-    begun = time.perf_counter()
-    kmeans_groups(vectors, num_groups, seed=0)
-    return {"seconds": time.perf_counter() - begun}
+    return {"seconds": timed(lambda: kmeans_groups(vectors, num_groups, seed=0), torch.device("cpu")) / MILLISECONDS}
 
 
-def catalogue_costs(num_items: int, device: torch.device, repeats: int, hidden_units: int = 32) -> dict[str, float]:
-    """What a step pays for the whole item table, which the loss's L2 norm and AdamW make dense, beside autograd's own way."""
+def item_table_costs(num_items: int, device: torch.device, repeats: int, hidden_units: int = 32) -> dict[str, float]:
+    """What a step pays for the whole item table, which the loss's L2 norm and AdamW read and write."""
     rows = torch.randperm(num_items)[:200].to(device) + 1
+    table = nn.Embedding(num_items + 1, hidden_units, device=device)
+    optimizer = torch.optim.AdamW(table.parameters(), lr=1e-4, weight_decay=1e-4, fused=has_fused_adamw(device))
 
-    def parts(sparse: bool) -> tuple[nn.Embedding, torch.optim.Optimizer, ItemTableGradient | None]:
-        table = nn.Embedding(num_items + 1, hidden_units, device=device)
-        optimizer = torch.optim.AdamW(table.parameters(), lr=1e-4, weight_decay=1e-4, fused=has_fused_adamw(device))
-        return table, optimizer, ItemTableGradient(table, 1e-6) if sparse else None
-
-    def step(table: nn.Embedding, optimizer: torch.optim.Optimizer, gradient: ItemTableGradient | None) -> None:
-        penalty = gradient.penalty() if gradient else 1e-6 * torch.linalg.vector_norm(table.weight)
-        (table(rows).sum() + penalty).backward()
-        if gradient:
-            gradient.complete()
+    def step() -> None:
+        (table(rows).sum() + 1e-6 * torch.linalg.vector_norm(table.weight)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    ours, autograd = parts(sparse=True), parts(sparse=False)
-    times = compare({"ours": lambda: step(*ours), "autograd": lambda: step(*autograd)}, device, repeats)
-    return {
-        "item_table_ms": statistics.median(times["ours"]),
-        "autograd_ms": statistics.median(times["autograd"]),
-        "over_autograd": ratio(times["ours"], times["autograd"]),
-    }
+    return {"item_table_ms": statistics.median(compare({"step": step}, device, repeats)["step"])}
 
 
-def store_costs(
-    foundation: Foundation, dataset: Dataset, store: ImageTitleStore, batch: Batch, num_batches: int
-) -> dict[str, float]:
-    """The store beside the plain way, which opens every image of a batch by CLIP's processor in every step.
+def store_costs(foundation: Foundation, dataset: Dataset, batch_size: int) -> dict[str, float]:
+    """The image store beside the plain way, which opens every image of a batch by CLIP's processor in every step.
 
-    Args:
-        foundation: whose processors.
-        dataset: whose images.
-        store: already built.
-        batch: a typical one.
-        num_batches: of an epoch.
     Returns:
-        seconds an epoch of both ways, their ratio without and with the store's building, and its images a second.
+        seconds an epoch of both ways, their ratio without and with the store's building, and images built a second
     """
     cpu = torch.device("cpu")
-    paths = [dataset.image_paths[item - 1] for item in batch.items[1:]]
+    sampler = stage_sampler(dataset, 1, batch_size, 10)
+    items = sampler.batch(1, 0).items[1:]
+    paths = [dataset.image_paths[item - 1] for item in items]
 
     def decode() -> None:
-        images = [Image.open(path) for path in paths]
-        foundation.image_processor(images, return_tensors="pt")
+        foundation.image_processor([Image.open(path) for path in paths], return_tensors="pt")
 
-    times = compare({"decode": decode, "store": lambda: store.fetch(batch.items[1:], cpu)}, cpu, repeats=5, warm_up=1)
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        foundation.store(replace(dataset, folder=Path(folder)))
-        building = time.perf_counter() - begun
-    decoding, reading = (num_batches * statistics.median(times[name]) / MILLISECONDS for name in ("decode", "store"))
+        start = time.perf_counter()
+        store = foundation.store(replace(dataset, folder=Path(folder)))
+        building = time.perf_counter() - start
+        times = compare({"decode": decode, "store": lambda: store.fetch(items, cpu)}, cpu, repeats=5)
+    decoding, reading = (sampler.num_batches * statistics.median(times[name]) / MILLISECONDS for name in ("decode", "store"))
     return {
         "images_per_second": dataset.num_items / building,
         "decoding_s_per_epoch": decoding,
@@ -343,8 +290,3 @@ def store_costs(
         "store_over_decoding_every_step": decoding / reading,
         "first_epoch_with_building": decoding / (reading + building),
     }
-
-
-def peak_memory_mib() -> float:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
