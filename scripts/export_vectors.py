@@ -10,19 +10,19 @@ from utils.run.options import run_main
 def main() -> None:
     """Parse, encode, write, print."""
     parser = run_folder_parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--histories",
         choices=HISTORIES,
         default="all",
-        help="what user vectors are made from: all purchases, or those that the test figures were computed from",
+        help="the histories behind user vectors: all interactions, or those that the test metrics were computed from",
     )
     options = parser.parse_args()
     run = open_finished(options.run_folder, options.device, options.train_dir, options.clip_model)
     shapes = export_vectors(run, options.output, options.histories)
     for name, shape in shapes.items():
         print(f"{name:<24}{' x '.join(map(str, shape))}")
-    print(f"and item_ids.txt, user_ids.txt, a line a row, in {options.output}")
+    print(f"and item_ids.txt, user_ids.txt, one line a row, in {options.output}")
 
 
 if __name__ == "__main__":

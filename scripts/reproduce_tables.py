@@ -4,7 +4,7 @@ from pathlib import Path
 
 import perpeft_iisan
 import perpeft_lora_ia3
-from utils.analysis.reproduction import PEFT_TYPES, TABLES, plan_runs, told_plan
+from utils.analysis.reproduction import PEFT_TYPES, TABLES, format_plan, plan_runs
 from utils.analysis.tables import finished_blocks, markdown, write_tables
 from utils.common.errors import PerPEFTError
 from utils.run.options import HelpFormatter, number, run_main
@@ -19,7 +19,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
-        epilog="All other options go to the training scripts as they are (--device, --lr, --global_epochs, --output_dir, ...).",
+        epilog="All other options are passed to the training scripts (--device, --lr, --global_epochs, --output_dir, ...).",
     )
     parser.add_argument("--dataset", required=True, help="name of the data set")
     parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TABLES), default=list(TABLES), help="which tables")
@@ -30,9 +30,9 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, passed_on = parser.parse_known_args()
     if launched_size() > 1:
-        raise PerPEFTError("the tables are made by one process; start this without a launcher")
+        raise PerPEFTError("reproduce_tables runs in one process; start it without a launcher")
     runs = plan_runs(options.dataset, sorted(set(options.tables)), list(dict.fromkeys(options.peft)), options.trials, passed_on)
-    print(told_plan(runs), flush=True)
+    print(format_plan(runs), flush=True)
     if options.dry_run:
         return
     for place, run in enumerate(runs, 1):

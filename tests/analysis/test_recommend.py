@@ -249,7 +249,7 @@ def test_run_without_groups_exports_its_one_model(tiny_global_run, tiny_dataset,
 
 def test_folder_that_is_there_already_is_left_alone(tiny_run, tiny_dataset, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(PerPEFTError, match="is there already"):
+    with pytest.raises(PerPEFTError, match="exists; remove it"):
         run_on_folder(export_vectors, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 

@@ -10,7 +10,7 @@ import pytest
 
 from scripts import reproduce_tables
 from tests.conftest import tiny_arguments
-from utils.analysis.reproduction import estimated_seconds, plan_runs, told_plan
+from utils.analysis.reproduction import estimated_seconds, format_plan, plan_runs
 from utils.analysis.tables import blocks_of, finished_blocks, markdown, paper_figures, write_tables
 from utils.common.errors import PerPEFTError
 from utils.run import pipeline
@@ -68,8 +68,8 @@ def test_tables_say_what_the_runs_say(tiny_tables):
         summary = json.loads((runs / f"tiny_{name}_lr0.001_wd0.0001_seed0" / "summary.json").read_text())
         assert float(row["NDCG@30"]) == pytest.approx(100 * summary[stage]["test"]["NDCG@30"], abs=1e-4)
         assert row["NDCG@30_sd"] == row["NDCG@30_paper"] == "" and row["trials"] == "1"
-    told = (tables / "tiny.md").read_text()
-    assert told.count("PerPEFT against") == 2 and "paper" not in told
+    text = (tables / "tiny.md").read_text()
+    assert text.count("PerPEFT against") == 2 and "paper" not in text
 
 
 def test_a_second_call_trains_nothing(tiny_tables, monkeypatch, capsys):
@@ -93,9 +93,9 @@ def test_a_dry_run_lists_and_estimates_and_runs_nothing(tiny_tables, monkeypatch
     changed = [str(copied) if argument == str(runs) else argument for argument in map(str, arguments)]
     changed[changed.index("--tables_dir") + 1] = str(tmp_path / "tables")
     reproduce(monkeypatch, *changed, "--dry_run")
-    told = capsys.readouterr().out
-    (line,) = [line for line in told.splitlines() if line.startswith("to do")]
-    assert "--modality text" in line and " min" in line and "1 of 9 runs to do" in told
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if line.startswith("to do")]
+    assert "--modality text" in line and " min" in line and "1 of 9 runs to do" in text
     assert not (tmp_path / "tables").exists() and len(list(copied.iterdir())) == 8
 
 
@@ -110,9 +110,9 @@ def test_an_estimate_is_the_mean_of_runs_alike(tmp_path):
     assert all(estimated_seconds(run, finished) is None for run in runs if run.peft_type == "iisan")
     for run, seconds in finished.items():
         finish(run, 0.1, seconds)
-    told = told_plan(runs)
+    text = format_plan(runs)
     # three more of LoRA's at 200 s, but for what has no adapter; of nothing of IISAN's is anything known
-    assert told.endswith("16 of 18 runs to do, about 13 min, and 12 of which nothing alike is finished")
+    assert text.endswith("16 of 18 runs to do, about 13 min, and 12 without an estimate")
 
 
 def test_runs_of_several_adapters_share_what_has_none():
@@ -146,8 +146,8 @@ def finish(run, share, seconds=60, valid=None):
     summary = {run.method.stage: stage, "seconds": {"global": seconds}, "config": run.options}
     summary |= {"dataset_fingerprint": None, "contents_fingerprint": None}
     (run.folder / "summary.json").write_text(json.dumps(summary))
-    told = {"users": np.arange(len(USERS)), "valid": ranks, "test": ranks}
-    reporting.write_ranks(run.folder / f"{run.method.stage}_ranks.csv", USERS, told)
+    found = {"users": np.arange(len(USERS)), "valid": ranks, "test": ranks}
+    reporting.write_ranks(run.folder / f"{run.method.stage}_ranks.csv", USERS, found)
 
 
 @pytest.fixture
@@ -217,8 +217,8 @@ def test_runs_with_other_settings_are_never_taken_for_these(tmp_path, monkeypatc
 def test_tables_hold_all_that_is_finished_whatever_was_asked_for_last(tiny_tables, monkeypatch):
     _, tables, arguments = tiny_tables
     reproduce(monkeypatch, *arguments, "--tables", 2)
-    told = (tables / "tiny.md").read_text()
-    assert "## Table 2, lora" in told and "## Table 3, lora" in told
+    text = (tables / "tiny.md").read_text()
+    assert "## Table 2, lora" in text and "## Table 3, lora" in text
 
 
 def test_runs_of_different_data_make_no_table(tmp_path):
@@ -246,11 +246,11 @@ def test_methods_without_an_adapter_are_one_run_for_all_adapters():
 
 def test_markdown_csv_and_latex_of_the_same_figures(arts_blocks, tmp_path):
     write_tables(tmp_path / "tables", "arts", arts_blocks, trials=3)
-    told = (tmp_path / "tables" / "arts.md").read_text()
-    assert "| method | HR@20 | paper | HR@30 | paper | NDCG@20 | paper | NDCG@30 | paper |" in told
-    assert "| PerPEFT | **60.00 (10.00)** | 6.62 |" in told  # the paper's figure beside ours
-    assert "| Global PEFT [2 of 3 trials] | 40.00 (14.14) | 6.01 |" in told
-    assert "| Frozen MM [1 of 3 trials] | 40.00 | 4.87 |" in told
+    text = (tmp_path / "tables" / "arts.md").read_text()
+    assert "| method | HR@20 | paper | HR@30 | paper | NDCG@20 | paper | NDCG@30 | paper |" in text
+    assert "| PerPEFT | **60.00 (10.00)** | 6.62 |" in text  # the paper's figure beside ours
+    assert "| Global PEFT [2 of 3 trials] | 40.00 (14.14) | 6.01 |" in text
+    assert "| Frozen MM [1 of 3 trials] | 40.00 | 4.87 |" in text
     tex = (tmp_path / "tables" / "arts.tex").read_text()
     assert r"PerPEFT & \textbf{60.00 (10.00)} & 6.62 &" in tex and r"Global PEFT [2 of 3 trials] & 40.00 (14.14) & 6.01" in tex
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2 and "% PerPEFT against Frozen MM" in tex

@@ -19,24 +19,24 @@ def _save_items(path: Path, table: torch.Tensor) -> None:
 
 
 def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, tuple[int, ...]]:
-    """Write item vectors as every group and the global model see them, and user vectors by each user's own group.
+    """Write item vectors by every group's and the global model, and user vectors by each user's own group.
 
     `items_global.npy` and, for every group, `items_group_{g}.npy`, [num_items, hidden]; `users.npy` [users, hidden];
-    `item_ids.txt` and `user_ids.txt`, a line a row; `user_groups.npy` [users], in runs with groups. Vectors are float32. The
+    `item_ids.txt` and `user_ids.txt`, one line a row; `user_groups.npy` [users], in runs with groups. Vectors are float32. The
     score of an item for a user is the inner product of the user's row with the item's row in the table of the user's group, or
     in `items_global.npy` in runs without groups.
 
     Args:
-        run: as `open_finished` gives it.
-        folder: to be made.
-        histories: "all" for what users have bought up to now, "train_and_valid" for what the test figures were computed from.
+        run: from `open_finished`.
+        folder: a new folder.
+        histories: "all", or "train_and_valid" for those that the test metrics were computed from.
     Returns:
         each array's shape by its file's name
     Raises:
-        PerPEFTError: the folder is there already, or the weights cannot be read.
+        PerPEFTError: the folder exists, or the weights cannot be read.
     """
     if folder.exists():
-        raise PerPEFTError(f"{folder} is there already; remove it, or name another folder by --output")
+        raise PerPEFTError(f"{folder} exists; remove it, or choose another folder by --output")
     dataset = run.dataset
     broken = [raw_id for raw_id in dataset.raw_ids if len(raw_id.splitlines()) != 1]
     if broken:

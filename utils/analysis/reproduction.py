@@ -1,4 +1,4 @@
-"""The runs behind the paper's Tables 2 and 3: which there are, which are done, what is left."""
+"""The runs behind the paper's Tables 2 and 3: all of them, the finished ones, an estimate for the rest."""
 import contextlib
 import io
 import json
@@ -30,9 +30,9 @@ class Method:
     Attributes:
         name: the paper's.
         flags: of the training scripts.
-        stage: whose figures count.
+        stage: whose metrics count.
         shares_stage_1: whether it starts from PerPEFT's own global model.
-        peft_types: the adapters that it is defined for; None where it has none, so that one run serves all.
+        peft_types: adapters that it is defined for; None where it has none, so that one run serves all.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Method:
     peft_types: tuple[str, ...] | None = PEFT_TYPES
 
 
-WHOLE = Method(PERPEFT)
+FULL_METHOD = Method(PERPEFT)
 TABLES: dict[int, tuple[Method, ...]] = {
     2: (
         Method("w/o MM", ("--method", "none"), "global", peft_types=None),
         Method("Frozen MM", ("--method", "frozen"), "global", peft_types=None),
         Method("Global PEFT", ("--method", "global"), "global"),
-        WHOLE,
+        FULL_METHOD,
     ),
     3: (
         Method("w/o textual modality", ("--modality", "image")),
@@ -56,7 +56,7 @@ TABLES: dict[int, tuple[Method, ...]] = {
         Method("w/o group-specific negatives", ("--negatives", "all"), shares_stage_1=True),
         Method("Large Global PEFT", ("--method", "large_global"), "global", peft_types=("lora",)),
         Method("Random grouping", ("--grouping", "random"), shares_stage_1=True),
-        WHOLE,
+        FULL_METHOD,
     ),
 }
 OWN_FLAGS = ("--method", "--modality", "--negatives", "--grouping", "--init_from", "--peft_type", "--trial", "--inference_only")
@@ -71,8 +71,8 @@ class PlannedRun:
         method: the row that it belongs to.
         trial: the seed.
         arguments: of the script.
-        folder: where it is kept.
-        options: what its figures follow from, by name.
+        folder: its run folder.
+        options: all that its metrics depend on, by name.
     """
 
     peft_type: str
@@ -92,7 +92,7 @@ class PlannedRun:
         return shlex.join(["python3", self.script, *self.arguments])
 
     def summary(self) -> dict[str, Any] | None:
-        """What the finished run reports; None where it is not finished.
+        """The finished run's summary; None where it is not finished.
 
         Raises:
             PerPEFTError: its summary.json is damaged, or the folder holds a run with other settings.
@@ -101,11 +101,14 @@ class PlannedRun:
         if not path.is_file():
             return None
         found = read_settings(path, nested=True)
-        # Where the global model lay that it started from may have changed its name since.
-        differing = [name for name, wanted in self.options.items() if name != "init_from" and found.get(name) != wanted]
-        if differing:
-            told = ", ".join(f"{name} {found.get(name)} instead of {self.options[name]}" for name in differing)
-            raise PerPEFTError(f"{self.folder} holds a run with {told}; give the same options, or another --output_dir")
+        # The folder of the global model that it started from may have been renamed since.
+        differences = ", ".join(
+            f"{name} {found.get(name)} instead of {value}"
+            for name, value in self.options.items()
+            if name != "init_from" and found.get(name) != value
+        )
+        if differences:
+            raise PerPEFTError(f"{self.folder} holds a run with {differences}; use the same options, or another --output_dir")
         summary = json.loads(path.read_text(encoding="utf-8"))
         if "test" not in summary.get(self.method.stage, {}):
             raise PerPEFTError(f"{path} is damaged: it has no test figures; remove {self.folder}")
@@ -117,8 +120,8 @@ class PlannedRun:
         return dict(zip(ranks["users"].tolist(), ranks["test"].tolist()))
 
 
-def _understood(arguments: list[str], peft_type: str) -> list[str]:
-    """The arguments less those that a kind of adapter has no use for."""
+def _arguments_for(peft_type: str, arguments: list[str]) -> list[str]:
+    """The arguments without those that a kind of adapter does not have."""
     if "lora" in SCRIPTS[peft_type][1]:
         return arguments
     kept, left = [], list(arguments)
@@ -134,12 +137,12 @@ def _understood(arguments: list[str], peft_type: str) -> list[str]:
 def _planned(dataset: str, peft_type: str, method: Method, trial: int, passed_on: list[str]) -> PlannedRun:
     kinds = SCRIPTS[peft_type][1]
     arguments = ["--dataset", dataset, *(["--peft_type", peft_type] if len(kinds) > 1 else [])]
-    arguments += ["--trial", str(trial), *method.flags, *_understood(passed_on, peft_type)]
+    arguments += ["--trial", str(trial), *method.flags, *_arguments_for(peft_type, passed_on)]
     if method.shares_stage_1:
-        arguments += ["--init_from", str(_planned(dataset, peft_type, WHOLE, trial, passed_on).folder)]
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells the learning rate; so will the run
+        arguments += ["--init_from", str(_planned(dataset, peft_type, FULL_METHOD, trial, passed_on).folder)]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the learning rate; so will the run
         options = parse_options("", kinds, arguments)
-    fixed = json.loads(json.dumps(fixed_options(options)))  # as it will be compared with what lies in a file
+    fixed = json.loads(json.dumps(fixed_options(options)))  # to be compared with what a file holds
     return PlannedRun(peft_type, method, trial, tuple(arguments), Path(options.output_dir) / run_name(options), fixed)
 
 
@@ -162,21 +165,21 @@ def plan_runs(dataset: str, tables: list[int], peft_types: list[str], trials: in
     """
     taken = [flag for flag in OWN_FLAGS if any(given == flag or given.startswith(f"{flag}=") for given in passed_on)]
     if taken:
-        raise PerPEFTError(f"{taken[0]} is set by the tables' rows themselves; leave it out (seeds are 0 .. --trials - 1)")
+        raise PerPEFTError(f"{taken[0]} is set by the tables themselves; leave it out (seeds are 0 .. --trials - 1)")
     runs: dict[Path, PlannedRun] = {}
     for trial in range(trials):
         for peft_type in peft_types:
-            wanted = [method for table in tables for method in methods_of(table, peft_type)]
-            if any(method.shares_stage_1 for method in wanted):
-                wanted.insert(0, WHOLE)
-            for method in wanted:
+            methods = [method for table in tables for method in methods_of(table, peft_type)]
+            if any(method.shares_stage_1 for method in methods):
+                methods.insert(0, FULL_METHOD)
+            for method in methods:
                 run = _planned(dataset, peft_type if method.peft_types else peft_types[0], method, trial, passed_on)
                 runs.setdefault(run.folder, run)
     return list(runs.values())
 
 
 def estimated_seconds(run: PlannedRun, finished: dict[PlannedRun, float]) -> float | None:
-    """What a run will take by the seconds of finished ones: the mean of its row's, or else of its adapter's; None without any."""
+    """Mean seconds of finished runs of the same row, or else of the same adapter; None where none is finished."""
     alike = [seconds for other, seconds in finished.items() if (other.peft_type, other.method) == (run.peft_type, run.method)]
     if not alike and run.method.peft_types:
         of_adapter = [other for other in finished if other.peft_type == run.peft_type and other.method.peft_types]
@@ -184,8 +187,8 @@ def estimated_seconds(run: PlannedRun, finished: dict[PlannedRun, float]) -> flo
     return sum(alike) / len(alike) if alike else None
 
 
-def told_plan(runs: list[PlannedRun]) -> str:
-    """A line a run with its time, taken or estimated, and what is left to do."""
+def format_plan(runs: list[PlannedRun]) -> str:
+    """One line a run with its time, taken or estimated, and what is left to do."""
     summaries = {run: run.summary() for run in runs}
     finished = {run: sum(summary["seconds"].values()) for run, summary in summaries.items() if summary}
     lines, estimates = [], []
@@ -193,9 +196,9 @@ def told_plan(runs: list[PlannedRun]) -> str:
         seconds = finished.get(run, estimated_seconds(run, finished))
         if run not in finished:
             estimates.append(seconds)
-        told = "?" if seconds is None else f"{seconds / 60:.1f} min"
-        lines.append(f"{'done' if run in finished else 'to do':<6}{told:>10}  {run.command()}")
+        time = "?" if seconds is None else f"{seconds / 60:.1f} min"
+        lines.append(f"{'done' if run in finished else 'to do':<6}{time:>10}  {run.command()}")
     unknown = estimates.count(None)
     total = sum(seconds for seconds in estimates if seconds is not None) / 60
-    more = f", and {unknown} of which nothing alike is finished" if unknown else ""
+    more = f", and {unknown} without an estimate" if unknown else ""
     return "\n".join([*lines, f"{len(estimates)} of {len(runs)} runs to do, about {total:.0f} min{more}"])

@@ -1,4 +1,4 @@
-"""The paper's Tables 2 and 3 from finished runs, as Markdown, CSV and LaTeX: means, deviations, the paper's figures, a test."""
+"""The paper's Tables 2 and 3 from finished runs, as Markdown, CSV and LaTeX: means, deviations, the paper's values, a test."""
 import contextlib
 import csv
 import io
@@ -21,13 +21,13 @@ TITLES = {2: "comparison of methods", 3: "ablations"}
 
 @dataclass(frozen=True)
 class Row:
-    """One method's figures in percent.
+    """One method's metrics in percent.
 
     Attributes:
-        method: the paper's name of it.
+        method: its name in the paper.
         mean, deviation: by metric; the sample standard deviation over trials, NaN of a single one.
-        paper: the paper's figures where it has some.
-        valid: mean validation NDCG@20, by which the strongest is chosen.
+        paper: the paper's values where it has some.
+        valid: mean validation NDCG@20, which chooses the strongest row.
         gains: by trial, each evaluated user's test NDCG@20 as a fraction, [users].
     """
 
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def trials(self) -> int:
-        """How many finished runs the figures are of."""
+        """How many finished runs the metrics are means of."""
         return len(self.gains)
 
 
@@ -51,8 +51,8 @@ class Comparison:
     Attributes:
         strongest: that row's method.
         difference: in points, the mean over users and the trials that both have.
-        p: two-sided, of a paired t-test over users, each user's figures averaged over those trials; the trained models are taken
-            as given. NaN where no user differs.
+        p: two-sided, of a paired t-test over users, each user's metrics averaged over those trials; the trained models are taken
+            as fixed. NaN where no user differs.
         users, trials: how many.
     """
 
@@ -63,11 +63,11 @@ class Comparison:
     trials: int
 
     def __str__(self) -> str:
-        told = "p < 0.0001" if self.p < 1e-4 else f"p = {self.p:.4f}" if np.isfinite(self.p) else "no user differs"
+        p = "p < 0.0001" if self.p < 1e-4 else f"p = {self.p:.4f}" if np.isfinite(self.p) else "no user differs"
         return (
             f"PerPEFT against {self.strongest}, the strongest other row by validation NDCG@20: test NDCG@20 "
-            f"{self.difference:+.2f} points, {told} (paired t-test over {self.users} users, their figures averaged over "
-            f"{self.trials} trial{'s' if self.trials > 1 else ''}, the trained models taken as given)."
+            f"{self.difference:+.2f} points, {p} (paired t-test over {self.users} users, their metrics averaged over "
+            f"{self.trials} trial{'s' if self.trials > 1 else ''}, the trained models taken as fixed)."
         )
 
 
@@ -99,12 +99,12 @@ class Block:
 
 
 def paper_figures(table: int, peft_type: str, method: str, dataset: str) -> dict[str, float]:
-    """The paper's figures in percent by metric; empty where it has none."""
+    """The paper's values in percent by metric; empty where it has none."""
     with PAPER_FILE.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    # PerPEFT stands in Table 2 alone, and methods without an adapter under N/A
-    wanted = [(str(table), peft_type), ("2", peft_type), (str(table), "N/A")]
-    for place in wanted:
+    # the paper has PerPEFT in Table 2 only, and methods without an adapter under N/A
+    places = [(str(table), peft_type), ("2", peft_type), (str(table), "N/A")]
+    for place in places:
         for row in rows:
             if (row["table"], row["peft"]) == place and (row["method"], row["dataset"]) == (method, dataset):
                 return {metric: float(row[metric]) for metric in SHOWN}
@@ -127,17 +127,17 @@ def _row(found: dict[PlannedRun, dict[str, Any]], paper: dict[str, float]) -> Ro
 
 
 def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
-    """The tables as far as runs are finished; one of which no run with its own adapter is finished is left out.
+    """The tables as far as runs are finished; a table without any finished run of its own adapter is left out.
 
     Raises:
         PerPEFTError: the data set has changed between runs, or a file of ranks is damaged.
     """
     found = {}
     for run in runs:
-        with contextlib.suppress(PerPEFTError):  # of other settings: not these tables' runs
+        with contextlib.suppress(PerPEFTError):  # a run with other settings does not belong to these tables
             found[run] = run.summary()
     if len({summary["dataset_fingerprint"] for summary in found.values() if summary}) > 1:
-        raise PerPEFTError(f"the runs of {dataset} are of different data: its files have changed between them; train anew")
+        raise PerPEFTError(f"the runs of {dataset} used different data: its files have changed between them; train them again")
     blocks = []
     for table in TABLES:
         for peft_type in PEFT_TYPES:
@@ -157,7 +157,7 @@ def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
 
 
 def finished_blocks(dataset: str, trials: int, passed_on: list[str]) -> list[Block]:
-    """All tables and adapters of a data set of which something is finished under these options; arguments as of `plan_runs`."""
+    """All tables and adapters of a data set with finished runs under these options; arguments as in `plan_runs`."""
     return blocks_of(plan_runs(dataset, list(TABLES), list(PEFT_TYPES), trials, passed_on), dataset)
 
 
@@ -170,7 +170,7 @@ def write_tables(folder: Path, dataset: str, blocks: list[Block], trials: int) -
 
 
 def _cells(block: Block, trials: int, bold: str, blank: str = "") -> tuple[list[str], list[list[str]]]:
-    """Column names and the cells of each row, the best of a metric put into `bold`, a format."""
+    """Column names and the cells of each row; the format `bold` marks the best of a metric."""
     with_paper = any(row.paper for row in block.rows)
     names = ["method", *(name for metric in SHOWN for name in ([metric, "paper"] if with_paper else [metric]))]
     lines = []
@@ -178,38 +178,38 @@ def _cells(block: Block, trials: int, bold: str, blank: str = "") -> tuple[list[
         cells = [row.method if row.trials == trials else f"{row.method} [{row.trials} of {trials} trials]"]
         for metric in SHOWN:
             deviation = row.deviation[metric]
-            told = f"{row.mean[metric]:.2f}" + (f" ({deviation:.2f})" if np.isfinite(deviation) else "")
-            cells.append(bold.format(told) if row.mean[metric] == block.best(metric) else told)
+            text = f"{row.mean[metric]:.2f}" + (f" ({deviation:.2f})" if np.isfinite(deviation) else "")
+            cells.append(bold.format(text) if row.mean[metric] == block.best(metric) else text)
             if with_paper:
                 cells.append(f"{row.paper[metric]:.2f}" if row.paper else blank)
         lines.append(cells)
     return names, lines
 
 
-def _told_comparison(block: Block) -> str:
-    return str(block.comparison() or "No test: PerPEFT and what it is compared with have no finished trial in common yet.")
+def _format_comparison(block: Block) -> str:
+    return str(block.comparison() or "No test yet: PerPEFT and the strongest other row have no finished trial in common.")
 
 
 def markdown(dataset: str, blocks: list[Block], trials: int) -> str:
-    """For people: mean (standard deviation) in percent, the best of a column in bold, the paper's figure beside it."""
-    what = "Test figures in percent at the best epoch by validation NDCG@20: mean (standard deviation) over trials."
+    """For readers: mean (standard deviation) in percent, the best of a column in bold, the paper's value beside it."""
+    what = "Test metrics in percent at the best epoch by validation NDCG@20: mean (standard deviation) over trials."
     parts = [f"# {dataset}", what]
     for block in blocks:
         names, rows = _cells(block, trials, "**{}**")
         lines = [names, ["---"] * len(names), *rows]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        parts += [f"## Table {block.table}, {block.peft_type}: {TITLES[block.table]}", table, _told_comparison(block)]
+        parts += [f"## Table {block.table}, {block.peft_type}: {TITLES[block.table]}", table, _format_comparison(block)]
     return "\n\n".join(parts) + "\n"
 
 
 def latex(dataset: str, blocks: list[Block], trials: int) -> str:
-    """For papers: one booktabs tabular a block, with the same content."""
+    """For papers: one booktabs tabular a table, with the same content."""
     parts = []
     for block in blocks:
         names, rows = _cells(block, trials, r"\textbf{{{}}}", "--")
         lines = [
             f"% {dataset}, table {block.table}, {block.peft_type}: percent, mean (standard deviation); \\usepackage{{booktabs}}",
-            f"% {_told_comparison(block)}",
+            f"% {_format_comparison(block)}",
             rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
             r"\toprule",
             " & ".join(names) + r" \\",
@@ -223,7 +223,7 @@ def latex(dataset: str, blocks: list[Block], trials: int) -> str:
 
 
 def as_csv(blocks: list[Block]) -> str:
-    """For programs: a line a row, means and deviations in percent, the test on PerPEFT's line; empty where there is nothing."""
+    """For programs: one line a row, means and deviations in percent, the test on PerPEFT's line; missing values are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{metric}{ending}" for metric in SHOWN for ending in ("", "_sd", "_paper")]
