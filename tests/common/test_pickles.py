@@ -1,0 +1,234 @@
+"""Pickles and torch files made to harm are read or refused in little time and memory; damaged numbers are found."""
+import pickle
+import re
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import write_dataset
+from tests.forks import in_a_fork
+from utils.common.errors import PerPEFTError
+from utils.common.pickles import load_pickle
+from utils.data.dataset import read_dataset
+from utils.items.hidden_states import HiddenStateStore, states_path
+
+DEEP = 300_000  # levels of nesting, of which a third overflow the stack of what follows them by recursion
+IDS = [f"B{item:03d}" for item in range(1, 6)]
+
+
+def number(size, code):
+    return struct.pack(code, size)
+
+
+HARMFUL_PICKLES = {
+    "a key that takes 2 ** 60 steps to hash": b"\x80\x04}K\x01" + b"2\x86" * 60 + b"K\x01s.",
+    "a key that overflows the stack": b"\x80\x04}K\x01" + b"\x85" * DEEP + b"K\x01s.",
+    "such a key among several": b"\x80\x04}(K\x01K\x02K\x01" + b"\x85" * DEEP + b"K\x01u.",
+    "such a key in the old way": b"(K\x01" + b"\x85" * DEEP + b"K\x01d.",
+    "such a member of a set": b"\x80\x04\x8f(K\x01" + b"\x85" * DEEP + b"\x90.",
+    "such a member of a frozenset": b"\x80\x04(K\x01" + b"\x85" * DEEP + b"\x91.",
+    "an index of two billion in the memo": b"\x80\x02}r" + number(2**31 - 1, "<I") + b".",
+    "the same in text": b"}p200000000\n.",
+    "bytes longer than any memory": b"\x80\x04\x8e" + number(2**62, "<Q") + b"abc.",
+    "a text of two gigabytes": b"\x80\x04X" + number(2**31 - 1, "<I") + b"abc.",
+    "a frame of eight gigabytes": b"\x80\x04\x95" + number(2**33, "<Q") + b"}.",
+    "a number of two gigabytes": b"\x80\x04\x8b" + number(2**31 - 1, "<i") + b"abc.",
+    "a number of a million digits": b"L" + b"9" * 1_000_000 + b"L\n.",
+    "a bytearray of eight gigabytes": b"\x80\x05\x96" + number(2**33, "<Q") + b"abc.",
+    "a buffer from elsewhere": b"\x80\x05\x97.",
+    "very many lists in each other": b"\x80\x04" + b"]" * DEEP + b"a" * (DEEP - 1) + b".",
+    "very many marks": b"\x80\x04" + b"(" * DEEP + b".",
+    "numbers of one hash for keys": b"\x80\x04}("
+    + b"".join(b"\x8a\x0d" + (step * (2**61 - 1)).to_bytes(13, "little") + b"K\x01" for step in range(1, 60_000))
+    + b"u.",
+    "sound": pickle.dumps({1: "B001"}),
+}
+
+
+def test_pickle_made_to_harm_is_read_or_refused_in_little_time_and_memory(tmp_path):
+    path = tmp_path / "harmful.pickle"
+
+    def load_all(write):
+        for content in HARMFUL_PICKLES.values():
+            path.write_bytes(content)
+            try:
+                write("read", type(load_pickle(path)).__name__)
+            except PerPEFTError as error:
+                write("refused", error)
+
+    written, code = in_a_fork(load_all, addresses=2**28)
+    verdicts = dict(zip(HARMFUL_PICKLES, written.splitlines()))
+    assert code == 0 and len(verdicts) == len(HARMFUL_PICKLES), (code, list(HARMFUL_PICKLES)[len(verdicts)])
+    readable = {kind for kind, verdict in verdicts.items() if verdict.startswith("read")}
+    assert readable == {"very many lists in each other", "sound"}
+    assert all("MemoryError" not in verdict and len(verdict) < 500 for verdict in verdicts.values())
+
+
+@pytest.mark.parametrize("value", [("a",), 10**40, {1}, bytearray(1), 1j])
+def test_value_that_is_not_plain_is_refused(tmp_path, value):
+    path = tmp_path / "values.pickle"
+    path.write_bytes(pickle.dumps({"B001": value}))
+    with pytest.raises(PerPEFTError, match=r"values.pickle is refused: .* Write it again with pickle.dump of a plain dict"):
+        load_pickle(path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_values_are_read_as_written(tmp_path, protocol):
+    shared = ["twice"]
+    value = {1: "é\n", "a": [1.5, -(2**62), None, True, b"\0\xff", [], {}, "x" * 300], "b": [shared, shared]}
+    path = tmp_path / "plain.pickle"
+    path.write_bytes(pickle.dumps(value, protocol))
+    if protocol < 3:  # which write bytes as a call
+        value["a"][4] = None
+        path.write_bytes(pickle.dumps(value, protocol))
+    assert load_pickle(path) == value
+
+
+# ---------------------------------------------------------------- hidden states
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_dataset(tmp_path, "shop", {1: [1, 2, 3, 4, 5]}, ["a lamp"] * 5, draw=False)
+
+
+def states_file(folder, value, **options):
+    path = states_path(folder, "shop")
+    torch.save(value, path, **options)
+    return path
+
+
+def sound_states():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(5, 3, 8, generator=generator), torch.randn(5, 3, 4, generator=generator), IDS
+
+
+def open_states(folder, clip_name=None):
+    return HiddenStateStore.open(read_dataset(folder, "shop", contents=False), None, clip_name)
+
+
+def third_image_states(folder):
+    return open_states(folder).fetch(np.array([3]), torch.device("cpu"))[0][0]
+
+
+def test_flipped_bit_among_the_numbers_is_found(folder):
+    """It would leave a plausible number, so that only the checksum shows it."""
+    image_states, text_states, _ = sound_states()
+    path = states_file(folder, sound_states())
+    whole = path.read_bytes()
+    for states in (image_states, text_states):
+        place = whole.index(states.numpy().tobytes()) + 8  # the lowest byte of the third number
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(PerPEFTError, match="damaged"):
+            open_states(folder)
+    path.write_bytes(whole)
+    assert torch.equal(third_image_states(folder), image_states[2])
+
+
+def test_file_in_the_format_of_old_torch_is_refused_with_how_to_convert_it(folder):
+    states_file(folder, sound_states(), _use_new_zipfile_serialization=False)
+    with pytest.raises(PerPEFTError, match="format before version 1.6; convert it by python3 -c") as refused:
+        open_states(folder)
+    exec(re.search(r'python3 -c "(.*)"', str(refused.value)).group(1), {})
+    assert torch.equal(third_image_states(folder), sound_states()[0][2])
+
+
+def test_file_cut_off_anywhere_is_refused(folder):
+    path = states_file(folder, sound_states())
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 97):
+        path.write_bytes(whole[:end])
+        with pytest.raises(PerPEFTError, match="cannot be read"):
+            open_states(folder)
+
+
+def odd_states():
+    image_states, text_states, ids = sound_states()
+    return {
+        "one number a hundred million times": (torch.zeros(1).expand(5, 3, 10**8), text_states, ids),
+        "sparse": (image_states.to_sparse(), text_states, ids),
+        "whole numbers": (image_states.long(), text_states, ids),
+        "eight-bit floats": (image_states.to(torch.float8_e4m3fn), text_states, ids),
+        "complex numbers": (image_states + 1j, text_states, ids),
+        "no layers": (image_states[:, :0], text_states[:, :0], ids),
+        "two dimensions": (image_states[0], text_states[0], ids),
+        "ids that are lists": (image_states, text_states, [[raw_id] for raw_id in ids]),
+        "ids that are a text": (image_states, text_states, "B0001"),
+        "ids that are floats": (image_states, text_states, torch.rand(5)),
+        "ids in two dimensions": (image_states, text_states, torch.zeros(5, 1).long()),
+        "one id for all": (image_states, text_states, torch.zeros(1).long().expand(10**7)),
+        "a dict": {"image": image_states, "text": text_states},
+        "two parts": (image_states, text_states),
+        "one tensor": image_states,
+        "nothing": None,
+        "ids of others": (image_states, text_states, [f"C{item}" for item in range(5)]),
+        "an id twice": (image_states, text_states, [*ids[:4], ids[0]]),
+        "no number": (image_states / 0 * 0, text_states, ids),
+        "infinity": (image_states, text_states / 0, ids),
+    }
+
+
+@pytest.mark.parametrize("kind", odd_states())
+def test_states_that_are_not_what_they_should_be_are_refused(folder, kind):
+    path = states_file(folder, odd_states()[kind])
+    with pytest.raises(PerPEFTError, match=re.escape(str(path))):
+        open_states(folder)
+
+
+def with_contents(folder, contents, compression=zipfile.ZIP_STORED):
+    """A file of states with right checksums, in which what describes the contents is replaced."""
+    path = states_file(folder, sound_states())
+    with zipfile.ZipFile(path) as archive:
+        parts = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, contents(content) if name.endswith("data.pkl") else content)
+    return path.read_bytes()
+
+
+STORAGE = b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n"
+DICT = b"\x80\x02ccollections\nOrderedDict\n"
+HARMFUL_CONTENTS = {
+    "a key that takes 2 ** 60 steps to hash": b"\x80\x02}K\x01q\x01" + b"h\x01\x86q\x01" * 60 + b"K\x01s.",
+    "a key that overflows the stack": b"\x80\x02}K\x01" + b"\x85" * DEEP + b"K\x01s.",
+    "storage with such a name": STORAGE + b"K\x01" + b"\x85" * DEEP + b"X\x03\0\0\0cpuK\x08tQ.",
+    "storage with a name of shared tuples": STORAGE + b"K\x01\x85q\x01" + b"h\x01h\x01\x86q\x01" * 30 + b"X\x03\0\0\0cpuK\x08tQ.",
+    "a dict made of such pairs": DICT + b"](K\x01" + b"\x85" * DEEP + b"K\x01\x86e\x85R.",
+    "an array of a terabyte": b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + (2**40).to_bytes(6, "little") + b"\x85R.",
+    "a function that is no part of a tensor": b"\x80\x02ctorch\nset_num_threads\nK\x01\x85R.",
+}
+
+
+def test_states_made_to_harm_are_refused_in_little_time_and_memory(folder):
+    cases = {kind: with_contents(folder, lambda _, harm=harm: harm) for kind, harm in HARMFUL_CONTENTS.items()}
+    size, huge = b"K\x05K\x03K\x08\x87", b"J\xff\xff\xff\x7fK\x03K\x08\x87"
+    cases["a tensor larger than the file"] = with_contents(folder, lambda content: content.replace(size, huge))
+    cases["compressed"] = with_contents(folder, lambda content: content, zipfile.ZIP_DEFLATED)
+    cases["sound"] = with_contents(folder, lambda content: content)
+    dataset = read_dataset(folder, "shop", contents=False)
+
+    def open_all(write):
+        for content in cases.values():
+            states_path(folder, "shop").write_bytes(content)
+            try:
+                write("read", HiddenStateStore.open(dataset, None).num_items)
+            except PerPEFTError as error:
+                write("refused", error)
+
+    written, code = in_a_fork(open_all)
+    verdicts = written.splitlines()
+    assert code == 0, (code, list(cases)[len(verdicts)])
+    for kind, verdict in zip(list(cases)[:-1], verdicts[:-1], strict=True):
+        assert verdict.startswith("refused") and "memory" not in verdict, (kind, verdict)
+    assert verdicts[-1] == "read 5"  # taken apart and put together, the file itself is no reason to refuse
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", "null", '"text"', "{}", "[" * 100_000, b"\xff\xfe"])
+def test_note_that_does_not_name_the_clip_is_refused(folder, note):
+    path = states_file(folder, sound_states())
+    path.with_suffix(".json").write_bytes(note if isinstance(note, bytes) else note.encode())
+    with pytest.raises(PerPEFTError, match="shop_preX.json"):
+        open_states(folder, "some/clip")

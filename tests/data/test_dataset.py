@@ -1,0 +1,478 @@
+"""Histories, raw ids, titles and images come out of the files as written; all that is wrong with them is in one report."""
+import io
+import pickle
+import re
+import runpy
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from tests.conftest import draw_image, tiny_options, write_dataset
+from tests.forks import in_a_fork
+from utils.common.errors import PerPEFTError
+from utils.data import images
+from utils.data.dataset import MISSING_TITLE, available_datasets, read_dataset
+from utils.data.histories import Histories, leave_last_out
+from utils.items.data_check import check_dataset
+from utils.items.hidden_states import states_path
+from utils.items.store import read_image
+from utils.run.pipeline import open_run
+
+HISTORIES = {1: [1, 2, 3, 4, 5], 2: [2, 1, 3], 5: [4]}
+TITLES = ["a lamp", "a mug", "a chair", "a clock", "a bag"]
+RAW_IDS = [f"B{item:03d}" for item in range(1, 6)]
+
+
+def lists(histories):
+    return [histories[user].tolist() for user in range(histories.num_users)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small sound data set `shop` of 5 items and 3 users, to be damaged."""
+    return write_dataset(tmp_path / "dataset", "shop", HISTORIES, TITLES)
+
+
+def write_final(folder, text):
+    (folder / "shop_final.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def write_pickle(folder, end, value):
+    (folder / f"shop_{end}_final.pickle").write_bytes(pickle.dumps(value))
+
+
+def write_raw_ids(folder, fifth):
+    write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS[:4], 1)), 5: fifth})
+
+
+def write_title(folder, title):
+    """Replace the first item's title."""
+    write_pickle(folder, "texts", dict(zip(RAW_IDS, [title, *TITLES[1:]])))
+
+
+def image_path(folder, item):
+    return folder / "shop_images" / f"B{item:03d}.jpg"
+
+
+def encoded(image, kind="JPEG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb():
+    """An image of 400 million pixels in 50 kilobytes."""
+    return encoded(Image.new("1", (20_000, 20_000)), "PNG")
+
+
+def complaint(folder, **options):
+    with pytest.raises(PerPEFTError) as raised:
+        read_dataset(folder, "shop", **options)
+    return str(raised.value)
+
+
+# ---------------------------------------------------------------- the split
+
+
+def test_leave_last_out_by_hand():
+    split = leave_last_out(Histories.of_lists([[7], [7, 8], [1, 2, 3], [4, 5, 6, 7], [9, 9, 9, 9, 9]]))
+    assert lists(split.train) == [[7], [7, 8], [1], [4, 5], [9, 9, 9]]
+    assert lists(split.train_and_valid) == [[7], [7, 8], [1, 2], [4, 5, 6], [9, 9, 9, 9]]
+    assert split.valid.tolist() == [0, 0, 2, 6, 9]
+    assert split.test.tolist() == [0, 0, 3, 7, 9]
+    assert split.evaluated_users.tolist() == [2, 3, 4]
+    assert split.train.num_distinct_items().tolist() == [1, 2, 1, 2, 1]
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=8), st.integers(1, 8), st.data())
+def test_histories_keep_every_interaction_in_order(histories, count, data):
+    found = Histories.of_lists(histories)
+    split = leave_last_out(found)
+    for user, items in enumerate(histories):
+        held_out = [split.valid[user], split.test[user]] if len(items) >= 3 else []
+        assert split.train[user].tolist() + held_out == items
+        assert split.train_and_valid[user].tolist() == (items[:-1] if held_out else items)
+        assert (user in split.evaluated_users) == (len(items) >= 3)
+    assert found.num_distinct_items().tolist() == [len(set(items)) for items in histories]
+    users = data.draw(st.lists(st.integers(0, len(histories) - 1), max_size=6))
+    last = found.last(np.array(users, dtype=np.int64), count)
+    assert last.tolist() == [([0] * count + histories[user])[-count:] for user in users]
+
+
+# ---------------------------------------------------------------- sound files
+
+
+def test_files_come_out_as_written(tiny_dataset, capsys):
+    dataset = read_dataset(tiny_dataset.train_dir, "tiny")
+    assert dataset.user_ids.tolist() == sorted(tiny_dataset.histories)
+    assert lists(dataset.histories) == [tiny_dataset.histories[user] for user in dataset.user_ids]
+    assert dataset.titles == [title or MISSING_TITLE for title in tiny_dataset.titles]
+    assert dataset.titles[4] == "No description available." and dataset.missing_titles == 1
+    assert dataset.raw_ids[:2] == ["B001", "B002"] and dataset.num_items == 30
+    assert [path.name for path in dataset.image_paths] == [f"B{item:03d}.jpg" for item in range(1, 31)]
+    interactions = sum(map(len, tiny_dataset.histories.values()))
+    assert dataset.counts() == {"users": 40, "items": 30, "interactions": interactions}
+
+
+def test_nothing_is_printed_and_no_image_opened_if_nothing_is_wrong(folder, capsys, monkeypatch):
+    monkeypatch.setattr(images.Image, "open", None)
+    assert read_dataset(folder, "shop").num_items == 5
+    assert capsys.readouterr() == ("", "")
+
+
+def test_items_of_nobody_and_in_any_order_and_a_padding_entry_are_no_error(folder):
+    write_pickle(folder, "item2id", {3: "B003", 0: "padding", 1: "B001", 5: "B005", 2: "B002", 4: "B004"})
+    write_final(folder, "1 1\n1 2\n1 1\n")
+    assert read_dataset(folder, "shop").raw_ids == RAW_IDS
+
+
+def test_without_contents_titles_and_images_may_be_missing(folder):
+    (folder / "shop_texts_final.pickle").unlink()
+    (folder / "shop_images").rename(folder / "elsewhere")
+    assert read_dataset(folder, "shop", contents=False).num_items == 5
+    message = complaint(folder)
+    assert "shop_texts_final.pickle is missing" in message and "shop_images (No such file or directory)" in message
+
+
+@pytest.mark.parametrize("bad_line", [False, True])
+def test_every_line_is_read_at_a_realistic_size(folder, bad_line):
+    """With a bad line, all lines are read by the slower way that can name it."""
+    random = np.random.default_rng(0)
+    users, items = random.integers(1, 2000, 50_000), random.integers(1, 6, 50_000)
+    write_final(folder, "".join(f"{user} {item}\n" for user, item in zip(users, items)) + "bad\n" * bad_line)
+    if bad_line:
+        assert "(1): line 50001 'bad'" in complaint(folder)
+        return
+    expected = {}
+    for user, item in zip(users.tolist(), items.tolist()):
+        expected.setdefault(user, []).append(item)
+    assert lists(read_dataset(folder, "shop").histories) == [expected[user] for user in sorted(expected)]
+
+
+GOOD_TEXTS = {
+    "plain": b"1 1\n1 2\n1 3\n900 2\n",
+    "CRLF": b"1 1\r\n1 2\r\n1 3\r\n900 2\r\n",
+    "CR": b"1 1\r1 2\r1 3\r900 2\r",
+    "byte order mark": b"\xef\xbb\xbf1 1\n1 2\n1 3\n900 2\n",
+    "tabs, spaces, no last line end": b"1\t1\n  1   2  \n1 \t 3\n\n \n900 2",
+    "leading zeros": b"001 01\n1 2\n1 3\n900 0002\n",
+    "users interleaved": b"1 1\n900 2\n1 2\n1 3\n",
+}
+
+
+@pytest.mark.parametrize("kind", GOOD_TEXTS)
+def test_ways_to_write_the_same_interactions(folder, kind):
+    text = GOOD_TEXTS[kind]
+    write_final(folder, text)
+    dataset = read_dataset(folder, "shop")
+    assert dataset.user_ids.tolist() == [1, 900]
+    assert lists(dataset.histories) == [[1, 2, 3], [2]]
+    end = b"\r\n" if b"\r\n" in text else b"\r" if b"\r" in text else b"\n"  # lines are numbered alike however they end
+    write_final(folder, text + (b"" if text.endswith(end) else end) + b"1 2 3" + end)
+    assert re.search(rf"not two integers \(1\): line {7 if b'	' in text else 5} '1 2 3'$", complaint(folder))
+
+
+# ---------------------------------------------------------------- one report for everything
+
+
+def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
+    folder = write_dataset(tmp_path, "shop", {1: [1]}, [None] * 40, raw_ids=[f"R{item:02d}" for item in range(1, 41)])
+    malformed = "".join(f"{number} x\n" for number in range(12))
+    below_one = "".join(f"1 {-number}\n" for number in range(11))
+    write_final(folder, f"1 1\n2 2\n{malformed}{below_one}2 77\n")
+    raw_ids = {item: f"R{item:02d}" for item in range(1, 41) if item not in (20, 21)}
+    write_pickle(folder, "item2id", {**raw_ids, 7: "R06", 8: 9, 9: "up\n"})
+    images = folder / "shop_images"
+    jpeg = encoded(draw_image(1))
+    for item, content in enumerate((b"", jpeg[:-100], b"no image", bomb(), b"\x89PNG\r\n\x1a\n" + bytes(40)), 1):
+        (images / f"R{item:02d}.jpg").write_bytes(content)
+    for item in (*range(10, 20), 22, 23):
+        (images / f"R{item}.jpg").unlink()
+    report = complaint(folder, num_groups=3)
+    assert len(report) < 3000
+    assert re.search(r"not two integers \(12\): line 3 '0 x', .*line 12 '9 x' and 2 more", report)
+    assert re.search(r"below 1 \(11\): line 15 '1 0', line 16 '1 -1', .*line 24 '1 -9' and 1 more", report)
+    assert "no user with the 3 interactions that evaluation needs; most interactions of one user (1): 2" in report
+    assert "fewer users than the 3 groups of --C (1): 2 users" in report
+    assert re.search(r"not item number: raw id.*\(2\): 8: 9, 9: 'up\\n'", report)
+    assert re.search(r"gaps in the item numbers .*\(4\): 8, 9, 20, 21\n", report)
+    assert re.search(r"items of users without raw id .*\(1\): 77\n", report)
+    assert re.search(r"duplicate raw ids .*\(1\): R06 \(items 6 and 7\)", report)
+    missing = ", ".join(f"R{item}.jpg \\(item {item}\\)" for item in range(10, 20))
+    assert re.search(rf"items without an image .*\(12\): {missing} and 2 more", report)
+    unreadable = re.search(r"unreadable images .*\(5\): (.*)", report).group(1)
+    reasons = ("empty", "truncated", "not an image of a kind", "far too many pixels", ".")
+    for item, reason in enumerate(reasons, 1):
+        assert re.search(rf"R{item:02d}\.jpg \(item {item}: [^,]*{reason}", unreadable), unreadable
+    assert re.search(r"without a title.*\(36\): R01, R02, .* and 26 more", capsys.readouterr().err)
+
+
+def test_report_stays_short_however_much_is_wrong(folder):
+    write_final(folder, "not a number\n0 1\n" * 20_000)
+    write_pickle(folder, "item2id", dict.fromkeys(range(1, 40_000), ""))
+    report = complaint(folder)
+    assert "(20000)" in report and "(39999)" in report and len(report) < 3000
+
+
+def test_images_are_not_checked_if_they_are_not_needed(folder):
+    write_final(folder, "bad\n1 1\n1 2\n1 3\n")
+    image_path(folder, 2).write_bytes(b"")
+    assert "B002.jpg (item 2" in complaint(folder)
+    for options in ({"contents": False}, {"missing_images": "blank"}):
+        assert "line 1" in complaint(folder, **options) and "B002" not in complaint(folder, **options)
+    image_path(folder, 3).unlink()
+    write_final(folder, "1 1\n1 2\n1 3\n")
+    assert "B003.jpg (item 3)" in complaint(folder)
+    assert read_dataset(folder, "shop", missing_images="blank").num_items == 5
+
+
+@pytest.mark.parametrize("raw_id", ["x\x1b[2Jy", "line\nbreak", "\u202ereversed"])
+def test_names_from_the_data_cannot_control_the_terminal(folder, raw_id, capsys):
+    write_raw_ids(folder, raw_id)
+    report = complaint(folder) + capsys.readouterr().err
+    assert raw_id not in report and raw_id.encode("unicode_escape").decode() in report
+
+
+def test_missing_data_set_message_names_what_is_there(folder):
+    write_dataset(folder, "grocer", {1: [1, 2, 3]}, ["a", "b", "c"])
+    assert available_datasets(folder) == ["grocer", "shop"]
+    with pytest.raises(PerPEFTError, match="'unknown'.*unknown_final.txt.*grocer, shop"):
+        read_dataset(folder, "unknown")
+    with pytest.raises(PerPEFTError, match="'arts'.*grocer, shop.*unzip_data.py"):  # the paper's: says how to get it
+        read_dataset(folder, "arts")
+    with pytest.raises(PerPEFTError, match="none"):
+        read_dataset(folder / "nowhere", "shop")
+
+
+# ---------------------------------------------------------------- users
+
+
+def test_fewer_users_than_groups(folder, tiny_dataset, tiny_clip, tmp_path):
+    assert read_dataset(folder, "shop", num_groups=3).num_users == 3
+    assert "fewer users than the 4 groups of --C (1): 3 users" in complaint(folder, num_groups=4)
+    options = tiny_options(tiny_dataset, tiny_clip, tmp_path / "runs", C=41)
+    with pytest.raises(PerPEFTError, match="fewer users than the 41 groups of --C"), open_run(options):
+        pass
+    assert not (tmp_path / "runs").exists()
+
+
+def test_user_with_every_item_is_a_remark_with_their_own_number(folder, capsys):
+    histories = {7: [1, 2, 3], 1000: [5, 4, 3, 2, 1, 1, 2], 9: [5, 4, 3, 2, 1]}  # of 9's, the last two are held out
+    write_final(folder, "".join(f"{user} {item}\n" for user, items in histories.items() for item in items))
+    assert read_dataset(folder, "shop").num_users == 3
+    assert re.search(r"every item in their training history.*left out of training.*\(1\): user 1000\n", capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------- lines
+
+BAD_LINES = (
+    b"one two", b"1.0 2", b"1 2.0", b"1e0 2", b"1 nan", b"1 inf", b"1 2 3", b"1", b"1,2", b"1;2", b"1 0x2", b"1_0 2", b"# note",
+    b"1 --2", b"1 -", b"- -", b"1 2-", b"1 \xff", b"\xe9 2", b"1 2\x00", b"\x00 2", b"1 \xd9\xa1", b"1 \xc2\xb2", b"'1' 2",
+    b"1 9223372036854775808", b"1 99999999999999999999", b"1 -99999999999999999999", b"9" * 400 + b" 1", b"1 \xef\xbb\xbf2",
+)  # fmt: skip
+
+
+def test_line_that_is_not_two_positive_integers_is_named(folder):
+    for line in BAD_LINES:
+        write_final(folder, b"1 1\n1 2\n" + line + b"\n1 3\n")
+        assert re.search(r"shop_final.txt (that are not two integers|with a number below 1) \(1\): line 3", complaint(folder))
+    for line in ("0 1", "1 0", "-1 2", "1 -1", "-5 -7", "00 1"):
+        write_final(folder, f"1 1\n1 2\n{line}\n1 3\n")
+        assert f"below 1 (1): line 3 '{line}'" in complaint(folder)
+
+
+@pytest.mark.parametrize("where", ["lines", "raw ids", "both", "a user"])
+def test_huge_number_takes_no_memory(folder, where):
+    huge = 10**12
+    write_final(folder, f"1 1\n1 2\n1 3\n{huge if where == 'a user' else 1} {huge if where in ('lines', 'both') else 4}\n")
+    if where in ("raw ids", "both"):
+        write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS, 1)), huge: "B006"})
+
+    def read(write):
+        try:
+            write(read_dataset(folder, "shop").user_ids.tolist())
+        except PerPEFTError as error:
+            write(error)
+
+    report, code = in_a_fork(read, addresses=2**27)
+    assert code == 0 and str(huge) in report
+    if where in ("raw ids", "both"):
+        assert re.search(rf"gaps .*\({huge - 6}\): 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and {huge - 16} more", report)
+    elif where == "a user":
+        assert report == f"[1, {huge}]\n"
+
+
+# ---------------------------------------------------------------- pickles
+
+
+def test_empty_files_and_pickles_without_a_dict(folder):
+    for text in ("", "\n\n  \n"):
+        write_final(folder, text)
+        assert "empty file (1): shop_final.txt" in complaint(folder)
+    write_final(folder, "1 1\n1 2\nbad\n1 3\n")
+    path = folder / "shop_item2id_final.pickle"
+    for content in (b"", b"no pickle at all", pickle.dumps({1: "B001"})[:-4], pickle.dumps([1, 2]), pickle.dumps({})):
+        path.write_bytes(content)
+        assert "line 3" in complaint(folder) and path.name in complaint(folder)
+    path.unlink()
+    assert f"{path.name} is missing" in complaint(folder)
+
+
+@pytest.mark.parametrize("key", [2**62, 2**63, -1, 1.5, True, None, "2", 10**30])
+def test_key_that_is_no_item_number_is_named(folder, key):
+    write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS[1:], 2)), key: "B006"})
+    assert "shop_item2id_final.pickle" in complaint(folder)
+
+
+@pytest.mark.parametrize("raw_id", [None, 5, b"B005", ["B005"], "half\ud83d", "", "two\nlines"])
+def test_raw_id_that_is_no_line_of_text_is_named(folder, raw_id):
+    write_raw_ids(folder, raw_id)
+    report = complaint(folder, missing_images="blank")
+    assert "not item number: raw id (a non-empty text without a line break) (1): 5: " in report
+    report.encode()
+
+
+@pytest.mark.parametrize("title", [7, b"bytes", ["a", "list"], {"a": 1}, True, 10**18, float("inf")])
+def test_title_that_is_not_text_is_replaced(folder, capsys, title):
+    write_title(folder, title)
+    dataset = read_dataset(folder, "shop")
+    assert dataset.titles == [MISSING_TITLE, *TITLES[1:]] and dataset.missing_titles == 1
+    assert re.search(r"title is not text.*\(1\): B001", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("title", [None, "", " \t\n", float("nan")])
+def test_title_that_is_nothing_counts_as_missing(folder, capsys, title):
+    write_title(folder, title)
+    assert read_dataset(folder, "shop").titles[0] == MISSING_TITLE
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"warning: data set 'shop':\n  items without a title, replaced by '{MISSING_TITLE}' (1): B001\n"
+
+
+def test_title_with_half_a_surrogate_pair_can_still_be_written(folder):
+    write_title(folder, "caf\ud83d lamp")
+    title = read_dataset(folder, "shop").titles[0]
+    assert title.encode() and title.startswith("caf") and title.endswith(" lamp")
+
+
+def test_nested_value_is_reported_without_unfolding_it(folder, capsys):
+    laughs = ["ha"]
+    for _ in range(16):  # 2 ** 16 laughs in 17 lists; with 60, whoever unfolds them never ends
+        laughs = [laughs, laughs]
+    write_title(folder, laughs)
+    write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS, 1)), 6: laughs})
+    assert "6: <list>" in complaint(folder)
+    assert "B001: <list>" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
+    monkeypatch.setattr(images, "LARGE_PIXELS", 100)
+    monkeypatch.setattr(images.os, "cpu_count", lambda: 8)
+    inside, most = [], []
+    lock = threading.Lock()
+
+    def read(path):
+        with images.decoded_image(path):
+            with lock:
+                inside.append(path)
+                most.append(len(inside))
+            time.sleep(0.02)
+            with lock:
+                inside.remove(path)
+
+    paths = sorted((folder / "shop_images").iterdir())
+    assert list(images.on_all_cores(read, paths)) == [None] * 5
+    assert max(most) == 1
+    monkeypatch.setattr(images, "LARGE_PIXELS", 10**9)
+    most.clear()
+    list(images.on_all_cores(read, paths))
+    assert max(most) > 1
+
+
+def test_image_of_every_bad_kind_is_refused_by_the_documented_errors(tmp_path):
+    path, jpeg = tmp_path / "image.jpg", encoded(draw_image(1))
+    thin = encoded(Image.new("1", (60_000, 1)), "PNG")  # after the resize, 13 million pixels wide
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
+    for content in (b"", b"\xff", jpeg[:300], jpeg[:-200], bytes(500), bomb(), thin, postscript):
+        path.write_bytes(content)
+        with pytest.raises((OSError, ValueError)):
+            read_image(path, CLIPImageProcessor())
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError):
+        read_image(path, CLIPImageProcessor())
+
+
+# ---------------------------------------------------------------- check_data
+
+
+@pytest.fixture
+def run_check(monkeypatch, capsys):
+    """Runs `python -m scripts.check_data` in this process and returns its exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["check_data.py", *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, "scripts.check_data", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("scripts.check_data", run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def table(text):
+    return dict(re.findall(r"^  (\S.*?) {2,}(\S.*)$", text, re.MULTILINE))
+
+
+def write_states(folder, image_states):
+    torch.save((image_states, torch.zeros(5, 3, 4), RAW_IDS), states_path(folder, "shop"))
+
+
+def test_check_prints_the_counts_of_a_sound_data_set(folder, run_check):
+    write_title(folder, None)
+    code, out, err = run_check("--dataset", "shop", "--train_dir", folder, "--C", 2)
+    assert table(out) == {
+        "users": "3", "items": "5", "interactions": "9", "interactions per user (mean)": "3.00", "images found": "5",
+        "titles missing": "1", "users evaluated": "2", "hidden states": "none yet",
+    }  # fmt: skip
+    assert re.search(r"worth knowing:\n.*without a title.*\(1\): B001", out) and out.endswith("\nusable\n")
+    assert code == 0 and "error" not in err
+    write_states(folder, torch.zeros(5, 3, 8))
+    assert table(str(check_dataset(folder, "shop", 1)))["hidden states"] == "found"
+
+
+def test_check_reports_everything_and_ends_with_code_2(folder, run_check):
+    image_path(folder, 1).write_bytes(b"")
+    image_path(folder, 2).unlink()
+    code, out, _ = run_check("--dataset", "shop", "--train_dir", folder, "--C", 1, "--missing_images", "blank")
+    assert code == 0 and table(out)["images found"] == "3"
+    assert re.search(r"replaced by black ones \(2\): B002.jpg \(item 2\), B001.jpg \(item 1: the file is empty\)", out)
+    write_final(folder, "1 1\n1 2\n1 3\nbad\n")
+    write_states(folder, torch.zeros(5, 3, 8) / 0)
+    code, out, err = run_check("--dataset", "shop", "--train_dir", folder)
+    counts = table(out)
+    assert counts["images found"] == "3" and counts["users"] == "1" and counts["hidden states"] == "unusable"
+    for part in ("line 4 'bad'", "B001.jpg (item 1: the file is empty)", "B002.jpg (item 2)", "8 groups of --C", "NaN"):
+        assert part in out.split("cannot be used:")[1]
+    assert code == 2 and "usable\n" not in out.split("cannot be used:")[1] and "Traceback" not in err
+
+
+def test_check_of_an_unknown_data_set_names_what_is_there(folder, run_check):
+    code, _, err = run_check("--dataset", "shoop", "--train_dir", folder)
+    assert code == 2 and "shoop_final.txt is missing" in err and "shop" in err and "Traceback" not in err
+    assert "Traceback" in run_check("--dataset", "shoop", "--train_dir", folder, "--debug")[2]
+    code, _, err = run_check("--dataset", "shop", "--train_dir", folder, "--C", 0)
+    assert code == 2 and "--C" in err
