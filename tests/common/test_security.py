@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 
 import huggingface_hub.constants
 import numpy as np
@@ -198,14 +199,19 @@ def test_payload_in_a_file_of_torch_is_live(kind, torch_file, tmp_path):
         RAN.clear()
 
 
+def refuse_every_payload(path, read, error=PerPEFTError, match=None):
+    """`read` must raise for every payload in place of a sound file of torch."""
+    for kind in TORCH_PAYLOADS:
+        for content in (with_payload(path, PAYLOADS[kind]), PAYLOADS[kind]):  # as saved today, and as of old
+            with replaced(path, content), pytest.raises(error, match=match):
+                read()
+
+
 def test_hidden_states_with_code_are_refused(folder):
     path = states_path(folder, "shop")
     torch.save((torch.randn(5, 3, 8), torch.randn(5, 3, 4), [f"B{item:03d}" for item in range(1, 6)]), path)
     dataset = read_dataset(folder, "shop")
-    for kind in TORCH_PAYLOADS:
-        for content in (with_payload(path, PAYLOADS[kind]), PAYLOADS[kind]):
-            with replaced(path, content), pytest.raises(PerPEFTError, match="shop_preX.pt"):
-                HiddenStateStore.open(dataset, None)
+    refuse_every_payload(path, lambda: HiddenStateStore.open(dataset, None), match="shop_preX.pt")
     assert HiddenStateStore.open(dataset, None).num_items == 5
 
 
@@ -217,25 +223,16 @@ def lora_model(tiny_dataset, tiny_run):
     return build_model(options, read_dataset(tiny_dataset.train_dir, "tiny"))[0]
 
 
-def load_both(model, folder):
-    load_global(model, folder / "global")
-    model.clone_groups(3)
-    load_personalized(model, folder / "personalized")
-
-
 @pytest.mark.parametrize(
     "name", ["global/sasrec.pth", "global/projector.pth", "personalized/sasrec.pth", "personalized/group_1/projector.pth"]
 )
 def test_saved_weights_with_code_are_refused(name, lora_model, copied_run):
-    path = copied_run.folder / name
-    if name.startswith("personalized"):
+    stage = name.split("/")[0]
+    if stage == "personalized":
         lora_model.clone_groups(3)
-    load = load_global if name.startswith("global") else load_personalized
-    for kind in TORCH_PAYLOADS:
-        for content in (with_payload(path, PAYLOADS[kind]), PAYLOADS[kind]):
-            with replaced(path, content), pytest.raises(PerPEFTError):
-                load(lora_model, copied_run.folder / name.split("/")[0])
-    load(lora_model, copied_run.folder / name.split("/")[0])
+    load = load_global if stage == "global" else load_personalized
+    refuse_every_payload(copied_run.folder / name, lambda: load(lora_model, copied_run.folder / stage))
+    load(lora_model, copied_run.folder / stage)
 
 
 def test_inference_with_weights_that_carry_code_ends_in_a_sentence(copied_run):
@@ -245,24 +242,18 @@ def test_inference_with_weights_that_carry_code_ends_in_a_sentence(copied_run):
         run_script([*copied_run.arguments, "--inference_only"])
 
 
-@pytest.mark.parametrize("kind", TORCH_PAYLOADS)
-def test_state_to_continue_from_with_code_is_refused(kind, torch_file, tmp_path):
+def test_state_to_continue_from_with_code_is_refused(tmp_path):
     path = tmp_path / "global.pt"
-    for content in (with_payload(torch_file, PAYLOADS[kind]), PAYLOADS[kind]):
-        path.write_bytes(content)
-        with pytest.raises(PerPEFTError, match="global.pt"):
-            ResumeState(path).load()
+    torch.save({"weight": torch.ones(3)}, path)
+    refuse_every_payload(path, ResumeState(path).load, match="global.pt")
 
 
 def test_iisan_weights_with_code_are_refused(tmp_path):
     encoder = IISANEncoder(IISAN(8, 4, 3))
     encoder.save_group(tmp_path, 0)
-    path = tmp_path / "iisan.pth"
-    for kind in TORCH_PAYLOADS:
-        for content in (with_payload(path, PAYLOADS[kind]), PAYLOADS[kind]):
-            with replaced(path, content), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-                encoder.load_group(tmp_path, 0)
-    encoder.load_group(tmp_path, 0)
+    read = partial(encoder.load_group, tmp_path, 0)
+    refuse_every_payload(tmp_path / "iisan.pth", read, pickle.UnpicklingError, "Weights only load failed")
+    read()
 
 
 def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
@@ -273,7 +264,7 @@ def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
     for content in (as_torch, *PAYLOADS.values()):
         with replaced(weights, content), pytest.raises(PerPEFTError):
             load_global(lora_model, copied_run.folder / "global")
-    load_global(lora_model, copied_run.folder / "global")  # the other file beside it is not looked at
+    load_global(lora_model, copied_run.folder / "global")  # the other file beside it is not read
     sound = load_file(weights)
     weights.unlink()
     for content in (None, sound):  # nor without it, whether it carries code or the very weights
@@ -286,14 +277,12 @@ def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
 # ---------------------------------------------------------------- a CLIP folder
 
 
-def test_clip_weights_with_code_are_refused(tmp_path, torch_file):
+def test_clip_weights_with_code_are_refused(tmp_path):
     clip = save_tiny_clip(tmp_path / "clip", tiny_titles())
+    torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
     (clip / "model.safetensors").unlink()
-    for kind in TORCH_PAYLOADS:
-        for content in (with_payload(torch_file, PAYLOADS[kind]), PAYLOADS[kind]):
-            (clip / "pytorch_model.bin").write_bytes(content)
-            with pytest.raises(PerPEFTError, match="cannot be loaded"):
-                load_foundation(str(clip))
+    refuse_every_payload(clip / "pytorch_model.bin", lambda: load_foundation(str(clip)), match="cannot be loaded")
+    load_foundation(str(clip))
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -276,7 +276,7 @@ def read_all(reader, kind, seeds, log):
         log.write(f"{kind} {seed}      ")
         log.flush()
         faulthandler.dump_traceback_later(6 * SECONDS_AN_INPUT, exit=True)
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             reader.method(kind)(seed)
             outcomes["read"] += 1
@@ -289,7 +289,7 @@ def read_all(reader, kind, seeds, log):
         except Exception:
             wrong.append(f"seed {seed}: {traceback.format_exc()[-1500:]}")
         faulthandler.cancel_dump_traceback_later()
-        slowest = max(slowest, (time.monotonic() - begun, seed))
+        slowest = max(slowest, (time.monotonic() - started, seed))
     return {"outcomes": outcomes, "wrong": wrong, "slowest": slowest, "megabytes": (peak_kilobytes() - before) // 1024}
 
 
@@ -304,9 +304,9 @@ def main(arguments):
         _, allowed = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (addresses + ROOM if allowed < 0 else min(addresses + ROOM, allowed), allowed))
         for kind in kinds:
-            begun = time.monotonic()
+            started = time.monotonic()
             result = read_all(reader, kind, seeds, log)
-            print(json.dumps({"kind": kind, "seconds": time.monotonic() - begun, **result}), flush=True)
+            print(json.dumps({"kind": kind, "seconds": time.monotonic() - started, **result}), flush=True)
 
 
 # ---------------------------------------------------------------- the tests

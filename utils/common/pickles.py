@@ -38,7 +38,7 @@ def _check_opcodes(content: bytes, allowed: frozenset[str], names: re.Pattern | 
             if names is None:
                 return  # the unpickler's find_class refuses it
             if name != "GLOBAL" or not names.fullmatch(argument):
-                raise PerPEFTError(f"the pickle names the type {argument}, which is not part of a tensor")
+                raise PerPEFTError(f"the pickle names the type {argument or name}, which is not part of a tensor")
         elif name not in allowed:
             raise PerPEFTError(f"the opcode {name} of the pickle is not allowed; {ONLY_PLAIN}")
         if name.endswith("PUT"):

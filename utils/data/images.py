@@ -43,7 +43,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ranges = DEEP_RANGES.get(image.mode, (65535,))
         largest = next((largest for largest in ranges if values.max() <= largest), ranges[-1])
         return Image.fromarray(np.rint(values * (255 / largest)).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         background, image = Image.new("RGB", image.size, "white"), image.convert("RGBA")
         background.paste(image, mask=image)
         return background
