@@ -150,6 +150,8 @@ def test_images_archive_alone(work, capsys, folder, options):
 def test_without_an_archive(work, capsys):
     sentence = refused(work, capsys)
     assert "mmrec_datasets.zip" in sentence and "README's section Data" in sentence
+    command = [sys.executable, "-c", "import sys, unzip_data; sys.exit('torch' in sys.modules)"]
+    subprocess.run(command, cwd=ROOT, check=True)  # it starts quickly, and before torch is installed
     (work / "dataset").mkdir()
     (work / "dataset/arts_final.txt").write_text("7 1\n")
     assert unzip_data.main([]) == 0

@@ -289,7 +289,7 @@ def test_by_hand(category, monkeypatch, tmp_path, capsys):
     ]  # fmt: skip
     items = [
         meta("B1", "one &amp; only"), meta("B2", "two"), meta("B3", "<i>three</i>"), meta("B4", "four"), meta("B5", " <b> "),
-        meta("B1", "the second line of B1"), b"broken", meta("a/b"), meta("x" * 252),
+        meta("B1", "the second line of B1"), b"broken", meta("a\nb"), meta("\u2028"),
     ]  # fmt: skip
     options = category(reviews, items[:4] + items[4:7])
     write_lines(tmp_path / "meta_Lamps.jsonl.gz", items)
@@ -304,7 +304,7 @@ def test_by_hand(category, monkeypatch, tmp_path, capsys):
     assert "usable" in str(check_dataset(tmp_path / "data", "lamps", 3))
     rows = dict(row.rsplit(maxsplit=1) for row in told.splitlines() if row.startswith("  "))
     assert {name.strip(): count for name, count in rows.items()} == {
-        "malformed lines": "1", "no title": "1", "id that cannot be a file name": "2",
+        "malformed lines": "1", "no title": "1", "id with a line break": "2",
         "read": "16", "malformed": "1", "of an item that is unknown or left out": "2",
         "of an item the user had bought before": "1", "outside the 3-core": "3", "kept": "9",
         "of items whose image failed, and what left the core with them": "0",

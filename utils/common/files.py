@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
 TEMPORARY, OLD = ".tmp", ".old"  # suffixes of hidden names: what is being written, and what it is about to replace
@@ -65,6 +64,8 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 
 def save_tensors(value: Any, path: str | Path) -> None:
     """`torch.save` that raises a failing write, such as to a full disk, as an OSError."""
+    import torch  # only here, so that unzip_data.py starts quickly and runs before torch is installed
+
     try:
         with open(path, "wb") as file:
             torch.save(value, file)

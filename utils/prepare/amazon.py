@@ -166,7 +166,7 @@ class AmazonCategory:
             title = clean_title(title) if isinstance(title, str) else ""
             image = _address(line.get("images")) if self._images is None else self._images.get(raw_id)
             if not is_raw_id(raw_id):
-                yield "id that cannot be a file name"
+                yield "id with a line break"
             elif not title:
                 yield "no title"
             elif image is None:

@@ -45,17 +45,17 @@ class ShopTables:
         lines: dict[str, int] = {}
         for number, (raw_id, title, image) in _rows(path, ("item", "title", "image")):
             where = f"line {number}"
-            title, image = clean_title(title), path.parent / image
+            title, file = clean_title(title), path.parent / image
             if not is_raw_id(raw_id):
-                problems.add("item ids that cannot be file names", [f"{where} {raw_id[:60]!r}"])
+                problems.add("item ids that are empty or hold a line break", [f"{where} {raw_id[:60]!r}"])
             elif lines.setdefault(raw_id, number) != number:
                 problems.add("items that stand there twice", [f"{where} {raw_id!r} as line {lines[raw_id]}"])
             elif not title or not image:
                 self.left_out["no image" if title else "no title"] += 1
-            elif not _is_file(image):
+            elif not _is_file(file):
                 problems.add("image files that are missing", [f"{where} {image[:200]!r}"])
             else:
-                yield ItemText(raw_id, title, str(image))
+                yield ItemText(raw_id, title, str(file))
         problems.raise_any(f"{path} cannot be used:")
 
     def item_keys(self) -> np.ndarray:
