@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_titles
 from tests.zygote import ROOT, shared_zygote, write_instead_of_drawing
 from utils.common.errors import PerPEFTError
-from utils.common.files import folder_written_atomically, made_by_one, remove_leftovers, write_atomically, write_text_atomically
+from utils.common.files import build_once, folder_written_atomically, remove_leftovers, write_atomically, write_text_atomically
 from utils.run import options as cli
 from utils.run import pipeline
 from utils.training.checkpoints import ResumeState
@@ -523,12 +523,12 @@ def test_leftovers_of_a_kill_are_removed_and_a_folder_that_stepped_aside_comes_b
     assert (tmp_path / "personalized" / "file").read_text() == "personalized"
 
 
-def test_what_several_processes_need_is_made_by_one_of_them(tmp_path):
+def test_what_several_processes_need_is_built_by_one_of_them(tmp_path):
     path, made, there = tmp_path / "inner" / "thing", [], threading.Barrier(2)
 
     def need():
         there.wait()
-        with made_by_one(path) as missing:
+        with build_once(path) as missing:
             if missing:
                 made.append(threading.get_ident())
                 time.sleep(0.2)

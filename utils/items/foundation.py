@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from models import IISAN, ClipPeftEncoder, FrozenEncoder, IISANEncoder, ItemEncoder
 from models.clip_peft import ia3_config, lora_config
 from utils.common.errors import PerPEFTError
-from utils.common.files import add_model_files, made_by_one
+from utils.common.files import add_model_files, build_once
 from utils.data.dataset import Dataset
 from utils.items.frozen_features import FeatureStore, compute_features
 from utils.items.hidden_states import HiddenStateStore, compute_hidden_states, save_hidden_states, states_path
@@ -179,7 +179,7 @@ def ensure_hidden_states(
 ) -> Path:
     """The path of a data set's hidden states, which are computed first if they are not there, or in any case if `anew`."""
     path = states_path(dataset.folder, dataset.name)
-    with made_by_one(path) as missing:
+    with build_once(path) as missing:
         if missing or anew:
             foundation = load_foundation(clip_model)
             states = foundation.hidden_states(foundation.store(dataset, missing_images), device)

@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from utils.common.errors import PerPEFTError
-from utils.common.files import folder_written_atomically, made_by_one
+from utils.common.files import build_once, folder_written_atomically
 from utils.data.dataset import Dataset
 from utils.data.images import DECODING, decoded_image, on_all_cores
 from utils.data.problems import BLANK_IMAGES, UNREADABLE_IMAGES, Problems, format_image_problem
@@ -173,7 +173,7 @@ class ImageTitleStore:
         key = _store_key(dataset, processor, tokenizer, max_length)
         folder = dataset.folder / f"{dataset.name}_store" / (key if missing_images == "error" else f"{key}_blank")
         try:
-            with made_by_one(folder) as missing:
+            with build_once(folder) as missing:
                 if missing:
                     with folder_written_atomically(folder) as temporary:
                         _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, max_length)

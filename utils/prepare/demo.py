@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from utils.common.files import folder_written_atomically, made_by_one, write_atomically, write_text_atomically
+from utils.common.files import build_once, folder_written_atomically, write_atomically, write_text_atomically
 
 # --- The items: every item has one value of each aspect, drawn independently, so that no aspect gives another away.
 CATEGORIES = ("bag", "clock", "cushion", "kite", "lamp", "mirror", "mug", "planter")  # shown by handles, hands, leaves, ...
@@ -415,7 +415,7 @@ def make_demo(train_dir: str | Path, num_users: int = 1200, num_items: int = 400
     if num_users < len(GROUPS) or num_items < 1:
         raise ValueError(f"the demo needs at least {len(GROUPS)} users and 1 item, not {num_users} and {num_items}")
     train_dir = Path(train_dir)
-    with made_by_one(train_dir / "demo_final.txt") as missing:
+    with build_once(train_dir / "demo_final.txt") as missing:
         if missing:
             _write_demo(train_dir, num_users, num_items, np.random.default_rng([seed, 0]))
 

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from models.clip_peft import channel_statistics, clip_features
 from utils.common.errors import PerPEFTError
-from utils.common.files import folder_written_atomically, made_by_one
+from utils.common.files import build_once, folder_written_atomically
 from utils.data.images import on_all_cores
 from utils.data.problems import Problems, format_image_problem
 from utils.items.store import read_image
@@ -347,7 +347,7 @@ def demo_clip(cache_folder: str | Path, seed: int = 0) -> Path:
         `cache_folder/demo_small_clip`, or `demo_small_clip_seed{seed}` for a seed other than 0.
     """
     folder = Path(cache_folder) / ("demo_small_clip" if seed == 0 else f"demo_small_clip_seed{seed}")
-    with made_by_one(folder) as missing:
+    with build_once(folder) as missing:
         if missing:
             print("Making the demo's CLIP: drawing images with captions and training on them, a minute or two on 2 CPU cores")
             images, captions = demo_pairs(seed=seed)
