@@ -90,7 +90,7 @@ def test_leave_last_out_by_hand():
     assert split.valid.tolist() == [0, 0, 2, 6, 9]
     assert split.test.tolist() == [0, 0, 3, 7, 9]
     assert split.evaluated_users.tolist() == [2, 3, 4]
-    assert split.train.num_distinct_items().tolist() == [1, 2, 1, 2, 1]
+    assert Histories.of_lists([[1, 3, 2], [1, 2], [3, 1, 1], []]).has_every_item(3).tolist() == [True, False, False, False]
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=8), st.integers(1, 8), st.data())
@@ -102,7 +102,7 @@ def test_histories_keep_every_interaction_in_order(histories, count, data):
         assert split.train[user].tolist() + held_out == items
         assert split.train_and_valid[user].tolist() == (items[:-1] if held_out else items)
         assert (user in split.evaluated_users) == (len(items) >= 3)
-    assert found.num_distinct_items().tolist() == [len(set(items)) for items in histories]
+    assert found.has_every_item(2).tolist() == [len(set(items)) == 2 for items in histories]
     users = data.draw(st.lists(st.integers(0, len(histories) - 1), max_size=6))
     last = found.last(np.array(users, dtype=np.int64), count)
     assert last.tolist() == [([0] * count + histories[user])[-count:] for user in users]

@@ -126,11 +126,10 @@ def _note_users(user_ids: np.ndarray, histories: Histories, num_items: int, prob
         problems.add(kind, [histories.lengths.max()])
     if problems:
         return
-    distinct = leave_last_out(histories).train.num_distinct_items()
     remarks.add(
         "users with every item in their training history: without possible negatives, they are left out of training "
         "but still evaluated",
-        [f"user {user}" for user in user_ids[distinct == num_items]],
+        [f"user {user}" for user in user_ids[leave_last_out(histories).train.has_every_item(num_items)]],
     )
 
 
@@ -173,7 +172,7 @@ def inspect_dataset(
         histories=histories,
         raw_ids=list(raw_ids.values()),
         titles=titles,
-        image_paths=[present.get(item, images / image_file_name(raw_id)) for item, raw_id in raw_ids.items()],
+        image_paths=[present.get(item) or images / image_file_name(raw_id) for item, raw_id in raw_ids.items()],
         missing_titles=titles.count(MISSING_TITLE) if contents else 0,
     )
     return Inspection(dataset, problems, remarks, present)

@@ -47,13 +47,12 @@ class Histories:
         mask = column >= self.offsets[users][:, None]
         return np.where(mask, self.items[np.where(mask, column, 0)] if len(self.items) else 0, 0)
 
-    def num_distinct_items(self) -> np.ndarray:
-        """How many different items each user has, [users]."""
-        if not len(self.items):
-            return np.zeros(self.num_users, dtype=np.int64)
-        width = self.items.max() + 1
-        pairs = np.unique(self.users * width + self.items)
-        return np.bincount(pairs // width, minlength=self.num_users)
+    def has_every_item(self, num_items: int) -> np.ndarray:
+        """Whether each user has all of the items 1..num_items, [users]."""
+        every = self.lengths >= num_items
+        for user in np.flatnonzero(every):
+            every[user] = len(np.unique(self[user])) == num_items
+        return every
 
     @classmethod
     def of_lists(cls, lists: Iterable[Iterable[int]]) -> "Histories":

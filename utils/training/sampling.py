@@ -90,7 +90,7 @@ class Sampler:
         self._batch_size = batch_size
         self._maxlen = maxlen
         self._seed = seed
-        trainable = (train.lengths >= 2) & (train.num_distinct_items() < num_items)
+        trainable = (train.lengths >= 2) & ~train.has_every_item(num_items)
         self._members = [np.flatnonzero(trainable & (groups == group)) for group in range(len(candidates))]
         self.num_batches = sum(-(-len(members) // batch_size) for members in self._members)
         if not self.num_batches:
