@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
-    parser.add_argument("--C", type=number(int, 1), default=8, help="user groups, of which each needs a user")
+    parser.add_argument("--C", type=number(int, 1), default=8, help="number of user groups; the data set needs as many users")
     parser.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without an image")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args()

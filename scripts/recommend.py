@@ -13,7 +13,7 @@ def main() -> None:
     whom = parser.add_mutually_exclusive_group(required=True)
     whom.add_argument("--user", type=number(int, 1, 2**63 - 1), default=None, help="the user's number in {name}_final.txt")
     whom.add_argument(
-        "--history", type=raw_id, nargs="+", metavar="RAW_ID", default=None, help="what a new user has bought, in time order"
+        "--history", type=raw_id, nargs="+", metavar="RAW_ID", default=None, help="raw ids of a new user's history, in time order"
     )
     parser.add_argument("--top_k", type=number(int, 1, 100), default=10, help="items to recommend")
     parser.add_argument("--other_group", type=number(int, 0), default=None, help="group to compare with (default: the farthest)")

@@ -42,9 +42,9 @@ def plain_ranking_loop(
     num_items = inputs.shape[0] - 1
     ranks = []
     for place, user in enumerate(users):
-        bought = set(excluded[user].tolist())
+        seen = set(excluded[user].tolist())
         candidates = [int(targets[place])]
-        candidates += [item for item in range(1, num_items + 1) if item not in bought and item != targets[place]]
+        candidates += [item for item in range(1, num_items + 1) if item not in seen and item != targets[place]]
         scores = inputs[torch.tensor(candidates)] @ states[place]  # [candidates]
         ranks.append(int((scores[1:] >= scores[0]).sum()))
     return np.array(ranks)

@@ -13,7 +13,7 @@ def run_folder_parser(description: str, several: bool = False) -> argparse.Argum
     parser.add_argument(name, type=Path, help="folder of a finished run, as in ./runs", **more)
     parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
-    parser.add_argument("--clip_model", default=None, help="where the run's CLIP lies now (default: where it lay in training)")
+    parser.add_argument("--clip_model", default=None, help="folder of the run's CLIP, if it was moved since training")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

@@ -41,7 +41,7 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
     broken = [raw_id for raw_id in dataset.raw_ids if len(raw_id.splitlines()) != 1]
     if broken:
         raise PerPEFTError(f"{len(broken)} raw ids of {dataset.name}, such as {broken[0]!r}, hold a line break: no list of lines")
-    bought = dataset.histories if histories == "all" else run.split.train_and_valid
+    exported = dataset.histories if histories == "all" else run.split.train_and_valid
     with folder_written_atomically(folder) as temporary:
         run.load_global()
         table = run.item_inputs(0)
@@ -49,27 +49,27 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
         if has_groups(run.options):
             run.load_personalized()
             np.save(temporary / "user_groups.npy", run.groups)
-            users = _save_groups(run, temporary, bought)
+            users = _save_groups(run, temporary, exported)
         else:
-            users = _user_vectors(run, table, bought, np.arange(dataset.num_users))
+            users = _user_vectors(run, table, exported, np.arange(dataset.num_users))
         np.save(temporary / "users.npy", users)
         _write_lines(temporary / "item_ids.txt", dataset.raw_ids)
         _write_lines(temporary / "user_ids.txt", map(str, dataset.user_ids.tolist()))
     return {path.name: np.load(path, mmap_mode="r").shape for path in sorted(folder.glob("*.npy"))}
 
 
-def _save_groups(run: Run, folder: Path, bought: Histories) -> np.ndarray:
+def _save_groups(run: Run, folder: Path, histories: Histories) -> np.ndarray:
     users = np.zeros((run.dataset.num_users, run.options.hidden_units), dtype=np.float32)
     for group in range(run.options.C):
         table = run.item_inputs(group)
         _save_items(folder / f"items_group_{group}.npy", table)
         members = np.flatnonzero(run.groups == group)
-        users[members] = _user_vectors(run, table, bought, members)
+        users[members] = _user_vectors(run, table, histories, members)
     return users
 
 
-def _user_vectors(run: Run, table: torch.Tensor, bought: Histories, users: np.ndarray) -> np.ndarray:
-    return last_states(run.model.sasrec, table, bought, users).cpu().numpy().astype(np.float32)
+def _user_vectors(run: Run, table: torch.Tensor, histories: Histories, users: np.ndarray) -> np.ndarray:
+    return last_states(run.model.sasrec, table, histories, users).cpu().numpy().astype(np.float32)
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

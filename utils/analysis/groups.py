@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Typical:
-    """Items that a group buys more of than the others: how often, and their share there over their share elsewhere, [items]."""
+    """Items more frequent in a group than elsewhere: interactions, and share in the group over share elsewhere, [items]."""
 
     items: np.ndarray
     counts: np.ndarray
@@ -24,7 +24,7 @@ def typical_items(histories: Histories, groups: np.ndarray, group: int, num_item
     """The items that set a group's interactions apart from all other users', the most distinctive first.
 
     Measured by the log-odds ratio with an informative Dirichlet prior, in standard errors (Monroe, Colaresi and Quinn, 2008):
-    a plain ratio would favour items that were bought once or twice, by chance all in one group. The prior is the overall share
+    a plain ratio would favour items with one or two interactions, by chance all in one group. The prior is the overall share
     of each item, worth one interaction an item on average.
 
     Args:
@@ -32,15 +32,15 @@ def typical_items(histories: Histories, groups: np.ndarray, group: int, num_item
         groups: each user row's group, [users].
         group: which.
         num_items: items are 1..num_items.
-        top: how many at most; items that the group buys no more than others are left out.
+        top: how many at most; items no more frequent in the group than elsewhere are left out.
     """
     inside = groups[histories.users] == group  # [interactions]
     ours = np.bincount(histories.items[inside], minlength=num_items + 1)[1:]  # [items]
     theirs = np.bincount(histories.items[~inside], minlength=num_items + 1)[1:]  # [items]
     prior = num_items * (ours + theirs) / max(1, len(histories.items))  # [items]
-    bought = ours + theirs > 0
+    occurring = ours + theirs > 0
     scores = np.full(num_items, -np.inf)
-    scores[bought] = _log_odds_z(ours, theirs, prior)[bought] if len(histories.items) else 0
+    scores[occurring] = _log_odds_z(ours, theirs, prior)[occurring] if len(histories.items) else 0
     best = [row for row in np.argsort(-scores, kind="stable")[:top] if scores[row] > 0 and ours[row] > 0]
     share, other_share = ours[best] / max(1, ours.sum()), theirs[best] / max(1, theirs.sum())
     with np.errstate(divide="ignore"):

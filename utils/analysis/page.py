@@ -57,7 +57,7 @@ class UserCard:
 
 @dataclass
 class ItemCard:
-    """An item with its image as a data URI, where it appears on the page, how often it was bought, and attention to it by run."""
+    """An item: its image as a data URI, where it appears on the page, its number of interactions, and attention to it by run."""
 
     item: int
     raw_id: str

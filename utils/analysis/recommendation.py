@@ -22,8 +22,8 @@ class Person:
     Attributes:
         name: in words.
         history: item numbers in time order, [interactions].
-        test_item: what they bought next and the model has not seen; None where that is not known.
-        row: of the data set's user; None for somebody new.
+        test_item: the held-out next item; None where it is not known.
+        row: of the data set's user; None for a new user.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Person:
             return "the given items; the group is the one whose centre is nearest"
         if self.test_item is None:
             return "all interactions (fewer than 3, so there is no test item)"
-        return "training and validation interactions; the test item, bought next, is a candidate"
+        return "training and validation interactions; the test item, which comes next, is a candidate"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def known_user(run: Run, number: int) -> Person:
 
 
 def new_user(dataset: Dataset, raw_ids: list[str]) -> Person:
-    """Somebody who bought these items, in time order.
+    """A user who is not in the data set, with these items as history, in time order.
 
     Raises:
         PerPEFTError: an item is unknown.
@@ -84,19 +84,19 @@ def new_user(dataset: Dataset, raw_ids: list[str]) -> Person:
     return Person("a new user", np.array([item_number(dataset, raw_id) for raw_id in raw_ids]), None, None)
 
 
-def best_items(state: torch.Tensor, table: torch.Tensor, bought: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The items of highest score that were not bought, the best first; at equal scores the lower number comes first.
+def best_items(state: torch.Tensor, table: torch.Tensor, excluded: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The items of highest score that are not excluded, the best first; at equal scores the lower number comes first.
 
     Args:
         state: the user's, [hidden].
         table: the e_i of all items, [num_items + 1, hidden].
-        bought: items that are no candidates.
+        excluded: items that are no candidates.
         top_k: how many, or as many as there are.
     Returns:
         items and their scores, [top_k] each
     """
     scores = (table @ state).cpu().double().numpy()  # [num_items + 1]
-    candidates = np.setdiff1d(np.arange(1, len(scores)), bought)
+    candidates = np.setdiff1d(np.arange(1, len(scores)), excluded)
     best = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
     return best, scores[best]
 
@@ -170,12 +170,12 @@ class Recommender:
         items, scores = best_items(state, table, person.history, top_k)
         test_rank = None
         if person.test_item is not None:
-            bought = Histories.of_lists([person.history])
-            test_rank = 1 + int(rank_targets(state[None], table, np.array([person.test_item]), bought, np.array([0]))[0])
+            excluded = Histories.of_lists([person.history])
+            test_rank = 1 + int(rank_targets(state[None], table, np.array([person.test_item]), excluded, np.array([0]))[0])
         return Ranking(adapter, group, items, scores, test_rank)
 
     def recommend(self, person: Person, top_k: int, other_group: int | None = None) -> list[Ranking]:
-        """Rank all items that a person has not bought by their own group's adapter, the global one, and another group's.
+        """Rank all items outside a person's history by their own group's adapter, the global one, and another group's.
 
         In runs without groups there is the one model only, called "global".
 
@@ -184,7 +184,7 @@ class Recommender:
             top_k: how many items to keep.
             other_group: as in `choose_groups`.
         Raises:
-            PerPEFTError: `other_group` is no other group, or somebody new has no nearest group.
+            PerPEFTError: `other_group` is no other group, or a new user has no nearest group.
         """
         options = self.run.options
         if other_group is not None and not self.grouped:

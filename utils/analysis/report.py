@@ -70,7 +70,7 @@ class RunPart:
         self.stages = ["global", "personalized"] if has_groups(self.options) else ["global"]
         self.summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if not all("best_epoch" in self.summary.get(stage, {}) for stage in self.stages):
-            raise PerPEFTError(f"{folder / 'summary.json'} is damaged: it lacks a stage's results; train anew with --restart")
+            raise PerPEFTError(f"{folder / 'summary.json'} is damaged: it lacks a stage's results; train again with --restart")
         self.ranks = {stage: read_ranks(folder / f"{stage}_ranks.csv") for stage in self.stages}
         self.recommender = Recommender(self.run)
         self.groups: list[GroupPart] = []
@@ -141,7 +141,7 @@ class RunPart:
         return None if true_groups is None or not self.groups else adjusted_rand_score(true_groups, self.run.groups)
 
     def counts_of(self, item: int) -> str:
-        """How often an item was bought, in all and by each group, in words."""
+        """How many interactions an item has, in all and by group, in words."""
         histories = self.run.dataset.histories
         users = histories.users[histories.items == item]
         total = f"{len(users):,} interactions"

@@ -16,7 +16,7 @@ from utils.data.problems import BLANK_IMAGES, UNREADABLE_IMAGES, Problems, forma
 from utils.data.table1 import PAPER_TABLE1
 
 DOWNLOAD = "Download mmrec_datasets.zip by the link in README's section Data, then run python3 unzip_data.py."
-OTHER = "Write it as README's section Data describes, or choose another by --dataset or --train_dir."
+OTHER = "Write its files as docs/your_data.md describes, or choose another by --dataset or --train_dir."
 
 
 @dataclass(frozen=True)
