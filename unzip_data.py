@@ -9,13 +9,7 @@ from utils.data.table1 import dataset_table
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Unpack, then print what is there.
-
-    Args:
-        argv: the command line without the program's name; None takes sys.argv.
-    Returns:
-        The exit code: 0, 2 for a mistake that the user can fix, 130 when interrupted.
-    """
+    """Unpack, then print what is there; returns 0, 2 after an error that the user can fix, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--archive", default="mmrec_datasets.zip", help="the downloaded zip")
     parser.add_argument("--target", default="./dataset", help="the folder that the data sets go to")

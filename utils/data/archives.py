@@ -81,16 +81,16 @@ def unpack(archive: str | Path, target: str | Path, keep: bool = False) -> None:
         with zipfile.ZipFile(archive) as zipped:
             missing = _not_in_place(_read_members(zipped, archive, target), target, archive)
             _check_space(missing, temp, target, archive)
-            try:
-                _extract(zipped, missing, temp, archive)
-            except Exception:  # not an interrupt: what that leaves in temp is for the next run
-                shutil.rmtree(target / TEMP, ignore_errors=True)
-                if new_target:
-                    with suppress(OSError):
-                        target.rmdir()
-                raise
-        if missing:
-            _place(temp, target)
+            if missing:
+                try:
+                    _extract(zipped, missing, temp, archive)
+                except Exception:  # not an interrupt: what that leaves in temp is for the next run
+                    shutil.rmtree(target / TEMP, ignore_errors=True)
+                    if new_target:
+                        with suppress(OSError):
+                            target.rmdir()
+                    raise
+                _place(temp, target)
         shutil.rmtree(temp, ignore_errors=True)
         if not keep:
             archive.unlink()
@@ -105,10 +105,11 @@ def unpack(archive: str | Path, target: str | Path, keep: bool = False) -> None:
 def _read_members(zipped: zipfile.ZipFile, archive: Path, target: Path) -> Members:
     """Check an archive by its table of contents and find out where its files go."""
     _refuse_cut_off(zipped)
+    by_hand = f"unpack it with 7-Zip (7z x {archive} -o{target}), delete the archive and start again"
     files = []
     for info in zipped.infolist():
         name = info.orig_filename.replace("\\", "/")  # not cut at a NUL byte; Windows programs may write backslashes
-        problem = _name_problem(name, info) or _packing_problem(info, archive, target)
+        problem = _problem(name, info, by_hand)
         if problem:
             raise PerPEFTError(f"{archive} is refused: its member {info.orig_filename!r} {problem}. Nothing was unpacked.")
         parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -129,7 +130,8 @@ def _read_members(zipped: zipfile.ZipFile, archive: Path, target: Path) -> Membe
     return members
 
 
-def _name_problem(name: str, info: zipfile.ZipInfo) -> str | None:
+def _problem(name: str, info: zipfile.ZipInfo, by_hand: str) -> str | None:
+    """What is wrong with a member, given its name with slashes and how to unpack the archive without Python."""
     kind, is_folder = stat.S_IFMT(info.external_attr >> 16), name.endswith("/")
     parts = name.split("/")
     if not name or any(ord(character) < 32 for character in name):
@@ -140,16 +142,11 @@ def _name_problem(name: str, info: zipfile.ZipInfo) -> str | None:
         return "has a name that cannot be used"
     if kind not in (0, stat.S_IFDIR if is_folder else stat.S_IFREG) or (is_folder and info.file_size):
         return "is neither a plain file nor a folder (a link or device?)"
-    return None
-
-
-def _packing_problem(info: zipfile.ZipInfo, archive: Path, target: Path) -> str | None:
-    by_hand = f"unpack it with 7-Zip (7z x {archive} -o{target}), delete the archive and start again"
     if info.flag_bits & 0x1:
         return f"is encrypted; {by_hand}"
     if info.compress_type not in METHODS:
-        name = zipfile.compressor_names.get(info.compress_type, "unknown")
-        return f"is compressed by method {info.compress_type} ({name}), which Python cannot unpack; {by_hand}"
+        method = zipfile.compressor_names.get(info.compress_type, "unknown")
+        return f"is compressed by method {info.compress_type} ({method}), which Python cannot unpack; {by_hand}"
     return None
 
 
@@ -190,7 +187,7 @@ def _not_in_place(members: Members, target: Path, archive: Path) -> Members:
         if os.path.lexists(target / folder) and not (target / folder).is_dir():
             raise PerPEFTError(f"{target / folder} is in the way of a folder from {archive}; move it away and start again")
     there = {path: info for path, info in members.items() if os.path.lexists(target / path)}
-    for path, info in tqdm(there.items(), f"{archive.name}: checking", unit="file", disable=None if there else True):
+    for path, info in tqdm(there.items(), f"{archive.name}: checking files in place", unit="file", disable=None):
         if not _holds(target / path, info):
             raise PerPEFTError(f"{target / path} exists already and differs from the one in {archive}; "
                                "move it away or delete it, then start again")
@@ -212,8 +209,6 @@ def _check_space(missing: Members, temp: Path, target: Path, archive: Path) -> N
 
 def _extract(zipped: zipfile.ZipFile, missing: Members, temp: Path, archive: Path) -> None:
     """Write the members to temp, synced and read back, except those that an earlier run has left there whole."""
-    if not missing:
-        return
     expected = {*missing, *_folders(missing)}
     if any(path.relative_to(temp).as_posix() not in expected for path in temp.rglob("*")):
         shutil.rmtree(temp)  # left by another archive of that name, or in place by now

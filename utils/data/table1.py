@@ -7,21 +7,13 @@ import numpy as np
 from utils.data.parsing import read_pairs
 from utils.data.problems import Problems
 
-PAPER_TABLE1 = {  # users, items, average length of a history
-    "sports_outdoors": (25363, 15701, 7.5991),
-    "toys_games": (19026, 14718, 8.5330),
-    "beauty_care": (45490, 31151, 9.5379),
-    "arts": (24511, 18884, 9.4328),
-}
 COUNTS = ("users", "items", "interactions")
-
-
-def paper_counts(name: str) -> dict[str, int]:
-    """Users, items and interactions of one of the paper's data sets; nothing of any other."""
-    if name not in PAPER_TABLE1:
-        return {}
-    users, items, length = PAPER_TABLE1[name]
-    return {"users": users, "items": items, "interactions": round(users * length)}
+PAPER_TABLE1 = {  # interactions: users times the average length of a history
+    "sports_outdoors": (25363, 15701, round(25363 * 7.5991)),
+    "toys_games": (19026, 14718, round(19026 * 8.5330)),
+    "beauty_care": (45490, 31151, round(45490 * 9.5379)),
+    "arts": (24511, 18884, round(24511 * 9.4328)),
+}
 
 
 def dataset_names(target: str | Path) -> list[str]:
@@ -48,23 +40,14 @@ def count_dataset(target: str | Path, name: str) -> dict[str, int | str]:
 
 def dataset_table(target: str | Path) -> str:
     """The counts of every data set in a folder beside the paper's, and a line for each count that differs."""
-    rows = [["data set", *(title for count in COUNTS for title in (count, "paper")), "images"]]
+    row = "{:<20}" + "{:>14}{:>10}" * 3 + "{:>14}"
+    lines = [row.format("data set", "users", "paper", "items", "paper", "interactions", "paper", "images")]
     differences = []
     for name in dataset_names(target):
-        found, paper = count_dataset(target, name), paper_counts(name)
+        found = {count: f"{value:,}" if isinstance(value, int) else value for count, value in count_dataset(target, name).items()}
+        paper = {count: f"{value:,}" for count, value in zip(COUNTS, PAPER_TABLE1.get(name, ()))}
         cells = [cell for count in COUNTS for cell in (found[count], paper.get(count, "-"))]
-        rows.append([name, *map(_digits, cells), _digits(found["images"])])
-        differences += [
-            f"{name}: {_digits(found[count])} {count}, but {value:,} in the paper"
-            for count, value in paper.items()
-            if value != found[count]
-        ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]) for row in rows
-    ]
+        lines.append(row.format(name, *cells, found["images"]))
+        different = [count for count in paper if paper[count] != found[count]]
+        differences += [f"{name}: {found[count]} {count}, but {paper[count]} in the paper" for count in different]
     return "\n".join(lines + differences)
-
-
-def _digits(value: int | str) -> str:
-    return f"{value:,}" if isinstance(value, int) else value
