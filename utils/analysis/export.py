@@ -38,9 +38,6 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
     if folder.exists():
         raise PerPEFTError(f"{folder} exists; remove it, or choose another folder by --output")
     dataset = run.dataset
-    broken = [raw_id for raw_id in dataset.raw_ids if len(raw_id.splitlines()) != 1]
-    if broken:
-        raise PerPEFTError(f"{len(broken)} raw ids of {dataset.name}, such as {broken[0]!r}, hold a line break: no list of lines")
     exported = dataset.histories if histories == "all" else run.split.train_and_valid
     with folder_written_atomically(folder) as temporary:
         run.load_global()
