@@ -21,7 +21,7 @@ from tests.forks import in_a_fork
 from utils.common.errors import PerPEFTError
 from utils.data import images
 from utils.data.dataset import MISSING_TITLE, available_datasets, read_dataset
-from utils.data.histories import Histories, leave_last_out
+from utils.data.histories import Histories, leave_last_out, sorted_distinct
 from utils.items.data_check import check_dataset
 from utils.items.hidden_states import states_path
 from utils.items.store import read_image
@@ -476,3 +476,9 @@ def test_check_of_an_unknown_data_set_names_what_is_there(folder, run_check):
     assert "Traceback" in run_check("--dataset", "shoop", "--train_dir", folder, "--debug")[2]
     code, _, err = run_check("--dataset", "shop", "--train_dir", folder, "--C", 0)
     assert code == 2 and "--C" in err
+
+
+@given(st.lists(st.integers(0, 30)))
+def test_distinct_values_are_those_of_numpy(values):
+    values = np.array(values, dtype=np.int64)
+    assert sorted_distinct(values).tolist() == np.unique(values).tolist()

@@ -27,9 +27,9 @@ from utils.training.sampling import Sampler, group_items
 from utils.training.trainer import Trainer
 
 MILLISECONDS = 1e3
-SECONDS = 12  # after which a comparison ends, if it has 3 rounds
-ENCODING_SECONDS = 1.5  # of encoding as many items as a measurement takes
-FEWEST_ITEMS = 16
+SECONDS = 8  # after which a comparison ends, if it has 2 rounds
+ENCODING_SECONDS = 1.0  # of encoding as many items as a measurement takes
+FEWEST_ITEMS = 8
 
 
 # ---------------------------------------------------------------- measuring
@@ -49,12 +49,12 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 def compare(ways: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Milliseconds of several ways of doing the same, taken in turn so that all meet the same noise of the machine.
 
-    One round warms up; then come `repeats` rounds, or fewer where they take longer than SECONDS, but at least three.
+    One round warms up; then come `repeats` rounds, or fewer where they take longer than SECONDS, but at least two.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     start = time.perf_counter()
     for done in range(-1, repeats):
-        if done >= 3 and time.perf_counter() - start > SECONDS:
+        if done >= 2 and time.perf_counter() - start > SECONDS:
             break
         for name, work in ways.items():
             times[name].append(timed(work, device))
@@ -75,9 +75,9 @@ def peak_memory_mib() -> float:
 
 
 def first_items(dataset: Dataset, number: int, folder: Path) -> Dataset:
-    """A data set of the first `number` items alone, whose store goes into `folder`; every user has at least 3 of them."""
+    """A data set of the first `number` items alone, whose store goes into `folder`; every user has 6 of them, drawn."""
     random = np.random.default_rng(0)
-    histories = Histories.of_lists([random.permutation(number)[:12] + 1 for _ in range(200)])
+    histories = Histories.of_lists([random.permutation(number)[:6] + 1 for _ in range(200)])
     lists = {name: getattr(dataset, name)[:number] for name in ("raw_ids", "titles", "image_paths")}
     return replace(dataset, folder=folder, histories=histories, user_ids=np.arange(1, 201), **lists)
 

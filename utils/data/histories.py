@@ -5,6 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def sorted_distinct(values: np.ndarray) -> np.ndarray:
+    """As np.unique, which hashes since numpy 2.3 and is then slower by a factor of thirty for millions of integers."""
+    values = np.sort(values)
+    return values[np.diff(values, prepend=values[:1] - 1) != 0]
+
+
 @dataclass(frozen=True)
 class Histories:
     """Every user's items in time order, concatenated into one array.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.common.errors import PerPEFTError
-from utils.data.histories import Histories
+from utils.data.histories import Histories, sorted_distinct
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PurchaseIndex:
 
     def __init__(self, histories: Histories, num_items: int):
         self._width = num_items + 1
-        self._keys = np.unique(histories.users * self._width + histories.items)
+        self._keys = sorted_distinct(histories.users * self._width + histories.items)
 
     def contains(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Whether user row users[i] bought items[i]; both of one shape, which the answer has too."""
@@ -158,4 +158,4 @@ class Sampler:
 def group_items(train: Histories, groups: np.ndarray, num_groups: int) -> list[np.ndarray]:
     """For each group the distinct items in its users' training histories; empty groups get none."""
     group_of_purchase = groups[train.users]
-    return [np.unique(train.items[group_of_purchase == group]) for group in range(num_groups)]
+    return [sorted_distinct(train.items[group_of_purchase == group]) for group in range(num_groups)]
