@@ -79,11 +79,11 @@ def ranks_of(folder, stage):
     return {int(row["user"]): int(row["test_rank"]) for row in read_csv(folder / f"{stage}_ranks.csv")}
 
 
-def told(folder, name):
+def read_result(folder, name):
     return json.loads((folder / "figures" / f"recommend_{name}.json").read_text())
 
 
-def is_told(recommended, expected):
+def assert_recommended(recommended, expected):
     assert [item["item"] for item in recommended["items"]] == [item for _, item in expected]
     assert [item["score"] for item in recommended["items"]] == pytest.approx([score for score, _ in expected], abs=1e-4)
     assert [item["rank"] for item in recommended["items"]] == list(range(1, len(expected) + 1))
@@ -96,14 +96,14 @@ def is_told(recommended, expected):
 def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dataset, plain, user, capsys):
     train_dir = tiny_dataset.train_dir
     run_on_folder(recommend, copied_run.folder, "--train_dir", train_dir, "--user", user, "--top_k", 7)
-    result, history = told(copied_run.folder, user), tiny_dataset.histories[user][:-1]
+    result, history = read_result(copied_run.folder, user), tiny_dataset.histories[user][:-1]
     own, by_global, other = result["recommendations"]
     group = groups_of(copied_run.folder)[user]
     assert (own["adapter"], own["group"]) == ("own group", group)
     assert (by_global["adapter"], by_global["group"]) == ("global", None)
     assert other["adapter"] == "other group" and other["group"] in {0, 1, 2} - {group}
     for recommended, model in ((own, plain[group]), (by_global, plain["global"]), (other, plain[other["group"]])):
-        is_told(recommended, plain_top(model, history, 7))
+        assert_recommended(recommended, plain_top(model, history, 7))
     assert result["user"] == user and [item["item"] for item in result["history"]] == history
     assert result["test_item"]["item"] == tiny_dataset.histories[user][-1]
     assert own["rank_of_test_item"] == ranks_of(copied_run.folder, "personalized")[user] + 1
@@ -118,7 +118,7 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
 
 
 def centres_by_loop(tiny_dataset, plain, groups):
-    """Each group's mean vector by the global model, over train and valid purchases."""
+    """Each group's mean vector by the global model, over train and valid interactions."""
     members = {group: [] for group in range(3)}
     for user, items in tiny_dataset.histories.items():
         members[groups[user]].append(plain_state(plain["global"], items[:-1] if len(items) >= 3 else items))
@@ -132,13 +132,13 @@ def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_t
     for history in ([3, 14, 25], [21, 24, 28, 22], [11, 13, 17], [1]):
         raw_ids = [f"B{item:03d}" for item in history]
         run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--history", *raw_ids)
-        result = told(copied_run.folder, "new")
+        result = read_result(copied_run.folder, "new")
         own, by_global, other = result["recommendations"]
         vector = plain_state(plain["global"], history)
         distances = {group: float((vector - centre).norm()) for group, centre in centres.items()}
         assert own["group"] == min(distances, key=distances.get) and other["group"] == max(distances, key=distances.get)
-        is_told(own, plain_top(plain[own["group"]], history, 10))
-        is_told(by_global, plain_top(plain["global"], history, 10))
+        assert_recommended(own, plain_top(plain[own["group"]], history, 10))
+        assert_recommended(by_global, plain_top(plain["global"], history, 10))
         assert result["user"] is None and result["test_item"] is None and own["rank_of_test_item"] is None
         assigned.add(own["group"])
     assert len(assigned) > 1  # else this test would say little
@@ -149,9 +149,9 @@ def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain):
     for other in {0, 1, 2} - {group}:
         arguments = ("--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", other, "--top_k", 3)
         run_on_folder(recommend, copied_run.folder, *arguments)
-        found = told(copied_run.folder, 8)["recommendations"][2]
+        found = read_result(copied_run.folder, 8)["recommendations"][2]
         assert found["group"] == other
-        is_told(found, plain_top(plain[other], tiny_dataset.histories[8][:-1], 3))
+        assert_recommended(found, plain_top(plain[other], tiny_dataset.histories[8][:-1], 3))
 
 
 def test_test_item_is_marked_where_it_is_recommended(copied_run, tiny_dataset):
@@ -168,12 +168,12 @@ def test_test_item_is_marked_where_it_is_recommended(copied_run, tiny_dataset):
         assert len(classes(check_page(path), "marked")) == shown and (shown > 0) == (user == found)
 
 
-def test_user_with_too_few_purchases_has_no_test_item(copied_run, tiny_dataset, plain):
-    user = 6  # with one purchase
+def test_user_with_too_few_interactions_has_no_test_item(copied_run, tiny_dataset, plain):
+    user = 6  # with one interaction
     run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--user", user)
-    result = told(copied_run.folder, user)
+    result = read_result(copied_run.folder, user)
     assert result["test_item"] is None and len(result["history"]) == 1 and "fewer than 3" in result["history_is"]
-    is_told(result["recommendations"][1], plain_top(plain["global"], tiny_dataset.histories[user], 10))
+    assert_recommended(result["recommendations"][1], plain_top(plain["global"], tiny_dataset.histories[user], 10))
 
 
 def test_run_without_groups_recommends_by_its_one_model(tiny_global_run, tiny_dataset, tiny_clip, tmp_path):
@@ -181,13 +181,13 @@ def test_run_without_groups_recommends_by_its_one_model(tiny_global_run, tiny_da
     run_on_folder(recommend, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--output", path)
     (only,) = json.loads(path.with_suffix(".json").read_text())["recommendations"]
     model = plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
-    is_told(only, plain_top(model, tiny_dataset.histories[8][:-1], 10))
+    assert_recommended(only, plain_top(model, tiny_dataset.histories[8][:-1], 10))
     with pytest.raises(PerPEFTError, match="has no groups"):
         run_on_folder(recommend, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", 1)
     assert not (tiny_global_run / "figures").exists()
 
 
-def test_best_items_leaves_out_what_was_bought_and_breaks_ties_by_number():
+def test_best_items_leaves_out_the_history_and_breaks_ties_by_number():
     table = torch.tensor([[9.0], [1.0], [3.0], [2.0], [3.0], [0.0]])  # row 0 is the padding item
     items, scores = best_items(torch.tensor([1.0]), table, np.array([3]), 3)
     assert items.tolist() == [2, 4, 1] and scores.tolist() == [3, 3, 1]
@@ -227,7 +227,7 @@ def test_exported_vectors_reproduce_the_ranks_that_training_wrote(tiny_run, tiny
     assert tree(tiny_run.folder) == before
 
 
-def test_exported_vectors_are_those_of_plain_models_over_all_purchases(tiny_run, tiny_dataset, plain, tmp_path):
+def test_exported_vectors_are_those_of_plain_models_over_all_interactions(tiny_run, tiny_dataset, plain, tmp_path):
     run_on_folder(export_vectors, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out")
     out = tmp_path / "out"
     for name, model in (("global", plain["global"]), *((f"group_{group}", plain[group]) for group in range(3))):
@@ -303,17 +303,17 @@ def test_unfinished_run_is_refused(copied_run, tiny_dataset, tmp_path, script):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_changed_purchases_are_refused(tiny_run, tiny_dataset, tmp_path):
+def test_changed_interactions_are_refused(tiny_run, tiny_dataset, tmp_path):
     histories = {**tiny_dataset.histories, 8: tiny_dataset.histories[8][::-1]}
     folder = write_dataset(tmp_path / "dataset", "tiny", histories, tiny_dataset.titles)
-    with pytest.raises(PerPEFTError, match="purchases or raw ids have changed"):
+    with pytest.raises(PerPEFTError, match="or raw ids have changed"):
         open_finished(tiny_run.folder, "cpu", folder)
 
 
 def test_changed_titles_are_refused(tiny_run, tiny_dataset, tmp_path):
     shutil.copytree(tiny_dataset.train_dir, tmp_path / "dataset")
     folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, ["other", *tiny_dataset.titles[1:]], draw=False)
-    with pytest.raises(PerPEFTError, match="titles or images, or the files of the CLIP, have changed"):
+    with pytest.raises(PerPEFTError, match="titles or images, or the files of the .*, have changed"):
         open_finished(tiny_run.folder, "cpu", folder)
 
 
@@ -334,7 +334,7 @@ def test_mistake_ends_the_script_with_exit_code_2_and_one_line(tiny_run, tiny_da
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=100)
     assert found.returncode == 2
-    errors = found.stderr[found.stderr.index("error:") :].splitlines()  # before it, data sets tell what is worth knowing
+    errors = found.stderr[found.stderr.index("error:") :].splitlines()  # before it, remarks on the data set
     assert errors == ["error: user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"]
 
 

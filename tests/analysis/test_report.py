@@ -289,12 +289,12 @@ def test_typical_items_agree_with_the_formula_by_a_loop():
     assert found.lifts.tolist() == pytest.approx(lifts)
 
 
-def test_item_bought_once_by_chance_is_less_typical_than_one_bought_often():
+def test_item_with_one_chance_interaction_is_less_typical_than_a_frequent_one():
     lists = [[1, 1, 1, 2], [1, 1, 3, 4], [3, 4, 4, 3], [1, 3, 4, 3]]
     found = typical_items(Histories.of_lists(lists), np.array([0, 0, 1, 1]), 0, 5)
     assert found.items.tolist()[:2] == [1, 2]
     assert np.isinf(found.lifts[1]) and found.lifts[0] == pytest.approx(5)  # by the ratio alone, item 2 would come first
-    assert set(found.items) <= {1, 2}  # what others buy more of is not typical, nor what nobody buys
+    assert set(found.items) <= {1, 2}  # neither what others have more often is typical, nor what nobody has
 
 
 def test_group_without_users_has_no_typical_items():

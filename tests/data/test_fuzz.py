@@ -30,9 +30,9 @@ FILE_ENDS = {"final.txt": "final.txt", "item2id.pickle": "item2id_final.pickle",
 KINDS = (*FILE_ENDS, "preX.pt", "zip", "image")
 # How far the process may grow. An image may have BOMB_PIXELS, four bytes each; the rest may not go beyond the file by much.
 MEGABYTES = dict.fromkeys(KINDS, 150) | {"image": 1300}
-ROOM = 3 * 2**30  # of addresses, beyond those that the libraries take; what wants more would also be caught by MEGABYTES
+ROOM = 3 * 2**30  # of addresses, beyond those that the libraries take; MEGABYTES limits the memory that is really used
 ITEMS = 12
-TELLING_BYTES = (
+SPECIAL_BYTES = (
     b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff", b"\0\0\0\x7f", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff",
     b"\xed\xa0\x80", b"-", b"--", b"9", b".",
 )  # fmt: skip
@@ -42,36 +42,36 @@ TELLING_BYTES = (
 
 
 def damaged(bases, seed):
-    """One of some files with one to four wounds, or as many more as it takes to differ from all of them; the seed says which."""
+    """One of some files with one to four pieces of damage, or more until it differs from all of them; a function of the seed."""
     source = random.Random(seed)
     content = bytearray(source.choice(bases))
-    wounds = source.choice((1, 1, 1, 2, 4))
-    while wounds > 0 or content in bases:
-        wounds -= 1
+    pieces = source.choice((1, 1, 1, 2, 4))
+    while pieces > 0 or content in bases:
+        pieces -= 1
         start = source.randrange(len(content) + 1)
         end = min(len(content), start + 2 ** source.randrange(10))
-        wound = source.randrange(9)
-        if wound == 0 and content:  # a flipped bit
+        damage = source.randrange(9)
+        if damage == 0 and content:  # a flipped bit
             content[source.randrange(len(content))] ^= 1 << source.randrange(8)
-        elif wound == 1:  # cut off
+        elif damage == 1:  # cut off
             del content[start:]
-        elif wound == 2:  # something put in between
+        elif damage == 2:  # something put in between
             content[start:start] = source.randbytes(end - start)
-        elif wound == 3:  # something left out
+        elif damage == 3:  # something left out
             del content[start:end]
-        elif wound == 4:  # a piece of another file, or of another place
+        elif damage == 4:  # a piece of another file, or of another place
             other = source.choice(bases)
             begin = source.randrange(len(other))
             content[start:end] = other[begin : begin + 2 ** source.randrange(10)]
-        elif wound == 5:  # zeros, as a file system leaves them after a crash
+        elif damage == 5:  # zeros, as a file system leaves them after a crash
             content[start:end] = bytes(end - start)
-        elif wound == 6:  # a piece twice
+        elif damage == 6:  # a piece twice
             content[start:start] = content[start:end]
-        elif wound == 7:  # random bytes
+        elif damage == 7:  # random bytes
             content[start:end] = source.randbytes(end - start)
         else:  # lengths, signs and ends that mean something to readers
-            telling = source.choice(TELLING_BYTES)
-            content[start : start + source.choice((0, len(telling)))] = telling
+            special = source.choice(SPECIAL_BYTES)
+            content[start : start + source.choice((0, len(special)))] = special
     return bytes(content)
 
 
@@ -267,8 +267,8 @@ def in_chain(error, kind):
 
 
 def read_all(reader, kind, seeds, log):
-    """Read the inputs of one kind; what is wrong with any is written down with its seed."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Read the inputs of one kind; every failure is recorded with its seed."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = peak_kilobytes()
     outcomes, wrong, slowest = Counter(), [], (0.0, None)
     for seed in seeds:
@@ -294,7 +294,7 @@ def read_all(reader, kind, seeds, log):
 
 
 def main(arguments):
-    """Read inputs of the kinds named (or `kind seed`), and print what came of it as JSON, a line a kind."""
+    """Read inputs of the kinds named (or `kind seed`), and print the outcomes as JSON, a line a kind."""
     one = len(arguments) == 2 and arguments[1].isdigit()
     kinds, seeds = (arguments[:1], [int(arguments[1])]) if one else (arguments or KINDS, range(INPUTS))
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # on a disk, opening files takes most of the time
@@ -314,7 +314,7 @@ def main(arguments):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{kind: what came of its inputs}, and what the process said at its end."""
+    """{kind: outcomes of its inputs}, and how the process ended."""
     log = tmp_path_factory.mktemp("fuzz") / "log"
     environment = {**os.environ, "FUZZ_LOG": str(log), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.data.test_fuzz"]
