@@ -1,22 +1,20 @@
 """PerPEFT with IISAN on cached CLIP states: global PEFT, user grouping, personalized PEFT, full-ranking evaluation."""
-from utils.run.options import parse_options, run_main
-from utils.run.pipeline import open_run
+from utils.common.console import run_main
+from utils.run.opening import train
+from utils.run.run import Run
+
+
+def stages(run: Run) -> None:
+    """The paper's three stages."""
+    run.train_global()  # 1. one adapter for all users
+    if run.options.method == "perpeft":  # the methods that it is compared with end here
+        run.group_users()  # 2. users with similar interests into C groups
+        run.train_personalized()  # 3. an adapter for every group
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The paper's three stages."""
-    options = parse_options(__doc__, arguments=arguments, peft_types=("iisan",))
-    with open_run(options) as run:
-        if run is None:  # finished before
-            return
-        if options.inference_only:
-            run.evaluate_saved()
-            return
-        run.train_global()  # 1. one adapter for all users
-        if options.method == "perpeft":  # the methods that it is compared with end here
-            run.group_users()  # 2. users with like tastes into C groups
-            run.train_personalized()  # 3. an adapter for every group
-        run.report()
+    """Train, continue, or evaluate a run."""
+    train(__doc__, ("iisan",), stages, arguments)
 
 
 if __name__ == "__main__":

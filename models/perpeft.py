@@ -1,5 +1,6 @@
 """PerPEFT: one sequential recommender, with an adapter and a projector for every user group."""
 import copy
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,16 @@ from torch import nn
 from models.item_encoder import ItemEncoder
 from models.projector import MMProjector
 from models.sasrec import SASRec
+
+
+class TensorBatch(Protocol):
+    """A batch of one group's users on the model's device; sequences hold row numbers of the batch's own item table."""
+
+    group: int
+    items: torch.Tensor  # distinct items, [rows]; row 0 is the padding item
+    seq: torch.Tensor  # [batch, time], 0 at padding
+    positives: torch.Tensor  # [batch, time]
+    negatives: torch.Tensor  # [batch, time]
 
 
 class PerPEFT(nn.Module):
@@ -36,19 +47,25 @@ class PerPEFT(nn.Module):
         first = self.projectors[0]
         self.projectors = nn.ModuleList([first, *(copy.deepcopy(first) for _ in range(num_groups - 1))])
 
-    def project(self, group: int, features: torch.Tensor) -> torch.Tensor:
-        """Project item features by one group's projector, with the padding item's all-zero features put before them.
+    def forward(
+        self, batch: TensorBatch, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of a batch, every distinct item encoded once.
 
         Args:
-            group: whose projector.
-            features: [items, feature_dim]
+            batch: users, positives and negatives.
+            inputs: what the encoder takes for the items `batch.items[1:]`.
         Returns:
-            [1 + items, hidden]; row 0 is projector(0).
+            logits of the positives, logits of the negatives, and the mask of real positions, [batch, time] each
         """
-        return self.projectors[group](F.pad(features, (0, 0, 1, 0)))  # [1 + items, hidden]
+        item_vectors = self.item_vectors(batch.group, inputs)  # [rows, hidden]
+        logits = self.sasrec(batch.seq, batch.positives, batch.negatives, item_vectors, batch.items)
+        return *logits, batch.seq != 0
 
     def item_vectors(self, group: int, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Encode and project items as one group sees them.
+
+        The padding item is an all-zero feature row before the projector, so its vector is projector(0).
 
         Args:
             group: whose adapter and projector act.
@@ -57,4 +74,5 @@ class PerPEFT(nn.Module):
             [1 + items, hidden]; row 0 is the padding item's.
         """
         self.encoder.use_group(group)
-        return self.project(group, self.encoder(*inputs))
+        features = self.encoder(*inputs)  # [items, feature_dim]
+        return self.projectors[group](F.pad(features, (0, 0, 1, 0)))  # [1 + items, hidden]

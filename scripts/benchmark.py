@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from utils.analysis import benchmark
+from utils.common.console import HelpFormatter, number, run_main
 from utils.common.devices import choose_device, seed_everything
 from utils.common.files import write_text_atomically
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import EncoderKind, Foundation, clip_folder, encoder_and_source, load_foundation, random_foundation
 from utils.prepare.demo import make_demo
-from utils.run.options import HelpFormatter, number, run_main
 
 RANDOM_CLIP = "random-vit-b32"
 SIZES = (62_500, 250_000, 1_000_000)  # users or items: 1x, 4x, 16x

@@ -2,9 +2,9 @@
 import argparse
 import sys
 
+from utils.common.console import HelpFormatter, number, run_main
 from utils.items.data_check import check_dataset
 from utils.prepare.demo import make_demo
-from utils.run.options import HelpFormatter, number, run_main
 
 
 def main() -> None:

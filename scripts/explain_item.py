@@ -2,8 +2,8 @@
 from utils.analysis.attention import as_text, explain_items, require_attention
 from utils.analysis.command_line import html_path, parse_raw_ids, raw_id, run_folder_parser
 from utils.analysis.page import Page
+from utils.common.console import run_main
 from utils.run.finished import finished_dataset, finished_options, item_number
-from utils.run.options import run_main
 
 
 def main() -> None:

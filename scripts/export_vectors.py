@@ -3,8 +3,8 @@ from pathlib import Path
 
 from utils.analysis.command_line import run_folder_parser
 from utils.analysis.export import HISTORIES, export_vectors
+from utils.common.console import run_main
 from utils.run.finished import open_finished
-from utils.run.options import run_main
 
 
 def main() -> None:

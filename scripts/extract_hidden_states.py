@@ -3,12 +3,12 @@ import argparse
 
 import torch
 
+from utils.common.console import HelpFormatter, run_main
 from utils.common.devices import choose_device
 from utils.data.dataset import read_dataset
 from utils.items.foundation import DEFAULT_CLIP, clip_folder, ensure_hidden_states
 from utils.items.hidden_states import states_path
 from utils.prepare.demo import make_demo
-from utils.run.options import HelpFormatter, run_main
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 import argparse
 from pathlib import Path
 
+from utils.common.console import HelpFormatter, number, run_main
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.prepare import small_clip
 from utils.prepare.demo import make_demo
-from utils.run.options import HelpFormatter, number, run_main
 
 
 def main() -> None:

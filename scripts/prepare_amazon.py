@@ -7,11 +7,11 @@ the same command goes on.
 import argparse
 from pathlib import Path
 
+from utils.common.console import HelpFormatter, number, run_main
 from utils.prepare.amazon import AmazonCategory
 from utils.prepare.downloads import Downloader
 from utils.prepare.image_folder import read_image
 from utils.prepare.writer import add_target_options, prepare, target_of
-from utils.run.options import HelpFormatter, number, run_main
 
 
 def main() -> None:

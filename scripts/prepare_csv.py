@@ -7,10 +7,10 @@ import argparse
 import os
 from pathlib import Path
 
+from utils.common.console import HelpFormatter, run_main
 from utils.prepare.image_folder import read_image
 from utils.prepare.shop_tables import ShopTables
 from utils.prepare.writer import add_target_options, prepare, target_of
-from utils.run.options import HelpFormatter, run_main
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 from utils.analysis.command_line import html_path, parse_raw_ids, raw_id, run_folder_parser
 from utils.analysis.page import Page
 from utils.analysis.recommendation import Recommender, as_json, as_text, known_user, new_user
+from utils.common.console import number, run_main
 from utils.run.finished import open_finished
-from utils.run.options import number, run_main
 from utils.run.reports import write_json
 
 

@@ -3,7 +3,7 @@ import time
 
 from utils.analysis.command_line import html_path, run_folder_parser
 from utils.analysis.report import write_report
-from utils.run.options import number, run_main
+from utils.common.console import number, run_main
 
 
 def main() -> None:

@@ -6,9 +6,8 @@ import perpeft_iisan
 import perpeft_lora_ia3
 from utils.analysis.reproduction import PEFT_TYPES, TABLES, format_plan, plan_runs
 from utils.analysis.tables import finished_blocks, markdown, write_tables
+from utils.common.console import HelpFormatter, launched_ranks, number, run_main
 from utils.common.errors import PerPEFTError
-from utils.run.options import HelpFormatter, number, run_main
-from utils.training.processes import launched_size
 
 MAINS = {"perpeft_lora_ia3.py": perpeft_lora_ia3.main, "perpeft_iisan.py": perpeft_iisan.main}
 
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="list the runs and an estimate of their time, run nothing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, passed_on = parser.parse_known_args()
-    if launched_size() > 1:
+    if launched_ranks() > 1:
         raise PerPEFTError("reproduce_tables runs in one process; start it without a launcher")
     runs = plan_runs(options.dataset, sorted(set(options.tables)), list(dict.fromkeys(options.peft)), options.trials, passed_on)
     print(format_plan(runs), flush=True)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import settings
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -16,6 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 import perpeft_lora_ia3
 from utils.prepare.small_clip import train_tokenizer
 from utils.run.options import parse_options
+from utils.training.trainer import Trainer, TrainerSettings
 
 torch.set_num_threads(1)
 # A shell starts background jobs with SIGINT ignored, and children inherit that; the tests that interrupt need the default.
@@ -159,6 +161,12 @@ def tiny_global_run(tiny_dataset, tiny_clip, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("global_runs")
     run_script(tiny_arguments(tiny_dataset, tiny_clip, output_dir, method="global", global_epochs=1, num_epochs=1))
     return output_dir / "tiny_lora_global_lr0.001_wd0.0001_seed0"
+
+
+def make_trainer(model, fetch, lr=1e-2, wdecay=0.0, l2_emb=0.0):
+    """A trainer alone on the CPU; `fetch(items)` returns the encoder's inputs."""
+    source = SimpleNamespace(fetch=lambda items, device: fetch(items))
+    return Trainer(model, source, TrainerSettings(lr, wdecay, l2_emb), Accelerator(cpu=True), torch.device("cpu"))
 
 
 def run_on_folder(module, folder, *arguments):

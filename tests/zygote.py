@@ -128,14 +128,14 @@ class Events:
 
         setattr(owner, name, wrapped)
 
-    def call(self, owner, name, told=lambda *args: ""):
+    def call(self, owner, name, detail=lambda *args: ""):
         """Make every call of a function two events, before it and after it."""
         original = getattr(owner, name)
 
         def wrapped(*args, **options):
-            self.happen(f"before {name} {told(*args)}".rstrip())
+            self.happen(f"before {name} {detail(*args)}".rstrip())
             result = original(*args, **options)
-            self.happen(f"after {name} {told(*args)}".rstrip())
+            self.happen(f"after {name} {detail(*args)}".rstrip())
             return result
 
         setattr(owner, name, wrapped)
@@ -162,30 +162,30 @@ class Events:
 
         import torch
 
-        from models.clip_peft import ClipPeftEncoder
-        from utils.items import store as items
-        from utils.run import pipeline
-        from utils.run import reports as reporting
-        from utils.training import checkpoints
+        from utils.items import store
+        from utils.run import reports
+        from utils.run import run as run_module
+        from utils.run.folder import RunFolder
+        from utils.training.checkpoints import Checkpoint
+        from utils.training.evaluation import Evaluator
         from utils.training.trainer import Trainer
 
         def last_part(path, *args):
             return Path(os.fsdecode(path)).name if isinstance(path, (str, bytes, os.PathLike)) else ""
 
         for name in ("train_global", "group_users", "train_personalized", "report"):
-            self.part(pipeline.Run, name, {"group_users": "grouping"}.get(name, name.removeprefix("train_")), alone=True)
-        self.part(pipeline.Run, "evaluate", "evaluation")
-        self.part(pipeline, "save_global", "best weights")
-        self.part(pipeline, "save_personalized", "best weights")
-        self.part(pipeline, "_clear", "clearing")
-        self.part(checkpoints.ResumeState, "save", "state")
-        self.part(items.ImageTitleStore, "open", "store")
+            self.part(run_module.Run, name, {"group_users": "grouping"}.get(name, name.removeprefix("train_")), alone=True)
+        self.part(run_module.Run, "evaluate", "evaluation")
+        self.part(run_module, "save_global", "best weights")
+        self.part(run_module, "save_personalized", "best weights")
+        self.part(RunFolder, "clear", "clearing")
+        self.part(Checkpoint, "save", "state")
+        self.part(store.ImageTitleStore, "open", "store")
         for name in ("write_metrics", "draw_curves", "draw_groups", "write_groups", "write_json"):
-            self.part(reporting, name, name)
-        self.call(items, "read_image", last_part)
-        self.call(ClipPeftEncoder, "save_group")
-        self.call(pipeline, "encode_all_items")
-        self.call(pipeline, "kmeans_groups")
+            self.part(reports, name, name)
+        self.call(store, "read_image", last_part)
+        self.call(Evaluator, "item_table")
+        self.call(run_module, "kmeans_groups")
         self.call(Trainer, "update")
         self.save(torch, "save")
         self.call(shutil, "rmtree", last_part)
@@ -200,16 +200,16 @@ def write_instead_of_drawing(figure, path, **options):
 
 def _join(rank, order):
     """What a launcher tells the processes that it starts."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["size"], "LOCAL_WORLD_SIZE": order["size"]}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}
-    os.environ.update({name: str(value) for name, value in told.items()})
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["size"], "LOCAL_WORLD_SIZE": order["size"]}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}
+    os.environ.update({name: str(value) for name, value in launched.items()})
 
 
 def _watch_steps(hooks, signal_step):
     """Make every step's loss an event; in one of the steps this process sends itself SIGTERM."""
-    from utils.training import trainer as training
+    from utils.training.progress import Progress
 
-    original, steps = training._LossLog.add, []
+    original, steps = Progress.add, []
 
     def add(self, step, batch, loss):
         hooks.happen(f"loss {loss.item()!r}")
@@ -218,7 +218,7 @@ def _watch_steps(hooks, signal_step):
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, step, batch, loss)
 
-    training._LossLog.add = add
+    Progress.add = add
 
 
 def _child(order, events, output, rank):
@@ -230,11 +230,11 @@ def _child(order, events, output, rank):
     hooks = Events(events, order["kill_at"], order["full_at"])
     hooks.install()
     if "size" in order:
-        importlib.import_module("utils.run.options").PATIENCE = 0  # no launcher is there that would end the others
+        importlib.import_module("utils.common.console").ERROR_GRACE_SECONDS = 0  # no launcher is there that would end the others
         signal_rank, signal_step = order["signal_at"] or (None, None)
         _watch_steps(hooks, signal_step if rank == signal_rank else None)
     sys.modules["matplotlib.figure"].Figure.savefig = write_instead_of_drawing
-    from utils.run.options import run_main
+    from utils.common.console import run_main
 
     code = 0
     try:
@@ -275,14 +275,14 @@ def main():
             children.append((pid, events, output))
         print(json.dumps({"pid": children[0][0]}), flush=True)
         sys.stdin.readline()
-        told = []
+        ends = []
         for pid, events, output in children:
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
-            told.append({"code": code, "output": _read_all(output), "events": _read_all(events).splitlines()})
+            ends.append({"code": code, "output": _read_all(output), "events": _read_all(events).splitlines()})
             os.close(events)
             os.close(output)
-        print(json.dumps(told if "size" in order else told[0]), flush=True)
+        print(json.dumps(ends if "size" in order else ends[0]), flush=True)
 
 
 if __name__ == "__main__":

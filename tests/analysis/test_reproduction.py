@@ -13,8 +13,8 @@ from tests.conftest import tiny_arguments
 from utils.analysis.reproduction import estimated_seconds, format_plan, plan_runs
 from utils.analysis.tables import blocks_of, finished_blocks, markdown, paper_figures, write_tables
 from utils.common.errors import PerPEFTError
-from utils.run import pipeline
 from utils.run import reports as reporting
+from utils.run.run import Run
 from utils.training.evaluation import ndcg_at
 
 
@@ -79,7 +79,7 @@ def test_a_second_call_trains_nothing(tiny_tables, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("a finished run is trained again")
 
-    monkeypatch.setattr(pipeline, "train_stage", refuse)
+    monkeypatch.setattr(Run, "_train", refuse)
     reproduce(monkeypatch, *arguments)
     assert (tables / "tiny.csv").read_text() == before
     assert "0 of 9 runs to do" in capsys.readouterr().out

@@ -32,7 +32,7 @@ from utils.items.foundation import ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, states_path
 from utils.items.store import ImageTitleStore, read_image
 from utils.run.hyperparameters import read_hyperparameters
-from utils.run.pipeline import build_model, open_run
+from utils.run.opening import build_model, open_run
 from utils.training.checkpoints import ResumeState, load_global, load_personalized
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -25,7 +25,7 @@ from utils.data.histories import Histories, leave_last_out, sorted_distinct
 from utils.items.data_check import check_dataset
 from utils.items.hidden_states import states_path
 from utils.items.store import read_image
-from utils.run.pipeline import open_run
+from utils.run.opening import open_run
 
 HISTORIES = {1: [1, 2, 3, 4, 5], 2: [2, 1, 3], 5: [4]}
 TITLES = ["a lamp", "a mug", "a chair", "a clock", "a bag"]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from models import IISAN, ItemEncoder, MMProjector, PerPEFT, SASRec
+from tests.conftest import make_trainer
 from utils.training.sampling import Batch
-from utils.training.trainer import Trainer
 
 ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS = 12, 8, 5, 2, 2
 
@@ -192,18 +192,19 @@ class TableEncoder(ItemEncoder):
 def test_rows_zero_stay_zero_in_training():
     torch.manual_seed(0)
     model = PerPEFT(TableEncoder(), MMProjector(6, WIDTH), SASRec(ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS))
-    trainer = Trainer(model, learning_rate=1e-2, weight_decay=0.1, l2_emb=1e-2, device=torch.device("cpu"))
+    trainer = make_trainer(model, lambda items: (torch.randn(4, 6),), 1e-2, 0.1, 1e-2)
     batch = Batch(
         group=0,
         items=np.array([0, 2, 4, 6, 8]),
         seq=np.array([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]),
         positives=np.array([[0, 0, 0, 2, 3], [0, 2, 3, 4, 1]]),
         negatives=np.array([[0, 0, 0, 4, 4], [0, 1, 1, 1, 2]]),
+        num_transitions=6,
     )
     model.train()
     before = model.sasrec.item_emb.weight[2].clone()
     for _ in range(5):
-        trainer.update(trainer.loss(batch, (torch.randn(4, 6),)))
+        trainer.update(trainer.loss(batch))
     assert not model.sasrec.item_emb.weight[0].any() and not model.sasrec.pos_emb.weight[0].any()
     assert (model.sasrec.item_emb.weight[2] - before).abs().max() > 1e-3
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scripts import prepare_amazon
 from tests.conftest import draw_image
 from tests.prepare.test_downloads import JPEG, answer, server  # noqa: F401
+from utils.common.console import run_main
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.data.histories import leave_last_out
@@ -28,7 +29,6 @@ from utils.prepare.amazon import AmazonCategory, JsonLines, _address
 from utils.prepare.downloads import Downloader
 from utils.prepare.interactions import FirstPurchases, Purchases, core_of, count_each, key_of, sample_users
 from utils.prepare.titles import clean_title
-from utils.run.options import run_main
 
 
 def review(user, item, time, **more):

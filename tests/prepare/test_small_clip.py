@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPTokenizerFast
 
 from scripts import make_small_clip
+from utils.common.console import run_main
 from utils.common.errors import PerPEFTError
 from utils.prepare import small_clip
 from utils.prepare.small_clip import contrastive_loss, read_images, retrieval, train_small_clip, train_tokenizer
-from utils.run.options import run_main
 
 SIZES = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2}
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240), "black": (10, 10, 10)}

@@ -17,9 +17,10 @@ from models.clip_peft import ia3_config, lora_config
 from tests.conftest import NUM_ITEMS, iisan_arguments, run_script, tiny_arguments, tiny_options, write_dataset
 from tests.run.test_pipeline import read_csv, rows_of, without_seconds
 from utils.common.errors import PerPEFTError
-from utils.run import pipeline
+from utils.run.opening import open_run
 from utils.run.options import parse_options
-from utils.run.pipeline import open_run
+from utils.run.run import Run
+from utils.training.sampling import Sampler
 
 NAME = "tiny_{}_lr0.001_wd0.0001_seed0"
 
@@ -191,7 +192,7 @@ def test_modality_is_a_run_of_its_own_and_its_adapters_are_of_one_tower(run_meth
 @pytest.mark.parametrize("negatives", ["group", "all"])
 def test_negatives_are_drawn_from_the_groups_items_or_from_all(tiny_dataset, tiny_clip, tmp_path, monkeypatch, negatives):
     drawn = {}
-    sample = pipeline.Sampler.batch
+    sample = Sampler.batch
 
     def batch(self, epoch, step):
         found = sample(self, epoch, step)
@@ -199,7 +200,7 @@ def test_negatives_are_drawn_from_the_groups_items_or_from_all(tiny_dataset, tin
             drawn.setdefault(found.group, set()).update(found.items[found.negatives[found.negatives > 0]].tolist())
         return found
 
-    monkeypatch.setattr(pipeline.Sampler, "batch", batch)
+    monkeypatch.setattr(Sampler, "batch", batch)
     quick = {"global_epochs": 1, "num_epochs": 8, "modality": "text"}
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, negatives=negatives, **quick))
     folder = next(tmp_path.iterdir())
@@ -310,7 +311,7 @@ def test_iisan_starts_from_the_authors_encoder_file(tiny_dataset, tiny_clip, tmp
 
 def test_a_run_from_a_global_model_goes_on_after_an_interruption(tiny_run, tiny_dataset, tiny_clip, tmp_path, monkeypatch):
     arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", init_from=tiny_run.folder)
-    evaluate, calls = pipeline.Run.evaluate, []
+    evaluate, calls = Run.evaluate, []
 
     def evaluate_twice(self):
         calls.append(1)
@@ -318,7 +319,7 @@ def test_a_run_from_a_global_model_goes_on_after_an_interruption(tiny_run, tiny_
             raise KeyboardInterrupt(2)
         return evaluate(self)
 
-    monkeypatch.setattr(pipeline.Run, "evaluate", evaluate_twice)
+    monkeypatch.setattr(Run, "evaluate", evaluate_twice)
     with pytest.raises(KeyboardInterrupt):
         run_script(arguments)
     run_script(arguments)

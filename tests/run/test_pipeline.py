@@ -24,9 +24,9 @@ from tests.conftest import NUM_ITEMS, run_script, tiny_arguments, tiny_histories
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items.foundation import load_foundation
+from utils.run.opening import open_run
 from utils.run.options import parse_options
-from utils.run.pipeline import open_run
-from utils.training import trainer as training
+from utils.training import progress
 from utils.training.grouping import kmeans_groups
 from utils.training.sampling import Sampler
 
@@ -274,7 +274,7 @@ def test_stage_1_ends_with_the_weights_of_its_best_epoch(tiny_dataset, tiny_clip
         folder = run.folder / "global"
         values = [float(row["valid_NDCG@20"]) for row in rows_of(run.folder, "global")]
         assert max(values) > values[-1]  # else the last epoch would do as well
-        assert run.evaluate()["valid_NDCG@20"] == pytest.approx(max(values), abs=1e-12)
+        assert run.evaluate().metrics()["valid_NDCG@20"] == pytest.approx(max(values), abs=1e-12)
         for part, module in (("sasrec", run.model.sasrec), ("projector", run.model.projectors[0])):
             saved = torch.load(folder / f"{part}.pth", weights_only=True)
             assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
@@ -290,7 +290,7 @@ def test_negatives_are_drawn_from_all_items_first_and_then_from_what_the_group_b
             samplers.append((groups.tolist(), [items.tolist() for items in candidates], batch_size, maxlen))
             super().__init__(train, num_items, groups, candidates, batch_size, maxlen, seed)
 
-    monkeypatch.setattr("utils.run.pipeline.Sampler", Remembering)
+    monkeypatch.setattr("utils.run.run.Sampler", Remembering)
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, global_epochs=1, num_epochs=1))
     groups = {int(row["user"]): int(row["group"]) for row in read_csv(next(tmp_path.iterdir()) / "groups.csv")}
     train = {user: items[:-2] if len(items) >= 3 else items for user, items in tiny_dataset.histories.items()}
@@ -386,7 +386,7 @@ def test_inference_only_without_a_finished_run_is_told(tiny_dataset, tiny_clip, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("utils.run.pipeline.Run.group_users", interrupted)
+        patch.setattr("utils.run.run.Run.group_users", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_script(arguments[:-1])
     with pytest.raises(PerPEFTError):  # stage 1 is done, but there are no groups yet
@@ -619,7 +619,7 @@ def test_bar_of_an_epoch_tells_loss_items_a_second_and_time_left_and_is_quiet_wi
     quiet = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "quiet", **short)
     run_script(quiet)
     assert "items/s" not in "".join(capsys.readouterr())
-    monkeypatch.setattr(training, "tqdm", bar_on_a_terminal)
+    monkeypatch.setattr(progress, "tqdm", bar_on_a_terminal)
     run_script([*quiet, "--restart"])
     # as in "global 1/2: 54%|#####4    | 20/37 [00:00<00:00, 150.2step/s, loss 2.7726, 1520 items/s]"
     assert re.search(r"global 1/2: .*\[\d\d:\d\d<\d\d:\d\d.*loss \d\.\d{4}, [1-9]\d* items/s\]", shown.getvalue())

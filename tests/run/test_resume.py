@@ -14,17 +14,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from filelock import FileLock
 from matplotlib.figure import Figure
 
 from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_titles
 from tests.zygote import ROOT, shared_zygote, write_instead_of_drawing
+from utils.common import console
 from utils.common.errors import PerPEFTError
 from utils.common.files import build_once, folder_written_atomically, remove_leftovers, write_atomically, write_text_atomically
-from utils.run import options as cli
-from utils.run import pipeline
-from utils.training.checkpoints import ResumeState
-from utils.training.trainer import stop_requests
+from utils.run.distributed import StopSignal
+from utils.run.run import Run
+from utils.training.trainer import Trainer
 
 RUN = "tiny_lora_lr0.001_wd0.0001_seed0"
 
@@ -210,8 +211,8 @@ def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, thr
             raise KeyboardInterrupt
         report(self, at, epochs)
 
-    report = pipeline.Run._report_epoch
-    monkeypatch.setattr(pipeline.Run, "_report_epoch", broken_off)
+    report = Run._report_epoch
+    monkeypatch.setattr(Run, "_report_epoch", broken_off)
     with pytest.raises(KeyboardInterrupt):
         run_script(run.arguments)
     (run.folder / "curves.png").unlink()
@@ -277,11 +278,11 @@ def test_signal_in_a_step_saves_after_it_and_the_same_command_goes_on(begin, thr
             os.kill(os.getpid(), number)
         original(self, loss)
 
-    original = pipeline.Trainer.update
-    monkeypatch.setattr(pipeline.Trainer, "update", update)
+    original = Trainer.update
+    monkeypatch.setattr(Trainer, "update", update)
     monkeypatch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *run.arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.run_main(lambda: run_script(run.arguments))
+        console.run_main(lambda: run_script(run.arguments))
     assert ended.value.code == 128 + number
     assert f"is saved up to global epoch 1, step {step}; the same command continues" in capsys.readouterr().err
     monkeypatch.undo()
@@ -294,26 +295,26 @@ def test_restart_is_left_out_of_the_advice_to_go_on(begin, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     run = begin()
-    monkeypatch.setattr(pipeline.Trainer, "update", interrupt)
+    monkeypatch.setattr(Run, "_report_epoch", interrupt)
     monkeypatch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *run.arguments, "--restart"])
     with pytest.raises(SystemExit, match="130"):
-        cli.run_main(lambda: run_script([*run.arguments, "--restart"]))
+        console.run_main(lambda: run_script([*run.arguments, "--restart"]))
     told = capsys.readouterr().err
-    assert told.endswith("\ninterrupted by SIGINT\nthe same command without --restart starts again\n")
+    assert told.endswith("; the same command without --restart continues from there\n\ninterrupted by SIGINT\n")
 
 
-def test_signal_after_the_last_look_is_not_lost():
-    with pytest.raises(KeyboardInterrupt) as interrupt, stop_requests():
+def test_signal_after_the_last_step_was_checked_is_not_lost():
+    with pytest.raises(KeyboardInterrupt) as interrupt, StopSignal(Accelerator(cpu=True), 1):
         os.kill(os.getpid(), signal.SIGTERM)
     assert interrupt.value.args == (signal.SIGTERM,)
 
 
-def test_second_signal_breaks_off_and_handlers_are_restored():
+def test_second_signal_stops_at_once_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     reached = []
-    with pytest.raises(KeyboardInterrupt), stop_requests() as requests:
+    with pytest.raises(KeyboardInterrupt), StopSignal(Accelerator(cpu=True), 1) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert requests == [signal.SIGTERM]
+        assert stop.requested(1)
         os.kill(os.getpid(), signal.SIGTERM)
         reached.append(True)
     assert not reached and signal.getsignal(signal.SIGTERM) == before
@@ -330,7 +331,7 @@ def begun(begin, monkeypatch):
     def interrupt(self, stage, epochs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.Run, "_report_epoch", interrupt)
+    monkeypatch.setattr(Run, "_report_epoch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_script(run.arguments)
     monkeypatch.undo()
@@ -386,10 +387,10 @@ def retrain_clip(run, tiny_clip):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (add_purchase, "dataset_fingerprint.*purchases or raw ids have changed"),
+        (add_purchase, "dataset_fingerprint.*interactions or raw ids have changed"),
         (change_title, "contents_fingerprint.*titles or images"),
         (change_image, "contents_fingerprint.*titles or images"),
-        (retrain_clip, "contents_fingerprint.*files of the CLIP"),
+        (retrain_clip, "contents_fingerprint.*files of the foundation model"),
     ],
 )
 def test_begun_run_refuses_changed_data(begun, tiny_clip, change, told):
@@ -446,7 +447,7 @@ def test_damaged_state_is_told_with_the_way_out(begun, damage):
         path.write_bytes(path.read_bytes()[:1000])
     else:
         state = torch.load(path, weights_only=True)
-        state["trainer"]["sasrec"]["pos_emb.weight"] = torch.zeros(3, 3)
+        state["trainer"]["parameters"][0] = torch.zeros(3, 3)
         torch.save([1, 2] if damage == "no state" else state, path)
     with pytest.raises(PerPEFTError, match=r"global\.pt .*--restart"):
         run_script(begun.arguments)
@@ -540,13 +541,3 @@ def test_what_several_processes_need_is_built_by_one_of_them(tmp_path):
     for thread in threads:
         thread.join()
     assert len(made) == 1
-
-
-def test_state_says_how_far_it_has_come(tmp_path):
-    state = ResumeState(tmp_path / "global.pt")
-    assert state.load() is None and state.saved is None
-    state.save({"epoch": 3, "step": 40})
-    assert state.saved == "global epoch 3, step 40"
-    again = ResumeState(tmp_path / "global.pt")
-    again.load()
-    assert again.saved == state.saved

@@ -4,11 +4,14 @@ import json
 import sys
 
 import pytest
+from accelerate import tracking
+from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import run_script, tiny_arguments
 from utils.common.errors import PerPEFTError
-from utils.run import pipeline, trackers
+from utils.run import tracking as own_tracking
+from utils.run.run import Run
 
 RUN = "tiny_lora_lr0.001_wd0.0001_seed0"
 # Written beside the test, so that importing and calling it go the real way; every call is a line of a file.
@@ -50,7 +53,7 @@ def arguments(tiny_dataset, tiny_clip, tmp_path):
 
 def run_interrupted(arguments, epochs):
     """Run until so many epochs were reported, and then break off."""
-    report, reported = pipeline.Run._report_epoch, []
+    report, reported = Run._report_epoch, []
 
     def report_and_break_off(self, stage, of):
         report(self, stage, of)
@@ -59,7 +62,7 @@ def run_interrupted(arguments, epochs):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline.Run, "_report_epoch", report_and_break_off)
+        patch.setattr(Run, "_report_epoch", report_and_break_off)
         run_script(arguments)
 
 
@@ -98,6 +101,9 @@ def wandb(monkeypatch, tmp_path):
     place = tmp_path / "packages"
     place.mkdir()
     (place / "wandb.py").write_text(WANDB)
+    (place / "wandb-0.20.0.dist-info").mkdir()
+    (place / "wandb-0.20.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 0.20.0\n")
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD, LoggerType.WANDB])
     monkeypatch.syspath_prepend(place)
     monkeypatch.setenv("WANDB_CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("WANDB_MODE", "")  # so that it is undone, whoever sets it
@@ -125,7 +131,7 @@ def test_epoch_whose_report_was_missed_is_logged_by_the_continuation(arguments, 
     def broken_off(self, stage, epochs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.Run, "_report_epoch", broken_off)
+    monkeypatch.setattr(Run, "_report_epoch", broken_off)
     with pytest.raises(KeyboardInterrupt):
         run_script(arguments("tensorboard"))
     monkeypatch.undo()
@@ -175,7 +181,7 @@ def test_wandb_mode_of_the_user_is_kept(arguments, monkeypatch, wandb):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_package_that_is_not_installed_is_told_before_anything_is_done(arguments, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(own_tracking.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(PerPEFTError, match=f"--log_with {name} needs .* not installed: pip install {name}$"):
         run_script(arguments(name))
     assert list(tmp_path.iterdir()) == []

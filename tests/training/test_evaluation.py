@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import load_foundation
 from utils.items.store import ImageTitleStore
 from utils.training import evaluation
-from utils.training.evaluation import encode_all_items, last_states, metrics_of, rank_all_users, rank_targets
+from utils.training.evaluation import Evaluator, last_states, metrics_of, rank_targets
 
 CPU = torch.device("cpu")
 ITEMS = 40
@@ -82,7 +83,7 @@ def test_constant_scores_give_no_hit(num_items):
     ranks = rank_targets(torch.randn(users, 32), inputs, np.arange(3, 3 + 28).repeat(2)[:users], histories, np.arange(users))
     assert ranks.tolist() == [num_items - 3] * users
     if num_items - 2 > 30:
-        assert all(metrics_of(ranks)[f"HR@{k}"] == 0 for k in (10, 20, 30))
+        assert all(metrics_of(ranks.numpy())[f"HR@{k}"] == 0 for k in (10, 20, 30))
 
 
 @pytest.mark.parametrize("where", ["everywhere", "target", "others"])
@@ -99,7 +100,7 @@ def test_scores_that_are_no_numbers_count_against_the_model(where):
 
 def test_no_users_give_no_ranks():
     nobody = np.zeros(0, dtype=np.int64)
-    assert rank_targets(torch.zeros(0, 2), torch.zeros(4, 2), nobody, Histories.of_lists([[1]]), nobody).size == 0
+    assert not len(rank_targets(torch.zeros(0, 2), torch.zeros(4, 2), nobody, Histories.of_lists([[1]]), nobody))
 
 
 def test_metrics_by_hand():
@@ -147,47 +148,56 @@ def rank_example(seed=0, num_users=50):
     return purchases, groups, vectors
 
 
+class Vectors:
+    """A model and an item source in one: items' projected vectors are drawn, one table a group."""
+
+    def __init__(self, sasrec, vectors, num_groups=None):
+        self.sasrec, self.vectors, self.num_groups = sasrec, vectors, num_groups or len(vectors)
+        self.num_items = vectors.shape[1] - 1
+        self.encoded = []
+
+    def reading_order(self):
+        return np.random.default_rng(0).permutation(self.num_items) + 1
+
+    def fetch(self, items, device):
+        return (torch.from_numpy(items),)
+
+    def item_vectors(self, group, inputs):
+        self.encoded.append(group)
+        return self.vectors[group][torch.cat([torch.zeros(1, dtype=torch.long), inputs[0]])]
+
+
+def ranks_of(model, purchases, groups, items_at_once=256):
+    split = leave_last_out(Histories.of_lists(purchases))
+    return Evaluator(split, model, CPU, Accelerator(cpu=True), items_at_once).ranks(model, groups)
+
+
 def test_every_user_is_ranked_as_a_naive_loop_does_by_their_own_groups_vectors():
-    sasrec = make_sasrec()
     purchases, groups, vectors = rank_example()
-    encoded = []
-
-    def encode(group):
-        encoded.append(group)
-        return vectors[group]
-
-    model = SimpleNamespace(num_groups=4, sasrec=sasrec)
-    found = rank_all_users(model, leave_last_out(Histories.of_lists(purchases)), groups, encode)
-    expected = naive_ranks(sasrec, purchases, groups, vectors)
+    model = Vectors(make_sasrec(), vectors)
+    found = ranks_of(model, purchases, groups)
+    expected = naive_ranks(model.sasrec, purchases, groups, vectors)
     assert 0 < len(expected) < 50  # users without held-out items are not evaluated
-    ranks = zip(found["valid"].tolist(), found["test"].tolist())
-    assert dict(zip(found["users"].tolist(), ranks)) == expected
-    assert sorted(encoded) == [0, 1, 2]  # once a group, and not for a group without users
+    ranks = zip(found.valid.tolist(), found.test.tolist())
+    assert dict(zip(found.users.tolist(), ranks)) == expected
+    assert sorted(model.encoded) == [0, 1, 2]  # once a group, and not for a group without users
     # with everybody in one group the ranks are others, so the groups did matter above
-    other = rank_all_users(model, leave_last_out(Histories.of_lists(purchases)), np.zeros(50, int), encode)
-    assert other["test"].tolist() != found["test"].tolist()
+    assert ranks_of(model, purchases, np.zeros(50, int)).test.tolist() != found.test.tolist()
 
 
 def test_item_bought_again_is_a_candidate_when_it_is_the_target():
-    sasrec = make_sasrec()
-    purchases, vectors = [[3, 7, 3, 5, 5]], torch.randn(1, ITEMS + 1, 8)
-    model = SimpleNamespace(num_groups=1, sasrec=sasrec)
-    found = rank_all_users(model, leave_last_out(Histories.of_lists(purchases)), np.zeros(1, int), lambda group: vectors[group])
+    model = Vectors(make_sasrec(), torch.randn(1, ITEMS + 1, 8))
+    purchases = [[3, 7, 3, 5, 5]]
+    found = ranks_of(model, purchases, np.zeros(1, int))
     # valid: 5 after [3, 7, 3], others are the 38 items but 3, 7 and 5; test: 5 after [3, 7, 3, 5], the same others
-    expected = naive_ranks(sasrec, purchases, [0], vectors)[0]
-    assert (found["valid"][0], found["test"][0]) == expected and max(expected) <= 37
+    expected = naive_ranks(model.sasrec, purchases, [0], model.vectors)[0]
+    assert (found.valid[0], found.test[0]) == expected and max(expected) <= 37
 
 
 def test_user_whose_group_has_no_adapter_is_an_error_and_not_a_perfect_hit():
     purchases, _, vectors = rank_example()
-    groups = np.full(50, 5)
-    model = SimpleNamespace(num_groups=3, sasrec=make_sasrec())
-    split = leave_last_out(Histories.of_lists(purchases))
-    try:
-        hits = metrics_of(rank_all_users(model, split, groups, lambda group: vectors[group])["test"])["HR@10"]
-    except (IndexError, ValueError):
-        hits = 0
-    assert hits == 0
+    with pytest.raises(ValueError, match="a user is in group 5, but the model has 3 groups"):
+        ranks_of(Vectors(make_sasrec(), vectors, 3), purchases, np.full(50, 5))
 
 
 @torch.no_grad()
@@ -218,32 +228,24 @@ def test_encoding_all_items_equals_encoding_them_one_by_one(tiny_dataset, tiny_c
     for parameter in [*encoder.group_parameters(1).values(), *model.projectors[1].parameters()]:
         parameter.add_(0.2 * torch.randn_like(parameter))
     assert store.reading_order().tolist() != list(range(1, 31))  # items are encoded in another order than they are numbered
-    found = encode_all_items(model, 1, store, CPU, items_at_once=7)
+    evaluator = Evaluator(leave_last_out(dataset.histories), store, CPU, Accelerator(cpu=True), items_at_once=7)
+    found = evaluator.item_table(model, 1) - model.sasrec.item_emb.weight
     assert found.shape == (31, 8)
-    torch.testing.assert_close(found[0], model.projectors[1](torch.zeros(1, 32))[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0], 0.5 * model.projectors[1](torch.zeros(1, 32))[0], rtol=0, atol=1e-5)
     for item in range(1, 31):
         alone = model.item_vectors(1, store.fetch(np.array([item]), CPU))[1]
-        torch.testing.assert_close(found[item], alone, rtol=0, atol=1e-5)
-    assert (found - encode_all_items(model, 0, store, CPU)).abs().max() > 1e-2
+        torch.testing.assert_close(found[item], 0.5 * alone, rtol=0, atol=1e-5)
+    assert (found - evaluator.item_table(model, 0)).abs().max() > 1e-2
 
 
-def test_source_is_asked_for_every_item_once():
-    asked = []
-
-    class Source:
-        num_items = 10
-
-        def fetch(self, items, device):
-            asked.extend(items.tolist())
-            return (torch.from_numpy(items).float()[:, None],)
-
-        def reading_order(self):
-            return np.array([4, 1, 9, 10, 2, 3, 8, 7, 6, 5])
-
-    class Model:
-        def item_vectors(self, group, inputs):
-            return torch.cat([torch.full((1, 1), -1.0), 10 * inputs[0]])
-
-    found = encode_all_items(Model(), 0, Source(), CPU, items_at_once=3)
-    assert sorted(asked) == list(range(1, 11))
-    assert found[:, 0].tolist() == [-1.0] + [10.0 * item for item in range(1, 11)]
+@pytest.mark.parametrize("size", [1, 2, 3, 40])
+def test_ranks_that_share_the_work_encode_every_item_once_and_rank_every_user(size):
+    """The shares of all ranks, summed, are one process's result; 40 items in chunks of 7 are fewer than 40 ranks."""
+    purchases, groups, vectors = rank_example()
+    shares = []
+    for rank in range(size):
+        model = Vectors(make_sasrec(), vectors)
+        sharer = SimpleNamespace(process_index=rank, num_processes=size, reduce=lambda tensor, how: tensor)
+        evaluator = Evaluator(leave_last_out(Histories.of_lists(purchases)), model, CPU, sharer, items_at_once=7)
+        shares.append(evaluator.item_table(model, 1) - model.sasrec.item_emb.weight)
+    torch.testing.assert_close(sum(shares), 0.5 * vectors[1], rtol=0, atol=1e-5)

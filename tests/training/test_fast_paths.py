@@ -11,33 +11,21 @@ from tests.conftest import iisan_arguments, run_script, tiny_arguments
 from tests.run.test_pipeline import read_csv
 from utils.analysis.baselines import plain_ranking_loop
 from utils.items.store import ImageTitleStore
-from utils.run import pipeline
 from utils.training import evaluation, sampling
-from utils.training import trainer as training
+
+CPU = torch.device("cpu")
 
 
-class PlainItemTable:
-    """The L2 norm left to autograd, with dense gradients of the lookups."""
-
-    def __init__(self, embedding, l2):
-        self._weight, self._l2 = embedding.weight, l2
-
-    def penalty(self):
-        return self._l2 * torch.linalg.vector_norm(self._weight)
-
-    def complete(self):
-        pass
-
-
-def encode_one_by_one(model, group, source, device, **_):
-    """All items' vectors, an item at a time in the order of their numbers."""
+def encode_one_by_one(evaluator, model, group):
+    """All items' e_i, an item at a time in the order of their numbers."""
+    source = evaluator.source
     with torch.no_grad():
-        rows = [model.item_vectors(group, source.fetch(np.array([item]), device)) for item in range(1, source.num_items + 1)]
-    return torch.stack([rows[0][0], *(row[1] for row in rows)])
+        rows = [model.item_vectors(group, source.fetch(np.array([item]), CPU)) for item in range(1, source.num_items + 1)]
+        return model.sasrec.item_inputs(torch.stack([rows[0][0], *(row[1] for row in rows)]))
 
 
 def bought_by_lists(self, users, items):
-    """PurchaseIndex.contains, by looking through each user's purchases."""
+    """InteractionIndex.contains, by looking through each user's purchases."""
     pairs = zip(np.ravel(users).tolist(), np.ravel(items).tolist())
     found = [item in self.items_of(user).tolist() for user, item in pairs]
     return np.array(found, dtype=bool).reshape(np.shape(users))
@@ -82,14 +70,13 @@ def assert_same_figures(found, expected):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-12), name
 
 
-@pytest.mark.parametrize("path", ["item table", "encoding", "ranking", "negatives", "store"])
+@pytest.mark.parametrize("path", ["encoding", "ranking", "negatives", "store"])
 def test_a_lora_run_without_the_short_cut(path, tiny_run, tiny_dataset, tiny_clip, tmp_path, monkeypatch):
     calls = []
     where, name, plain = {
-        "item table": (training, "ItemTableGradient", PlainItemTable),
-        "encoding": (pipeline, "encode_all_items", encode_one_by_one),
-        "ranking": (evaluation, "rank_targets", plain_ranking_loop),
-        "negatives": (sampling.PurchaseIndex, "contains", bought_by_lists),
+        "encoding": (evaluation.Evaluator, "item_table", encode_one_by_one),
+        "ranking": (evaluation, "rank_targets", lambda *arguments: torch.from_numpy(plain_ranking_loop(*arguments))),
+        "negatives": (sampling.InteractionIndex, "contains", bought_by_lists),
         "store": (ImageTitleStore, "fetch", decoded_in_every_step(tiny_dataset, tiny_clip)),
     }[path]
 

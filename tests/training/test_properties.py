@@ -14,7 +14,7 @@ from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.data.histories import Histories, leave_last_out
 from utils.training.evaluation import CUTOFFS, metrics_of, rank_targets
-from utils.training.sampling import PurchaseIndex, Sampler, group_items
+from utils.training.sampling import InteractionIndex, Sampler, group_items
 
 checked = settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 with_files = settings(checked, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -164,7 +164,7 @@ def test_last_items_are_padded_on_the_left(lists, count, data):
 @checked
 @given(purchases)
 def test_purchase_index_knows_what_was_bought(lists):
-    index = PurchaseIndex(Histories.of_lists(lists), NUM_ITEMS)
+    index = InteractionIndex(Histories.of_lists(lists), NUM_ITEMS)
     users, wanted = np.meshgrid(np.arange(len(lists)), np.arange(1, NUM_ITEMS + 1), indexing="ij")
     expected = [[item in history for item in range(1, NUM_ITEMS + 1)] for history in lists]
     assert index.contains(users, wanted).tolist() == expected

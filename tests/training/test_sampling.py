@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
-from utils.training.sampling import PurchaseIndex, Sampler, group_items
+from utils.training.sampling import InteractionIndex, Sampler, group_items
 
 
 def drawn_histories(num_users=70, num_items=60, seed=0, shortest=1, longest=15):
@@ -207,7 +207,7 @@ def test_no_two_draws_of_a_run_share_a_random_stream(monkeypatch):
 @settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=6))
 def test_purchase_index_knows_exactly_what_was_bought(purchases):
-    index = PurchaseIndex(Histories.of_lists(purchases), 9)
+    index = InteractionIndex(Histories.of_lists(purchases), 9)
     users, items = np.meshgrid(np.arange(len(purchases)), np.arange(1, 10), indexing="ij")
     expected = [[item in purchase for item in range(1, 10)] for purchase in purchases]
     assert index.contains(users, items).tolist() == expected

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from models import IISAN, IISANEncoder, MMProjector, PerPEFT, SASRec
+from tests.conftest import make_trainer
 from utils.data.histories import Histories
-from utils.training import trainer as training
+from utils.training.progress import Progress
 from utils.training.sampling import Sampler
-from utils.training.trainer import ItemTableGradient, Trainer, transition_loss
+from utils.training.trainer import transition_loss
 
 CPU = torch.device("cpu")
 NUM_ITEMS, L2 = 25, 0.01
@@ -27,35 +29,7 @@ def test_loss_by_hand():
         return -np.log(probability if label else 1 - probability)
 
     expected = (cross_entropy(0, 1) + cross_entropy(2, 1)) / 2 + (cross_entropy(1, 0) + cross_entropy(-1, 0)) / 2
-    assert transition_loss(positive, negative, real).item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("touched", [[3, 1, 7], [0, 5], []])
-def test_item_table_gradient_equals_autograds(touched):
-    torch.manual_seed(0)
-    plain, ours = nn.Embedding(9, 4, padding_idx=0), nn.Embedding(9, 4, padding_idx=0)
-    ours.load_state_dict(plain.state_dict())
-    rows = torch.tensor(touched, dtype=torch.long)
-    gradient = ItemTableGradient(ours, L2)
-    for _ in range(2):  # the second time in the table that the first has left
-        plain.zero_grad()
-        ((plain(rows) ** 2).sum() + L2 * torch.linalg.vector_norm(plain.weight)).backward()
-        ours.zero_grad()
-        loss = (ours(rows) ** 2).sum() + gradient.penalty()
-        if touched:
-            loss.backward()
-        gradient.complete()
-        torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
-    assert gradient.penalty().item() == pytest.approx(L2 * float(np.linalg.norm(plain.weight.detach().numpy())), rel=1e-6)
-
-
-def test_item_table_of_zeros_has_a_finite_gradient():
-    table = nn.Embedding(3, 2)
-    nn.init.zeros_(table.weight)
-    gradient = ItemTableGradient(table, L2)
-    (table(torch.tensor([1])).sum() + gradient.penalty()).backward()
-    gradient.complete()
-    assert torch.equal(table.weight.grad, torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
+    assert transition_loss(positive, negative, real, 2).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_steps_equal_plain_adamw_over_the_whole_model():
@@ -71,11 +45,10 @@ def test_steps_equal_plain_adamw_over_the_whole_model():
 
     plain = copy.deepcopy(model)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
-    trainer = Trainer(model, learning_rate=1e-2, weight_decay=0.1, l2_emb=L2, device=CPU)
+    trainer = make_trainer(model, lambda items: (image_states[items - 1], text_states[items - 1]), 1e-2, 0.1, L2)
     for step in range(2):
         batch = sampler.batch(1, step)
-        rows = torch.from_numpy(batch.items[1:] - 1)
-        trainer.update(trainer.loss(batch, (image_states[rows], text_states[rows])))
+        trainer.update(trainer.loss(batch))
 
         # the same over all items at once, with global item numbers and dense gradients
         features = torch.cat([torch.zeros(1, encoder.feature_dim), plain.encoder(image_states, text_states)])
@@ -98,13 +71,28 @@ def test_steps_equal_plain_adamw_over_the_whole_model():
 
 
 def test_the_loss_shown_is_that_of_the_losses_read():
-    """On a GPU they are read now and then only."""
-    log = training._LossLog("epoch", torch.device("meta"), total=6.0, steps=2)
-    assert log.mean_so_far() == 3
+    """On a GPU they are read at intervals only."""
+    progress = Progress("global", epochs=1, steps=100, device=torch.device("meta"), accelerator=Accelerator(cpu=True))
+    assert math.isnan(progress.mean_loss)
     batch = SimpleNamespace(group=0, items=np.array([0, 1]))
-    for step in range(49):
-        log.add(step, batch, torch.tensor(1.0))
-    assert log.mean_so_far() == 3
-    log.add(49, batch, torch.tensor(1.0))
-    assert log.mean_so_far() == pytest.approx((6 + 50) / 52)
-    assert math.isnan(training._LossLog("epoch", torch.device("meta"), total=0.0, steps=0).mean_so_far())
+    for _ in progress.remaining():
+        for step in range(1, 50):
+            progress.add(step, batch, torch.tensor(1.0))
+        assert math.isnan(progress.mean_loss)
+        progress.add(50, batch, torch.tensor(2.0))
+        assert progress.mean_loss == pytest.approx(51 / 50)
+        break
+
+
+def test_state_says_how_far_it_has_come_and_the_earlier_of_equal_epochs_is_the_best():
+    progress = Progress("personalized", epochs=3, steps=1, device=CPU, accelerator=Accelerator(cpu=True))
+    batch = SimpleNamespace(group=0, items=np.array([0, 1]))
+    best = []
+    for _, value in zip(progress.remaining(), (0.2, 0.2)):
+        progress.add(1, batch, torch.tensor(1.0))
+        best.append(progress.end_epoch({"valid_NDCG@20": value}, skipped_steps=3))
+    assert best == [True, False] and [row["skipped_steps"] for row in progress.rows] == [3, 0]
+    again = Progress("personalized", epochs=3, steps=1, device=CPU, accelerator=Accelerator(cpu=True))
+    again.load_state_dict(progress.state_dict())
+    assert str(again) == str(progress) == "personalized epoch 3, step 0"
+    assert again.rows == progress.rows

@@ -15,8 +15,8 @@ from models import ClipPeftEncoder
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import INSIDE_CLIP, EncoderKind, clip_folder, encoder_and_source, load_foundation
-from utils.run.pipeline import has_groups
 from utils.run.reports import read_groups
+from utils.run.settings import has_groups
 
 
 def moved(share: np.ndarray, before: np.ndarray) -> float:

@@ -12,19 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
 from models import IISANEncoder, ItemEncoder, MMProjector, PerPEFT, SASRec
 from utils.analysis.baselines import PlainIISAN, plain_ranking_loop
-from utils.common.devices import autocast_for, has_fused_adamw
+from utils.common.versions import has_fused_adamw
 from utils.data.dataset import Dataset
 from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import Foundation
-from utils.training.evaluation import ItemSource, encode_all_items, rank_targets
+from utils.items.source import ItemSource
+from utils.training.evaluation import Evaluator, rank_targets
 from utils.training.grouping import kmeans_groups
 from utils.training.sampling import Sampler, group_items
-from utils.training.trainer import Trainer
+from utils.training.trainer import Trainer, TrainerSettings
 
 MILLISECONDS = 1e3
 SECONDS = 8  # after which a comparison ends, if it has 2 rounds
@@ -94,14 +96,10 @@ def items_worth_measuring(foundation: Foundation, dataset: Dataset, device: torc
 def bare_step(encoder: nn.Module, parameters: list[nn.Parameter], inputs: tuple, device: torch.device) -> Callable[[], None]:
     """Forward, backward and fused AdamW of an encoder alone: the least that a training step must cost."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=has_fused_adamw(device))
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
 
     def step() -> None:
-        with autocast_for(device)():
-            features = encoder(*inputs)
-        scaler.scale(features.square().sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        encoder(*inputs).square().sum().backward()
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
@@ -143,14 +141,14 @@ def step_costs(
     model = _model(encoder, dataset.num_items, device)
     model.clone_groups(num_groups)
     model.train()
-    trainer = Trainer(model, 1e-4, 1e-4, 1e-6, device)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    trainer = Trainer(model, source, TrainerSettings(1e-4, 1e-4, 1e-6), accelerator, device)
     sampler = stage_sampler(dataset, num_groups, batch_size, model.sasrec.maxlen)
     batch = sampler.batch(1, 0)
     inputs = source.fetch(batch.items[1:], device)
 
     def step() -> None:
-        same = sampler.batch(1, 0)  # the same batch each time, sampled again
-        trainer.update(trainer.loss(same, source.fetch(same.items[1:], device)))
+        trainer.update(trainer.loss(sampler.batch(1, 0)))  # the same batch each time, sampled again
 
     bare: nn.Module = copy.deepcopy(encoder)
     bare.use_group(batch.group)
@@ -174,16 +172,17 @@ def encoding_costs(
 ) -> dict[str, float]:
     """Encoding all items for evaluation, beside the bare forward pass on inputs that were fetched before."""
     model = _model(encoder, source.num_items, device).eval()
+    nobody = leave_last_out(Histories.of_lists([]))
+    evaluator = Evaluator(nobody, source, device, Accelerator(cpu=device.type == "cpu"), items_at_once)
     order = source.reading_order()
     fetched = [source.fetch(order[start : start + items_at_once], device) for start in range(0, len(order), items_at_once)]
 
     def bare() -> None:
-        with autocast_for(device)():
-            for inputs in fetched:
-                encoder(*inputs)
+        for inputs in fetched:
+            encoder(*inputs)
 
     def table() -> None:
-        encode_all_items(model, 0, source, device, items_at_once, autocast=autocast_for(device))
+        evaluator.item_table(model, 0)
 
     times = compare({"table": table, "bare": bare}, device, repeats)
     return {

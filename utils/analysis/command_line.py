@@ -3,7 +3,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.run.options import HelpFormatter
+from utils.common.console import HelpFormatter
 
 
 def run_folder_parser(description: str, several: bool = False) -> argparse.ArgumentParser:

@@ -18,9 +18,9 @@ from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_true_groups
 from utils.items.foundation import INSIDE_CLIP
 from utils.run.finished import open_finished
-from utils.run.pipeline import has_groups
 from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
+from utils.run.settings import has_groups
 from utils.training.evaluation import METRICS, ndcg_at
 
 TOP_K = 10  # items of a history and of a list of recommendations

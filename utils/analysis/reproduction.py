@@ -10,7 +10,7 @@ from typing import Any
 from utils.common.errors import PerPEFTError
 from utils.run import reports as reporting
 from utils.run.options import parse_options
-from utils.run.pipeline import fixed_options, read_settings, run_name
+from utils.run.settings import fixed_options, read_settings, run_name
 
 PERPEFT = "PerPEFT"
 # Each kind of adapter: the script that trains it, and the kinds that this script knows.

@@ -1,11 +1,10 @@
-"""Devices: which one to use, its arithmetic, and the seed of its random numbers."""
-import contextlib
-from collections.abc import Callable
-
+"""Devices: which one to use, how arrays reach it, its arithmetic, and the seed of its random numbers."""
 import numpy as np
 import torch
 
 from utils.common.errors import PerPEFTError
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}  # what autocast computes in
 
 
 def choose_device(name: str | None) -> str:
@@ -21,7 +20,7 @@ def choose_device(name: str | None) -> str:
         if device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
             raise RuntimeError
     except RuntimeError:
-        raise PerPEFTError(f"--device {name} is none of cuda:N, cpu and mps") from None
+        raise PerPEFTError(f"--device {name} is not one of cuda:N, cpu and mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PerPEFTError(
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu or a CUDA build"
@@ -31,24 +30,31 @@ def choose_device(name: str | None) -> str:
     return str(device)
 
 
-def autocast_for(device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-    """fp16 autocast on CUDA, nothing elsewhere."""
-    if device.type == "cuda":
-        return lambda: torch.autocast("cuda", dtype=torch.float16)
-    return contextlib.nullcontext
+def default_precision(device: str) -> str:
+    """fp16 on CUDA, as in the paper's code; fp32 elsewhere."""
+    return "fp16" if device.startswith("cuda") else "fp32"
 
 
-def has_fused_adamw(device: torch.device) -> bool:
-    """Whether AdamW can go over all its parameters in one kernel there."""
-    return device.type in ("cpu", "cuda")
+def check_precision(precision: str, device: str) -> None:
+    """Refuse fp16 where there is no gradient scaling.
+
+    Raises:
+        PerPEFTError: fp16 on another device than CUDA.
+    """
+    if precision == "fp16" and not device.startswith("cuda"):
+        raise PerPEFTError(f"--precision fp16 needs a CUDA device, not {device}; use --precision bf16 or fp32")
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array as a tensor on a device; the host does not wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the memory of the machine or of its device is full; every allocator says it differently."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
+    """Whether an error means that the memory of the machine or of its device is full; every allocator words it differently."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
@@ -56,6 +62,6 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 
     Args:
         seed: of the run or its stage.
-        rank: of the process, so that each of several draws other dropout masks.
+        rank: of the process, so that each of several draws its own dropout masks.
     """
     torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) if rank else seed)

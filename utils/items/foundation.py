@@ -15,9 +15,9 @@ from utils.common.files import add_model_files, build_once
 from utils.data.dataset import Dataset
 from utils.items.frozen_features import FeatureStore, compute_features
 from utils.items.hidden_states import HiddenStateStore, compute_hidden_states, save_hidden_states, states_path
+from utils.items.source import ItemSource
 from utils.items.store import ImageTitleStore, image_status
 from utils.prepare.small_clip import demo_clip, train_tokenizer
-from utils.training.evaluation import ItemSource
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 INSIDE_CLIP = ("lora", "ia3")  # the kinds of adapter that change what CLIP's own layers do

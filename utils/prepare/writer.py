@@ -11,13 +11,13 @@ from typing import Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
+from utils.common.console import number
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_atomically
 from utils.data.dataset import is_dataset_name
 from utils.prepare.amazon import ItemText
 from utils.prepare.image_folder import Filling, fill_folder
 from utils.prepare.interactions import FirstPurchases, Purchases, core_of, count_each, sample_users
-from utils.run.options import number
 
 LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a temporary one must fit behind it
 EVALUATED = 3  # purchases without which a user is never evaluated

@@ -3,15 +3,17 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import contents_fingerprint, needs_contents
+from utils.run.distributed import make_accelerator
+from utils.run.fingerprint import dataset_fingerprint
+from utils.run.opening import build_model
 from utils.run.options import build_parser
-from utils.run.pipeline import FINGERPRINTS, Run, build_model, dataset_fingerprint, least_users, read_settings
-from utils.training.processes import Processes
+from utils.run.run import Run
+from utils.run.settings import FINGERPRINTS, minimum_users, read_settings
 
 
 def finished_options(
@@ -54,7 +56,7 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
     folder, name = Path(options.train_dir), options.dataset
     needed = needs_contents(options.peft_type, folder, name)
     at_hand = (folder / f"{name}_texts_final.pickle").is_file() and (folder / f"{name}_images").is_dir()
-    dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", least_users(options))
+    dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", minimum_users(options))
     if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
         raise _other_data(name, "dataset_fingerprint", "")
     clip = options.clip_model
@@ -84,7 +86,7 @@ def open_finished(
     """
     options, expected = finished_options(folder, train_dir, device, clip_model)
     dataset = finished_dataset(options, expected)
-    run = Run(options, dataset, *build_model(options, dataset), Path(folder), {}, Processes(torch.device(options.device)))
+    run = Run(options, dataset, *build_model(options, dataset), Path(folder), {}, make_accelerator(options.device))
     run.model.eval()
     return run
 

@@ -1,54 +1,18 @@
-"""Options of the training scripts, and the way every script of this project ends."""
+"""Options of the training scripts, and of those that open a finished run."""
 import argparse
-import contextlib
-import errno
-import signal
-import sys
-import time
-import traceback
-from collections.abc import Callable
-from typing import TextIO
-
-import torch
 
 from models.item_encoder import MODALITIES
-from utils.common.devices import is_out_of_memory
-from utils.common.errors import PerPEFTError
+from utils.common.console import HelpFormatter, number
+from utils.common.devices import PRECISIONS
 from utils.data.dataset import is_dataset_name
 from utils.items.foundation import DEFAULT_CLIP
 from utils.run.hyperparameters import FALLBACK, demo_hyperparameters, read_hyperparameters
-from utils.run.trackers import NONE, TRACKERS
-from utils.training.processes import PATIENCE, OtherProcessEnded, end_process, launched_rank, launched_size, silence_others
-
-
-def number(kind: type, low: float, high: float = 1_000_000, *, above: bool = False) -> Callable[[str], float]:
-    """A checked option type: a number of `kind` in [low, high], or in (low, high] with `above`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text[:40]}' is no {'whole ' if kind is int else ''}number") from None
-        if not (low < value if above else low <= value) or not value <= high:  # so written, NaN is refused too
-            lowest = f"above {low:g}" if above else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text[:40]} must be {lowest} and at most {high:g}")
-        return value
-
-    return parse
-
+from utils.run.tracking import TRACKERS
 
 METHODS = ("perpeft", "global", "large_global", "frozen", "none")
 COUNT = number(int, 1)
 SIZE = number(int, 1, 10_000)  # of layers and tables: what is beyond would not fit into any memory
 RATE, WEIGHT, SHARE = number(float, 0, 10, above=True), number(float, 0, 1000), number(float, 0, 0.99)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a default where there is one to tell and the help text does not tell it itself."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        untold = action.default is None or action.default is False or "default" in (action.help or "")
-        return action.help if untold else super()._get_help_string(action)
 
 
 def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -63,7 +27,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     run.add_argument("--restart", action="store_true", help="start over instead of continuing")
     run.add_argument("--inference_only", action="store_true", help="evaluate a finished run's saved weights")
     run.add_argument("--save_every", type=COUNT, default=500, help="steps between saves of the state to continue from")
-    run.add_argument("--log_with", choices=TRACKERS, default=NONE, help="also log every epoch there (wandb: offline)")
+    run.add_argument("--log_with", choices=("none", *TRACKERS), default="none", help="log every epoch there too (wandb: offline)")
     run.add_argument("--debug", action="store_true", help="show tracebacks")
 
     training = parser.add_argument_group("training")
@@ -91,10 +55,16 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
         adapters.add_argument(
             "--gradient_checkpointing",
             action="store_true",
-            help="compute CLIP's layers twice instead of keeping them for the backward pass: less memory, the same result",
+            help="compute layers twice instead of keeping them for the backward pass: less memory, the same result",
+        )
+        adapters.add_argument(
+            "--precision",
+            choices=tuple(PRECISIONS),
+            default=None,
+            help="arithmetic of the foundation model (default: fp16 on CUDA, as in the paper's code; fp32 elsewhere)",
         )
     else:
-        parser.set_defaults(rank=None, gradient_checkpointing=False)
+        parser.set_defaults(rank=None, gradient_checkpointing=False, precision="fp32")
     adapters.add_argument("--C", type=COUNT, default=None, help="user groups (default: 8; demo: 4)")
     adapters.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without an image")
     if len(peft_types) == 1:
@@ -108,7 +78,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
         help="perpeft: all three stages; the others train stage 1 alone, for --global_epochs + --num_epochs epochs: global (one "
         "adapter), large_global (one of C times the rank; LoRA), frozen (CLIP as it is), none (item embeddings only)",
     )
-    comparison.add_argument("--modality", choices=tuple(MODALITIES), default="both", help="what of an item is looked at")
+    comparison.add_argument("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
     comparison.add_argument("--negatives", choices=("group", "all"), default="group", help="items that stage 3 draws from")
     comparison.add_argument("--grouping", choices=("kmeans", "random"), default="kmeans", help="how stage 2 groups users")
     comparison.add_argument(
@@ -119,21 +89,21 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     return parser
 
 
-def _settle_method(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Check what fits together, and bring methods without an adapter to one form whichever script they are run by."""
+def _check_method(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Check which options go together, and give methods without an adapter the same settings in both scripts."""
     method = options.method
-    for name, needless in (
+    for name, unused in (
         ("negatives", method != "perpeft"), ("grouping", method != "perpeft"), ("init_from", method != "perpeft"),
         ("modality", method == "none"),
     ):  # fmt: skip
-        if needless and getattr(options, name) != parser.get_default(name):
+        if unused and getattr(options, name) != parser.get_default(name):
             parser.error(f"--{name} {getattr(options, name)} has no effect with --method {method}; leave it out")
     if method == "large_global":
         if options.peft_type != "lora":
-            parser.error("--method large_global needs --peft_type lora: only LoRA has a rank that can be made larger")
+            parser.error("--method large_global needs --peft_type lora: only LoRA's rank can be raised")
         options.rank *= options.C
     if method in ("frozen", "none"):
-        options.peft_type, options.rank, options.gradient_checkpointing = method, None, False
+        options.peft_type, options.rank, options.gradient_checkpointing, options.precision = method, None, False, "fp32"
     if method == "none":
         options.clip_model = None
 
@@ -146,6 +116,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     """
     parser = build_parser(description, peft_types)
     options = parser.parse_args(arguments)
+    options.log_with = None if options.log_with == "none" else options.log_with
     if options.hidden_units % options.num_heads:
         parser.error(f"--num_heads {options.num_heads} must divide --hidden_units {options.hidden_units}")
     if not is_dataset_name(options.dataset):
@@ -153,7 +124,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     is_demo = options.dataset == "demo"
     options.C = options.C or (4 if is_demo else 8)
     options.clip_model = options.clip_model or ("demo" if is_demo else DEFAULT_CLIP)
-    _settle_method(parser, options)
+    _check_method(parser, options)
     known = demo_hyperparameters(options.peft_type) if is_demo else read_hyperparameters(options.dataset, options.peft_type)
     source = "the demo's" if is_demo else "perpeft_hyperparameter.pickle" if known else "default"
     origins = []
@@ -167,87 +138,3 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
         origins.append(f"{name} {getattr(options, name):g} ({'given' if given else source})")
     print(", ".join(origins), flush=True)
     return options
-
-
-def _raise_interrupt(number: int, _frame: object) -> None:
-    raise KeyboardInterrupt(number)
-
-
-def _ending(error: BaseException) -> tuple[int, str] | None:
-    """The exit code and the sentence that an error ends a script with; None for what only a mistake in the code can raise."""
-    if isinstance(error, KeyboardInterrupt):
-        number = error.args[0] if error.args else signal.SIGINT
-        return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"
-    if isinstance(error, OtherProcessEnded):
-        return 1, f"error: {error}"
-    if isinstance(error, PerPEFTError):
-        return 2, f"error: {error}"
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    if is_out_of_memory(error):
-        return 1, (
-            f"error: the memory is full ({reason}). Try --gradient_checkpointing (LoRA and IA3), with which a run goes on as "
-            "without, or a smaller --batch_size, which begins anew and so needs --restart or another --output_dir"
-        )
-    if isinstance(error, torch.AcceleratorError):
-        return 1, f"error: the device failed ({reason})"
-    if isinstance(error, OSError):
-        hint = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = ". Make room on that disk"
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            hint = ". Allow access to it, or choose another folder (--output_dir, --train_dir)"
-        return 1, f"error: {error}{hint}"
-    return None
-
-
-def _end_other_process(error: BaseException, told: TextIO) -> None:
-    """End a process that is not the first one: it tells an error of its own, but leaves to the first what both have met.
-
-    A mistake of the user is met by all. The first one tells it and ends, and then the launcher ends the others. The same holds
-    where the first is gone.
-    """
-    if isinstance(error, SystemExit):  # argparse has said why, in every process
-        code, sentence = error.code, "error: wrong options"
-    else:
-        code, sentence = _ending(error) or (1, "".join(traceback.format_exception(error)).rstrip())
-    if code and not isinstance(error, KeyboardInterrupt):
-        with contextlib.suppress(KeyboardInterrupt):
-            if isinstance(error, (PerPEFTError, SystemExit)):
-                time.sleep(PATIENCE)
-            print(f"process {launched_rank()}: {sentence}", file=told, flush=True)
-    end_process(code)
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main` and end the process at an error with a sentence that says what happened and how to go on.
-
-    Of several processes that a launcher has started, the first one speaks.
-
-    Exit codes: 2 for a mistake that the user can mend, 1 for trouble of the machine, 130 and 143 after SIGINT and SIGTERM. A
-    traceback comes with --debug alone, or from a mistake in the code.
-    """
-    told = silence_others()
-    signal.signal(signal.SIGTERM, _raise_interrupt)
-    try:
-        main()
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if launched_rank():
-            _end_other_process(error, told)
-        if isinstance(error, SystemExit):
-            raise
-        if launched_size() > 1:  # the launcher sends one as soon as another process has ended: not amid the last words
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        ending = _ending(error)
-        if ending is None:
-            raise
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        code, sentence = ending
-        again = "the same command" + (" without --restart" if "--restart" in sys.argv else "")
-        saved = getattr(error, "saved", None)  # set by utils.run.pipeline.open_run
-        print(sentence, file=sys.stderr)
-        if saved:
-            print(f"{saved}; {again} continues from there", file=sys.stderr)
-        elif code != 2:
-            print(f"{again} starts again", file=sys.stderr)
-        end_process(code)

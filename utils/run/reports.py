@@ -1,4 +1,4 @@
-"""What a run tells: metrics.csv, summary.json, groups.csv, the curves, and the closing table."""
+"""The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, curves, the closing table."""
 import csv
 import io
 import json
@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from models import ItemEncoder, PerPEFT
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
-from utils.training.evaluation import METRICS
-from utils.training.trainer import best_row
+from utils.items.foundation import trainable_counts
+from utils.run.settings import FINGERPRINTS
+from utils.training.evaluation import METRICS, Ranks
+from utils.training.progress import best_row
 
 SPLIT_METRICS = tuple(f"{split}_{name}" for split in ("valid", "test") for name in METRICS)
 METRIC_COLUMNS = ("stage", "epoch", "train_loss", "seconds", *SPLIT_METRICS)
@@ -57,9 +60,9 @@ def read_groups(path: Path) -> np.ndarray:
         raise PerPEFTError(f"{path} cannot be read ({error}); start over with --restart") from error
 
 
-def write_ranks(path: Path, user_ids: np.ndarray, ranks: dict[str, np.ndarray]) -> None:
-    """Write what `rank_all_users` gave: user, valid_rank, test_rank, from 0; for tests of significance and figures by group."""
-    rows = zip(user_ids[ranks["users"]].tolist(), ranks["valid"].tolist(), ranks["test"].tolist())
+def write_ranks(path: Path, user_ids: np.ndarray, ranks: Ranks) -> None:
+    """Write user, valid_rank, test_rank, from 0; for tests of significance and figures by group."""
+    rows = zip(user_ids[ranks.users].tolist(), ranks.valid.tolist(), ranks.test.tolist())
     write_text_atomically(path, "user,valid_rank,test_rank\n" + "".join(f"{user},{valid},{test}\n" for user, valid, test in rows))
 
 
@@ -122,3 +125,57 @@ def results_table(summary: dict[str, Any]) -> str:
             values = "".join(f"{100 * summary[stage][split][name]:>9.2f}" for name in METRICS)
             lines.append(f"{stage:<16}{split:<7}{values}   {summary[stage]['best_epoch']:>10}")
     return "\n".join(lines)
+
+
+def print_results(summary: dict[str, Any], folder: Path) -> None:
+    """Print the closing table and the run folder."""
+    print(f"\n{results_table(summary)}\n(percent) {folder}", flush=True)
+
+
+def format_epoch(rows: list[dict[str, Any]], epochs: int) -> str:
+    """One line about a stage's last epoch."""
+    row = rows[-1]
+    mark = " (best so far)" if best_row(rows) is row else ""
+    skipped = f", {row['skipped_steps']} steps skipped for fp16 overflow" if row["skipped_steps"] else ""
+    return (
+        f"{row['stage']} epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, "
+        f"valid HR@20 {100 * row['valid_HR@20']:.2f} "
+        f"NDCG@20 {100 * row['valid_NDCG@20']:.2f}{mark}, {row['seconds']:.1f} s{skipped}"
+    )
+
+
+def describe_adapter(peft_type: str, encoder: ItemEncoder) -> str:
+    """The kind of adapter and its size, for people."""
+    counts = trainable_counts(encoder)
+    if not counts["adapter_of_one_group"]:
+        return {"frozen": "foundation model frozen, no adapter", "none": "item embeddings only"}[peft_type]
+    share = counts["adapter_share_of_foundation_model"]
+    share_text = "" if share is None else f", {100 * share:.2f}% of the foundation model"
+    return f"{peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{share_text}"
+
+
+def run_summary(
+    settings: dict[str, Any], model: PerPEFT, rows: dict[str, list[dict[str, Any]]], grouping_seconds: float
+) -> dict[str, Any]:
+    """The part of summary.json that does not depend on the machine and the data.
+
+    Args:
+        settings: of the run, fingerprints included.
+        model: as it was trained.
+        rows: of each stage's epochs.
+        grouping_seconds: of stage 2.
+    """
+    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("sasrec", "projectors")}
+    return {
+        "config": {name: value for name, value in settings.items() if name not in FINGERPRINTS},
+        "versions": versions(),
+        **{name: settings[name] for name in FINGERPRINTS},
+        "trainable_parameters": {**sizes, **trainable_counts(model.encoder)},
+        "seconds": {
+            "global": sum(row["seconds"] for row in rows["global"]),
+            "grouping": grouping_seconds,
+            "personalized": sum(row["seconds"] for row in rows["personalized"]),
+        },
+        "skipped_steps": {stage: sum(row["skipped_steps"] for row in own) for stage, own in rows.items()},
+        **{stage: stage_summary(own) for stage, own in rows.items() if own},
+    }

@@ -1,14 +1,18 @@
-"""What is kept on disk of a model: the best weights in open formats, and the state that continuing needs."""
+"""A model on disk: the best weights in open formats, and the state that a stage continues from."""
 import glob
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from models import PerPEFT
+from utils.common.devices import is_out_of_memory
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, save_tensors, write_atomically
+from utils.training.progress import Progress
+from utils.training.trainer import Trainer
 
 
 def _read(path: Path) -> Any:
@@ -21,22 +25,27 @@ def _read(path: Path) -> Any:
         raise PerPEFTError(f"{path} cannot be read ({reason}); delete it, or start over with --restart") from error
 
 
+def _on_cpu(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A state_dict that opens on machines without this one's device."""
+    return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+
+
 def save_global(model: PerPEFT, folder: Path) -> None:
     """Write `sasrec.pth`, `projector.pth` and the adapter of a model with one group; the folder is replaced as a whole."""
     with folder_written_atomically(folder) as temporary:
-        save_tensors(model.sasrec.state_dict(), temporary / "sasrec.pth")
-        save_tensors(model.projectors[0].state_dict(), temporary / "projector.pth")
+        save_tensors(_on_cpu(model.sasrec), temporary / "sasrec.pth")
+        save_tensors(_on_cpu(model.projectors[0]), temporary / "projector.pth")
         model.encoder.save_group(temporary, 0)
 
 
 def save_personalized(model: PerPEFT, folder: Path) -> None:
     """Write `sasrec.pth` and, in `group_{g}/`, every group's `projector.pth` and adapter; the folder is replaced as a whole."""
     with folder_written_atomically(folder) as temporary:
-        save_tensors(model.sasrec.state_dict(), temporary / "sasrec.pth")
+        save_tensors(_on_cpu(model.sasrec), temporary / "sasrec.pth")
         for group, projector in enumerate(model.projectors):
             own = temporary / f"group_{group}"
             own.mkdir()
-            save_tensors(projector.state_dict(), own / "projector.pth")
+            save_tensors(_on_cpu(projector), own / "projector.pth")
             model.encoder.save_group(own, group)
 
 
@@ -120,31 +129,52 @@ def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: st
             raise PerPEFTError(f"--init_from {found[0]}: {str(error).replace(temporary, str(folder))}") from error
 
 
-class ResumeState:
-    """The state of one stage in one file, replaced as a whole.
+class Checkpoint:
+    """The state that one stage continues from, in one file that is replaced as a whole; rank 0 writes it.
 
-    Attributes:
+    Args:
         path: the file, named for the stage.
-        saved: how far the state in it has come, in words; None as long as there is none.
+        accelerator: the ranks, all of which call every method.
+    Attributes:
+        saved: how far the state in the file has come, in words; None as long as there is none.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, accelerator: Accelerator):
         self.path = path
         self.saved: str | None = None
+        self._accelerator = accelerator
 
-    def load(self) -> dict[str, Any] | None:
-        """What was saved last; None before the first save."""
+    def restore(self, trainer: Trainer, progress: Progress) -> None:
+        """Continue from the latest state, if there is one.
+
+        Raises:
+            PerPEFTError: the file is damaged or of another run.
+        """
         if not self.path.is_file():
-            return None
+            return
         state = _read(self.path)
-        self._note(state)
-        return state
+        try:
+            trainer.load_state_dict(state["trainer"])
+            progress.load_state_dict(state["progress"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise PerPEFTError(f"{self.path} is not a state of this run ({reason}); start over with --restart") from error
+        self.saved = str(progress)
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace what was saved; plain values and tensors only, "epoch" and "step" among them."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, lambda temporary: save_tensors(state, temporary))
-        self._note(state)
+    def save(self, trainer: Trainer, progress: Progress) -> None:
+        """Replace the state by the present one.
 
-    def _note(self, state: dict[str, Any]) -> None:
-        self.saved = f"{self.path.stem} epoch {state['epoch']}, step {state['step']}"
+        Raises:
+            PerPEFTError: a loss or a weight is infinite or NaN; the file is left as it was.
+        """
+        progress.read_losses()
+        if not trainer.is_finite():
+            raise progress.not_finite("weights have become infinite or NaN")
+        state = {"trainer": trainer.state_dict(), "progress": progress.state_dict()}
+        if self._accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, lambda temporary: save_tensors(state, temporary))
+        self._accelerator.wait_for_everyone()
+        self.saved = str(progress)

@@ -1,132 +1,160 @@
 """Full-ranking evaluation: every item encoded once a group, every user's held-out item ranked against all others."""
-import contextlib
-from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from models import PerPEFT, SASRec
+from utils.common.devices import to_device
 from utils.data.histories import Histories, Split
-from utils.training.processes import Processes
+from utils.items.source import ItemSource
 
 CUTOFFS = (10, 20, 30)
 METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS)
-ALONE = Processes(torch.device("cpu"))
 SCORES_AT_ONCE = 2**24  # entries of a score matrix held at a time: memory stays flat in the number of users
 
 
-class ItemSource(Protocol):
-    """What an encoder's inputs are fetched from: images and tokens, or hidden states."""
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks from 0 of every evaluated user's held-out items.
 
-    num_items: int
+    Attributes:
+        users: rows of the evaluated users, [users].
+        valid, test: rank of the validation and of the test item, [users].
+    """
 
-    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Inputs of some items (numbers from 1) on a device."""
+    users: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
 
-    def reading_order(self) -> np.ndarray:
-        """All items, in the order in which encoding them in batches is cheapest."""
+    def metrics(self) -> dict[str, float]:
+        """`valid_HR@10` ... `test_NDCG@30`, as fractions."""
+        by_split = {"valid": metrics_of(self.valid), "test": metrics_of(self.test)}
+        return {f"{split}_{name}": value for split, metrics in by_split.items() for name, value in metrics.items()}
 
-    def place_on(self, device: torch.device) -> None:
-        """Keep what can be kept on the device."""
 
-
-@torch.no_grad()
-def encode_all_items(
-    model: PerPEFT,
-    group: int,
-    source: ItemSource,
-    device: torch.device,
-    items_at_once: int = 256,
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    processes: Processes = ALONE,
-) -> torch.Tensor:
-    """Projected vectors of all items as one group sees them, [num_items + 1, hidden], row 0 the padding item's.
+class Evaluator:
+    """Ranks all users of one data set with a model; several ranks share encoding and ranking.
 
     Args:
-        model: in eval mode.
-        group: whose adapter and projector act.
-        source: where inputs come from.
+        split: histories and held-out items.
+        source: the items' inputs.
         device: where the model lies.
-        items_at_once: items a forward pass.
-        autocast: a callable that makes the context of the foundation model's forward pass.
-        processes: those that share the work; all get all vectors.
+        accelerator: the ranks that share the work; every rank gets every result.
+        items_at_once: items encoded in a forward pass.
     """
-    order = source.reading_order()
-    vectors = None
-    starts = range(0, len(order), items_at_once)
-    for start in starts[processes.rank :: processes.size]:
-        items = order[start : start + items_at_once]
-        inputs = source.fetch(items, device)
-        with autocast():
-            chunk = model.item_vectors(group, inputs)
-        chunk = chunk.float()  # [1 + items, hidden]
-        if vectors is None:
-            vectors = torch.zeros(source.num_items + 1, chunk.shape[1], device=device)
-            if processes.is_first:  # every chunk brings the padding item's vector, but the sum must hold it once
+
+    def __init__(
+        self, split: Split, source: ItemSource, device: torch.device, accelerator: Accelerator, items_at_once: int = 256
+    ):
+        self.split, self.source, self.device = split, source, device
+        self._accelerator = accelerator
+        self._items_at_once = items_at_once
+
+    @torch.no_grad()
+    def item_table(self, model: PerPEFT, group: int) -> torch.Tensor:
+        """The e_i of all items as one group sees them, [num_items + 1, hidden]; row 0 is the padding item's.
+
+        Args:
+            model: in eval mode.
+            group: whose adapter and projector act.
+        """
+        vectors = torch.zeros(self.source.num_items + 1, model.sasrec.hidden_units, device=self.device)
+        order = self.source.reading_order()
+        starts = range(0, len(order), self._items_at_once)
+        for start in starts[self._accelerator.process_index :: self._accelerator.num_processes]:
+            items = order[start : start + self._items_at_once]
+            chunk = model.item_vectors(group, self.source.fetch(items, self.device))  # [1 + items, hidden]
+            vectors[to_device(items, self.device)] = chunk[1:]
+            if start == 0:  # every chunk has the padding item's vector, but the sum over ranks must hold it once
                 vectors[0] = chunk[0]
-        vectors[torch.from_numpy(items).to(device)] = chunk[1:]
-    if vectors is None:  # fewer chunks than processes
-        vectors = torch.zeros(source.num_items + 1, model.sasrec.hidden_units, device=device)
-    return processes.sum_(vectors)
+        return model.sasrec.item_inputs(self._accelerator.reduce(vectors, "sum"))
+
+    @torch.no_grad()
+    def ranks(self, model: PerPEFT, groups: np.ndarray) -> Ranks:
+        """Rank every evaluated user's valid and test item, each user by their own group's adapter and projector.
+
+        Args:
+            model: in eval mode.
+            groups: each user row's group, [users].
+        """
+        split, users = self.split, self.split.evaluated_users
+        if len(users) and groups[users].max() >= model.num_groups:
+            raise ValueError(f"a user is in group {groups[users].max()}, but the model has {model.num_groups} groups")
+        ranks = torch.zeros(2, len(users), dtype=torch.long, device=self.device)  # valid, test
+        held_out = ((split.train, split.valid), (split.train_and_valid, split.test))
+        for group in range(model.num_groups):
+            places = np.flatnonzero(groups[users] == group)
+            if not len(places):
+                continue
+            table = self.item_table(model, group)
+            places = places[self._accelerator.process_index :: self._accelerator.num_processes]
+            members, on_device = users[places], to_device(places, self.device)
+            for row, (histories, targets) in enumerate(held_out):
+                states = last_states(model.sasrec, table, histories, members)
+                ranks[row, on_device] = rank_targets(states, table, targets[members], histories, members)
+        return Ranks(users, *self._accelerator.reduce(ranks, "sum").cpu().numpy())
 
 
 @torch.no_grad()
 def last_states(
-    sasrec: SASRec, inputs: torch.Tensor, histories: Histories, users: np.ndarray, users_at_once: int = 8192
+    sasrec: SASRec, item_table: torch.Tensor, histories: Histories, users: np.ndarray, users_at_once: int = 8192
 ) -> torch.Tensor:
-    """The recommender's state after each user's last purchase, [users, hidden].
+    """The recommender's state after each user's last interaction, [users, hidden].
 
     Args:
         sasrec: in eval mode.
-        inputs: the table of e_i, [num_items + 1, hidden].
-        histories: what the users have bought.
-        users: their rows.
-        users_at_once: users a forward pass.
+        item_table: the e_i, [num_items + 1, hidden].
+        histories: of all users.
+        users: rows of the users.
+        users_at_once: users in a forward pass.
     """
-    chunks = [inputs.new_empty(0, inputs.shape[1])]
+    chunks = [item_table.new_empty(0, item_table.shape[1])]
     for start in range(0, len(users), users_at_once):
         seq = histories.last(users[start : start + users_at_once], sasrec.maxlen)  # [users, time]
-        states = sasrec.states_from_inputs(torch.from_numpy(seq).to(inputs.device), inputs)  # [users, time, hidden]
+        states = sasrec.states_from_inputs(to_device(seq, item_table.device), item_table)  # [users, time, hidden]
         chunks.append(states[:, -1])
     return torch.cat(chunks)
 
 
 @torch.no_grad()
 def rank_targets(
-    states: torch.Tensor, inputs: torch.Tensor, targets: np.ndarray, excluded: Histories, users: np.ndarray
-) -> np.ndarray:
-    """How many other candidates score at least as high as each user's target; ties, and scores that are no numbers, count
-    against the model.
+    states: torch.Tensor, item_table: torch.Tensor, targets: np.ndarray, excluded: Histories, users: np.ndarray
+) -> torch.Tensor:
+    """How many other candidates score at least as high as each user's target; ties and NaN scores count against the model.
 
     Args:
         states: last states of the users, [users, hidden].
-        inputs: the table of e_i, [num_items + 1, hidden].
+        item_table: the e_i, [num_items + 1, hidden].
         targets: each user's held-out item, [users].
         excluded: the items that are no candidates for a user (the target itself always is one).
         users: the users' rows in `excluded`, [users].
     Returns:
         0 for a target that beats all, [users].
     """
-    num_rows = inputs.shape[0]
+    num_rows, device = item_table.shape[0], item_table.device
     users_at_once = max(1, SCORES_AT_ONCE // num_rows)
-    ranks = []
+    ranks = [torch.empty(0, dtype=torch.long, device=device)]
     for start in range(0, len(users), users_at_once):
-        chunk = users[start : start + users_at_once]
-        scores = states[start : start + users_at_once] @ inputs.T  # [users, num_items + 1]
-        target = torch.from_numpy(targets[start : start + users_at_once]).to(scores.device)[:, None]  # [users, 1]
+        chunk = slice(start, start + users_at_once)
+        scores = states[chunk] @ item_table.T  # [users, num_items + 1]
+        target = to_device(targets[chunk], device)[:, None]  # [users, 1]
         target_scores = scores.gather(1, target)  # [users, 1]
-        lengths = excluded.offsets[chunk + 1] - excluded.offsets[chunk]
-        first = np.repeat(excluded.offsets[chunk] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
-        excluded_items = excluded.items[first + np.arange(len(first))]
-        flat = np.repeat(np.arange(len(chunk)) * num_rows, lengths) + excluded_items
-        no_candidate = float("-inf")
-        scores[:, 0] = no_candidate
-        scores.view(-1)[torch.from_numpy(flat).to(scores.device)] = no_candidate
-        scores.scatter_(1, target, no_candidate)
-        ranks.append((num_rows - (scores < target_scores).sum(1)).cpu().numpy())
-    # Rows that were set to -inf are below any finite target, so they are not counted.
-    return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
+        rows, items = _rows_and_items(excluded, users[chunk])
+        scores[:, 0] = float("-inf")
+        scores.view(-1).index_fill_(0, to_device(rows * num_rows + items, device), float("-inf"))
+        scores.scatter_(1, target, float("-inf"))
+        ranks.append(num_rows - (scores < target_scores).sum(1))
+    # Entries that were set to -inf are below any finite target, so they are not counted.
+    return torch.cat(ranks)
+
+
+def _rows_and_items(histories: Histories, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The interactions of some users: the user's place in `users` and the item, [interactions] each."""
+    lengths = histories.lengths[users]
+    first = np.repeat(histories.offsets[users] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+    return np.repeat(np.arange(len(users)), lengths), histories.items[first + np.arange(len(first))]
 
 
 def ndcg_at(k: int, ranks: np.ndarray) -> np.ndarray:
@@ -139,42 +167,3 @@ def metrics_of(ranks: np.ndarray) -> dict[str, float]:
     return {f"HR@{k}": float((ranks < k).mean()) for k in CUTOFFS} | {
         f"NDCG@{k}": float(ndcg_at(k, ranks).mean()) for k in CUTOFFS
     }
-
-
-def rank_all_users(
-    model: PerPEFT,
-    split: Split,
-    groups: np.ndarray,
-    encode: Callable[[int], torch.Tensor],
-    processes: Processes = ALONE,
-) -> dict[str, np.ndarray]:
-    """Ranks of every evaluated user's valid and test item, each user by their own group's adapter and projector.
-
-    Args:
-        model: in eval mode.
-        split: histories and held-out items.
-        groups: each user row's group, [users].
-        encode: a group's projected item vectors, [num_items + 1, hidden]; called by all processes.
-        processes: those that share the users of every group; all get all ranks.
-    Returns:
-        {"users": rows of evaluated users, "valid": their ranks, "test": their ranks}
-    """
-    users = split.evaluated_users
-    if not (groups[users] < model.num_groups).all():
-        raise ValueError(f"a user is in group {groups[users].max()}, but the model has {model.num_groups} groups")
-    ranks = {name: np.zeros(len(users), dtype=np.int64) for name in ("valid", "test")}
-    for group in range(model.num_groups):
-        places = np.flatnonzero(groups[users] == group)
-        if not len(places):
-            continue
-        places = places[processes.rank :: processes.size]
-        members = users[places]
-        inputs = model.sasrec.item_inputs(encode(group)).detach()  # [num_items + 1, hidden]
-        for name, histories, targets in (
-            ("valid", split.train, split.valid),
-            ("test", split.train_and_valid, split.test),
-        ):
-            states = last_states(model.sasrec, inputs, histories, members)
-            ranks[name][places] = rank_targets(states, inputs, targets[members], histories, members)
-    sums = {name: processes.sum_(torch.from_numpy(own).to(processes.device)).cpu().numpy() for name, own in ranks.items()}
-    return {"users": users, **sums}

@@ -1,10 +1,14 @@
 """Training batches: users of one group, their transitions, and negatives; whole arrays at a time."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories, sorted_distinct
+
+Array = np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -15,27 +19,38 @@ class Batch:
         group: whose adapter and projector are trained.
         items: the distinct items of the batch, [rows]; row 0 is the padding item 0.
         seq, positives, negatives: rows of `items`, 0 at padding, [batch, time] each.
-        whole: the batch that this is a part of, if it is one.
+        num_transitions: real positions of `seq`; in a shard, those of the full batch.
     """
 
     group: int
-    items: np.ndarray
-    seq: np.ndarray
-    positives: np.ndarray
-    negatives: np.ndarray
-    whole: "Batch | None" = None
+    items: Array
+    seq: Array
+    positives: Array
+    negatives: Array
+    num_transitions: int
 
-    def part(self, rank: int, size: int) -> "Batch":
-        """Every `size`-th user from number `rank` on, with these users' own items; no user where there are too few."""
-        rows, local = np.unique(
-            np.concatenate([[0], *(table[rank::size].ravel() for table in (self.seq, self.positives, self.negatives))]),
-            return_inverse=True,
-        )  # rows of this batch's items; row 0 stays the padding item's
-        seq, positives, negatives = local[1:].reshape(3, -1, self.seq.shape[1])
-        return Batch(self.group, self.items[rows], seq, positives, negatives, whole=self)
+    def shard(self, rank: int, ranks: int) -> "Batch":
+        """Every `ranks`-th user from number `rank` on, with these users' own items.
+
+        A rank that has no user gets one without a transition and one item, since every rank has to take part in a step.
+        """
+        if ranks == 1:
+            return self
+        if rank >= len(self.seq):
+            padding = np.zeros_like(self.seq[:1])
+            return replace(self, items=self.items[:2], seq=padding, positives=padding, negatives=padding)
+        tables = np.stack([self.seq, self.positives, self.negatives])[:, rank::ranks]  # [3, users, time]
+        rows, local = np.unique(np.append(tables.ravel(), 0), return_inverse=True)  # row 0 stays the padding item's
+        seq, positives, negatives = local[:-1].reshape(tables.shape)
+        return replace(self, items=self.items[rows], seq=seq, positives=positives, negatives=negatives)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same with tensors on a device in place of arrays."""
+        tables = {name: to_device(getattr(self, name), device) for name in ("items", "seq", "positives", "negatives")}
+        return replace(self, **tables)
 
 
-class PurchaseIndex:
+class InteractionIndex:
     """Answers "has this user bought this item?" for whole arrays, by one binary search in sorted keys."""
 
     def __init__(self, histories: Histories, num_items: int):
@@ -84,7 +99,7 @@ class Sampler:
         seed: tuple[int, ...],
     ):
         self._train = train
-        self._bought = PurchaseIndex(train, num_items)
+        self._bought = InteractionIndex(train, num_items)
         self._num_items = num_items
         self._candidates = candidates
         self._batch_size = batch_size
@@ -144,15 +159,15 @@ class Sampler:
         group, users = self.plan(epoch)[step]
         window = self._train.last(users, self._maxlen + 1)  # [batch, time + 1]
         seq = window[:, :-1]  # [batch, time]
-        real = seq != 0
-        positives = np.where(real, window[:, 1:], 0)
+        mask = seq != 0
+        positives = np.where(mask, window[:, 1:], 0)
         negatives = np.zeros_like(seq)
         repeated_users = np.broadcast_to(users[:, None], seq.shape)
-        negatives[real] = self.negatives(repeated_users[real], group, self._random(epoch, step + 1))
+        negatives[mask] = self.negatives(repeated_users[mask], group, self._random(epoch, step + 1))
         rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
         items, local = np.unique(rows, return_inverse=True)
         seq, positives, negatives = local[1:].reshape(3, *seq.shape)
-        return Batch(group, items, seq, positives, negatives)
+        return Batch(group, items, seq, positives, negatives, num_transitions=int(mask.sum()))
 
 
 def group_items(train: Histories, groups: np.ndarray, num_groups: int) -> list[np.ndarray]:

@@ -1,0 +1,118 @@
+"""The command line: checked option types, and how every script of this project ends."""
+import argparse
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from utils.common.devices import is_out_of_memory
+from utils.common.errors import PerPEFTError
+
+# How long another rank keeps its error to itself: rank 0 meets most errors too and reports them, and the launcher then ends all.
+ERROR_GRACE_SECONDS = 60
+
+
+def number(kind: type, low: float, high: float = 1_000_000, *, above: bool = False) -> Callable[[str], float]:
+    """A checked option type: a number of `kind` in [low, high], or in (low, high] with `above`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a {'whole ' if kind is int else ''}number") from None
+        if not (low < value if above else low <= value) or not value <= high:  # so written, NaN is refused too
+            lowest = f"above {low:g}" if above else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {lowest} and at most {high:g}")
+        return value
+
+    return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default where there is one and the help text does not state it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        stated = action.default is None or action.default is False or "default" in (action.help or "")
+        return action.help if stated else super()._get_help_string(action)
+
+
+def launched_rank() -> int:
+    """This process's rank; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0")) if launched_ranks() > 1 else 0
+
+
+def launched_ranks() -> int:
+    """How many ranks a launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence that a script ends with; None for what needs a traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"
+    if isinstance(error, PerPEFTError):
+        return 2, f"error: {error}"
+    if is_out_of_memory(error):
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return 1, (
+            f"error: the memory is full ({reason}). Try --gradient_checkpointing (LoRA and the like), with which a run continues,"
+            " or a smaller --batch_size, which starts a new run and so needs --restart or another --output_dir"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        hint = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = ". Free some space on that disk"
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            hint = ". Allow access to it, or choose another folder (--output_dir, --train_dir)"
+        return 1, f"error: {error}{hint}"
+    return None
+
+
+def _exit(code: int) -> NoReturn:
+    """End this process; one of several at once, since its teardown may wait for the others or abort."""
+    if launched_ranks() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's `main`; it ends with one sentence at an error of the user or the machine, with a traceback at any other.
+
+    Exit codes: 2 for an error that the user can correct, 1 for trouble of the machine, 130 and 143 after SIGINT and SIGTERM.
+    `--debug` shows the traceback of every error. Of several ranks, rank 0 alone writes to the terminal; another rank's error is
+    shown only if rank 0 has not ended meanwhile.
+    """
+    stderr = sys.stderr
+    if launched_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        main()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not launched_rank():  # argparse has reported it
+            raise
+        ending = (2, "error: wrong options") if isinstance(error, SystemExit) else _ending(error)
+        if launched_ranks() == 1 and ending is None:
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if launched_rank() else signal.SIG_IGN)  # the launcher may send it now
+        if launched_rank() and not isinstance(error, KeyboardInterrupt):
+            time.sleep(ERROR_GRACE_SECONDS)
+        code, sentence = ending or (1, "".join(traceback.format_exception(error)).rstrip())
+        if "--debug" in sys.argv and ending is not None:
+            traceback.print_exc()
+        if not launched_rank():
+            print(sentence, file=stderr)
+        elif not isinstance(error, KeyboardInterrupt):
+            print(f"rank {launched_rank()}: {sentence}", file=stderr, flush=True)
+        _exit(code)

@@ -1,0 +1,118 @@
+"""The run folder: locked while a run trains in it, and either new, begun or finished."""
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from utils.common.errors import PerPEFTError
+from utils.common.files import remove_leftovers
+from utils.run import reports
+from utils.run.settings import check_same_settings, read_settings
+
+RUN_FILES = (
+    "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",
+    "groups.png", "figures", "report.html", "tensorboard", "wandb",
+)  # fmt: skip  # and summary.json
+
+
+class RunFolder:
+    """One run folder.
+
+    Attributes:
+        path: `{output_dir}/{run name}`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._resume, self._summary = path / "resume", path / "summary.json"
+        self._config = self._resume / "config.json"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and keep other processes from training in it.
+
+        Raises:
+            PerPEFTError: it cannot be made, or another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PerPEFTError(f"cannot make the run folder {self.path} ({error}); choose another --output_dir") from error
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)  # held by the operating system: a process that dies releases it
+        except Timeout:
+            raise PerPEFTError(
+                f"another process is training in {self.path}; wait for it, or choose another --output_dir"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run has ended here."""
+        return self._summary.is_file()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a run was begun here and has a state to continue from."""
+        return self._config.is_file() and any(self._resume.glob("*.pt"))
+
+    def saved_settings(self) -> dict[str, Any] | None:
+        """The settings of the run that is here, finished or begun; None where there is nothing to continue.
+
+        Raises:
+            PerPEFTError: they are damaged.
+        """
+        if self.is_finished:
+            return read_settings(self._summary, nested=True)
+        return read_settings(self._config, nested=False) if self.has_state else None
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Refuse to mix runs.
+
+        Raises:
+            PerPEFTError: the folder holds a run with other settings.
+        """
+        saved = self.saved_settings()
+        if saved is not None:
+            check_same_settings(saved, settings, self.path)
+
+    def begin(self, settings: dict[str, Any], restart: bool) -> None:
+        """Prepare the folder: continue the run that is here, or clear it and begin."""
+        remove_leftovers(self.path)
+        if self.has_state and not restart:
+            print(f"continuing {self.path}", flush=True)
+            return
+        self.clear()  # without a saved state there is nothing to lose, and the rest of a half-cleared run must not be used
+        self._resume.mkdir()
+        reports.write_json(self._config, settings)
+
+    def clear(self) -> None:
+        """Remove the files of a run, and nothing else that is there.
+
+        The files that mark a run go first: after a kill in between there is nothing to continue, and the next start clears the
+        rest.
+        """
+        remove_leftovers(self.path)
+        for path in (self._config, self._summary, *(self.path / name for name in RUN_FILES)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def remove_state(self) -> None:
+        """Remove what only a continuation needs."""
+        shutil.rmtree(self._resume, ignore_errors=True)
+
+    def print_finished(self) -> None:
+        """Print the table of the finished run."""
+        self.remove_state()  # left by a run that was killed right after its summary
+        print(f"{self.path} is finished; --restart trains it again")
+        reports.print_results(json.loads(self._summary.read_text(encoding="utf-8")), self.path)

@@ -1,0 +1,316 @@
+"""One training run: the paper's three stages, called one after another by the training scripts."""
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from sklearn.metrics import adjusted_rand_score
+
+from models import PerPEFT
+from utils.common.devices import seed_everything
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import Dataset, read_true_groups
+from utils.data.histories import leave_last_out
+from utils.items.source import ItemSource
+from utils.run import reports
+from utils.run.distributed import StopSignal
+from utils.run.folder import RunFolder
+from utils.run.settings import has_groups
+from utils.run.tracking import EpochLog
+from utils.training.checkpoints import (
+    Checkpoint,
+    load_foreign_global,
+    load_global,
+    load_personalized,
+    save_global,
+    save_personalized,
+)
+from utils.training.evaluation import Evaluator, Ranks, last_states
+from utils.training.grouping import kmeans_groups, random_groups
+from utils.training.progress import Progress, best_row, steps_between_reads
+from utils.training.sampling import Sampler, group_items
+from utils.training.trainer import Trainer, TrainerSettings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained: "global" (stage 1) or "personalized" (stage 3), its epochs, and each group's candidates for negatives."""
+
+    name: str
+    epochs: int
+    candidates: list[np.ndarray]
+
+    @property
+    def number(self) -> int:
+        """In the paper's order, of which the stage's random draws are a function."""
+        return {"global": 1, "personalized": 3}[self.name]
+
+
+class Run:
+    """One training run: its data, its model, its folder, and the three stages as methods, to be called in order.
+
+    Args:
+        options: as parsed by `utils.run.options`.
+        dataset: histories and items.
+        model: with one group, freshly initialised.
+        source: item inputs for the model's encoder.
+        folder: the run folder.
+        settings: all that the run's figures follow from, options and fingerprints, as they were when it was opened.
+        accelerator: the ranks that train together; all call every method, and rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        dataset: Dataset,
+        model: PerPEFT,
+        source: ItemSource,
+        folder: Path,
+        settings: dict[str, Any],
+        accelerator: Accelerator,
+    ):
+        self.options, self.settings = options, settings
+        self.dataset, self.model, self.source = dataset, model, source
+        self.folder = folder
+        self.accelerator = accelerator
+        self.device = torch.device(options.device)
+        self.split = leave_last_out(dataset.histories)
+        self.evaluator = Evaluator(self.split, source, self.device, accelerator)
+        self.groups = np.zeros(dataset.num_users, dtype=np.int64)  # before stage 2, everyone is in group 0
+        self.saved: str | None = None  # how far the state on disk has come
+        self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
+        self._grouping_seconds = 0.0
+        self._epoch_log: EpochLog | None = None
+
+    def open_log(self) -> None:
+        """Start logging epochs, or continue, where `--log_with` says."""
+        self._epoch_log = EpochLog(self.accelerator, self.options.log_with, self.folder, self.settings)
+
+    def close_log(self) -> None:
+        """Nothing more will be logged."""
+        if self._epoch_log is not None:
+            self._epoch_log.finish()
+
+    # ------------------------------------------------------------ the three stages
+
+    def train_global(self) -> None:
+        """Stage 1: one adapter and one projector for all users, negatives from all items.
+
+        Methods that end here train for as many epochs as PerPEFT does in all its stages.
+        """
+        options = self.options
+        if options.init_from:
+            self._copy_global()
+            return
+        epochs = options.global_epochs + (0 if has_groups(options) else options.num_epochs)
+        self._train(Stage("global", epochs, [self._all_items()]))
+        self.load_global()
+
+    def group_users(self) -> None:
+        """Stage 2: users into C groups by the global model's last state over their train and valid interactions."""
+        started = time.monotonic()
+        path = self.folder / "groups.csv"
+        exists = path.is_file()
+        self.accelerator.wait_for_everyone()  # every rank has looked before rank 0 writes
+        if not exists:
+            vectors = None if self.options.grouping == "random" else self.user_vectors(self.item_inputs(0))
+            if self.accelerator.is_main_process:
+                reports.write_groups(path, self.dataset.user_ids, self._make_groups(vectors))
+            self.accelerator.wait_for_everyone()
+        self.groups = self._read_groups()
+        self._grouping_seconds = time.monotonic() - started
+        sizes = self.group_sizes()
+        if self.accelerator.is_main_process:
+            reports.draw_groups(self.folder / "groups.png", sizes)
+        print(f"groups of {', '.join(map(str, sizes))} users{self._format_agreement()}", flush=True)
+
+    def train_personalized(self) -> None:
+        """Stage 3: an adapter and a projector a group, warm-started from stage 1, negatives from the group's own items."""
+        num_groups = self.options.C
+        self.model.clone_groups(num_groups)
+        if self.options.negatives == "all":
+            candidates = [self._all_items()] * num_groups
+        else:
+            candidates = group_items(self.split.train, self.groups, num_groups)
+        self._train(Stage("personalized", self.options.num_epochs, candidates))
+        load_personalized(self.model, self.folder / "personalized")
+
+    def report(self) -> None:
+        """Write summary.json, print the closing table, and remove what only a continuation needs."""
+        if self.accelerator.is_main_process:
+            self._write_metrics()  # a run that was killed between its last state and its last report continues here
+            summary = self._summary()
+            reports.write_json(self.folder / "summary.json", summary)
+            RunFolder(self.folder).remove_state()
+            reports.print_results(summary, self.folder)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------ training
+
+    def _train(self, stage: Stage) -> None:
+        options = self.options
+        seed_everything(options.trial * 10 + stage.number, self.accelerator.process_index)
+        sampler = Sampler(
+            self.split.train,
+            self.dataset.num_items,
+            self.groups,
+            stage.candidates,
+            options.batch_size,
+            options.maxlen,
+            seed=(options.trial, stage.number),
+        )
+        settings = TrainerSettings(options.lr, options.wdecay, options.l2_emb)
+        trainer = Trainer(self.model, self.source, settings, self.accelerator, self.device)
+        progress = Progress(stage.name, stage.epochs, sampler.num_batches, self.device, self.accelerator)
+        checkpoint = Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
+        checkpoint.restore(trainer, progress)
+        self._rows[stage.name] = progress.rows
+        for epoch in progress.remaining():
+            self.saved = checkpoint.saved
+            self.model.train()
+            with StopSignal(self.accelerator, steps_between_reads(self.device)) as stop:
+                for step, batch, loss in trainer.steps(sampler, epoch, progress.step):
+                    progress.add(step, batch, loss)
+                    stopping = stop.requested(step)
+                    if stopping or step % options.save_every == 0 or step == sampler.num_batches:
+                        checkpoint.save(trainer, progress)
+                        self.saved = checkpoint.saved
+                    if stopping:
+                        stop.stop()
+            ranks = self.evaluate()
+            if progress.end_epoch(ranks.metrics(), trainer.skipped_steps):
+                self._save_best(stage.name, ranks)
+            # The best weights are on disk before the state that says so: a kill between the two repeats the same epoch.
+            checkpoint.save(trainer, progress)
+            self._report_epoch(stage.name, stage.epochs)
+
+    def _all_items(self) -> np.ndarray:
+        return np.arange(1, self.dataset.num_items + 1)
+
+    def read_initial_global(self) -> None:
+        """Load the global model that `--init_from` names; called before anything in the run folder is changed.
+
+        Raises:
+            PerPEFTError: it is not there, does not fit, or is this very run's.
+        """
+        source = Path(self.options.init_from)
+        if self.folder.resolve() in (source.resolve(), *source.resolve().parents):
+            raise PerPEFTError(f"--init_from {source} is this run's own folder; choose another --output_dir")
+        load_foreign_global(self.model, source, self.options.peft_type, self.options.dataset)
+
+    def _copy_global(self) -> None:
+        started = time.monotonic()
+        copied = (self.folder / "global").is_dir()  # before this run was interrupted
+        self.accelerator.wait_for_everyone()
+        if copied:
+            self.load_global()
+        ranks = self.evaluate()
+        row = {"stage": "global", "epoch": 0, "train_loss": math.nan, "seconds": time.monotonic() - started, "skipped_steps": 0}
+        self._rows["global"] = [row | ranks.metrics()]
+        self._save_best("global", ranks)
+        self._report_epoch("global", 0)
+
+    def _save_best(self, stage: str, ranks: Ranks) -> None:
+        """Save the weights, and the ranks that they reach."""
+        if self.accelerator.is_main_process:
+            save = save_global if stage == "global" else save_personalized
+            save(self.model, self.folder / stage)
+            reports.write_ranks(self.folder / f"{stage}_ranks.csv", self.dataset.user_ids, ranks)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------ the model as it is now
+
+    def evaluate(self) -> Ranks:
+        """Ranks of all evaluated users' valid and test items, each user in their own group."""
+        self.model.eval()
+        return self.evaluator.ranks(self.model, self.groups)
+
+    def item_inputs(self, group: int) -> torch.Tensor:
+        """The e_i of all items as one group sees them, [num_items + 1, hidden]; row 0 is the padding item's."""
+        self.model.eval()
+        return self.evaluator.item_table(self.model, group)
+
+    def user_vectors(self, inputs: torch.Tensor) -> np.ndarray:
+        """What users are grouped by: the global model's last state over their train and valid interactions, [users, hidden].
+
+        Args:
+            inputs: the global model's `item_inputs`.
+        """
+        everyone = np.arange(self.dataset.num_users)
+        return last_states(self.model.sasrec, inputs, self.split.train_and_valid, everyone).cpu().numpy()
+
+    def load_global(self) -> None:
+        """Load the saved best weights of stage 1; the model has one group."""
+        load_global(self.model, self.folder / "global")
+
+    def load_personalized(self) -> None:
+        """Load the saved groups and best weights of stage 3."""
+        self.groups = self._read_groups()
+        self.model.clone_groups(self.options.C)
+        load_personalized(self.model, self.folder / "personalized")
+
+    def evaluate_saved(self) -> dict[str, Any]:
+        """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
+        self.load_global()
+        results = {"global": self.evaluate().metrics()}
+        if has_groups(self.options):
+            self.load_personalized()
+            results["personalized"] = self.evaluate().metrics()
+        saved = reports.read_metrics(self.folder / "metrics.csv")
+        best = {stage: best_row([row for row in saved if row["stage"] == stage])["epoch"] for stage in results}
+        summary = {stage: reports.stage_summary([{"epoch": best[stage], **metrics}]) for stage, metrics in results.items()}
+        reports.print_results(summary, self.folder)
+        return summary
+
+    # ------------------------------------------------------------ groups
+
+    def _make_groups(self, vectors: np.ndarray | None) -> np.ndarray:
+        if vectors is None:
+            return random_groups(self.dataset.num_users, self.options.C, self.options.trial)
+        return kmeans_groups(vectors, self.options.C, self.options.trial)
+
+    def group_sizes(self) -> list[int]:
+        """Users in each group."""
+        return np.bincount(self.groups, minlength=self.options.C).tolist()
+
+    def _format_agreement(self) -> str:
+        true_groups = read_true_groups(self.dataset)
+        if true_groups is None:
+            return ""
+        return f"; adjusted Rand index to the true groups {adjusted_rand_score(true_groups, self.groups):.2f} (chance 0)"
+
+    def _read_groups(self) -> np.ndarray:
+        path = self.folder / "groups.csv"
+        groups = reports.read_groups(path)
+        if groups.shape != (self.dataset.num_users,) or groups.min() < 0 or groups.max() >= self.options.C:
+            raise PerPEFTError(f"{path} does not fit {self.dataset.num_users} users in {self.options.C} groups; use --restart")
+        return groups
+
+    # ------------------------------------------------------------ reports
+
+    def _write_metrics(self) -> None:
+        rows = self._rows["global"] + self._rows["personalized"]
+        reports.write_metrics(self.folder / "metrics.csv", rows)
+        reports.draw_curves(self.folder / "curves.png", rows)
+        if self._epoch_log is not None:
+            self._epoch_log.log(rows)
+
+    def _report_epoch(self, stage: str, epochs: int) -> None:
+        if self.accelerator.is_main_process:
+            self._write_metrics()
+            print(reports.format_epoch(self._rows[stage], epochs), flush=True)
+
+    def _summary(self) -> dict[str, Any]:
+        ranks = self.accelerator.num_processes
+        return {
+            **reports.run_summary(self.settings, self.model, self._rows, self._grouping_seconds),
+            "device": str(self.device),
+            **({"processes": ranks} if ranks > 1 else {}),
+            "dataset": {**self.dataset.counts(), "evaluated_users": len(self.split.evaluated_users)},
+            **({"group_sizes": self.group_sizes()} if self._rows["personalized"] else {}),
+        }

@@ -1,0 +1,87 @@
+"""Every epoch's metrics to TensorBoard or Weights & Biases, through accelerate's trackers."""
+import importlib.util
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from utils.common.errors import PerPEFTError
+from utils.common.files import write_text_atomically
+
+TRACKERS = ("tensorboard", "wandb")  # the names of their packages too
+
+
+def require_tracker(name: str | None) -> None:
+    """Check that a tracker's package is installed.
+
+    Raises:
+        PerPEFTError: it is not; says how to install it.
+    """
+    if name is None:
+        return
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:  # without an origin it is but a folder of that name
+        raise PerPEFTError(f"--log_with {name} needs a package that is not installed: pip install {name}")
+
+
+class EpochLog:
+    """Logs each epoch once, also when a run is continued; a step is the epoch's number counted over both stages.
+
+    The number of logged rows is kept in the run's `resume/` and written before they are logged.
+
+    Args:
+        accelerator: made with `log_with`.
+        name: of the tracker; None to log nowhere.
+        folder: the run folder; the files go into its `tensorboard/` or `wandb/`.
+        settings: of the run.
+    """
+
+    def __init__(self, accelerator: Accelerator, name: str | None, folder: Path, settings: dict[str, Any]):
+        self._accelerator = accelerator
+        self._note_path = folder / "resume" / f"{name}.json" if name else None
+        if name is None:
+            return
+        is_new = not self._note_path.is_file()
+        self._note = {"id": uuid.uuid4().hex, "rows": 0} if is_new else _read_note(self._note_path)
+        config = {key: "none" if value is None else value for key, value in settings.items()} if is_new else None
+        if name == "wandb":
+            os.environ.setdefault("WANDB_MODE", "offline")
+        # One id for all continuations of a run, so that they are one run there too.
+        options = {"name": folder.name, "dir": str(folder), "id": self._note["id"], "resume": "allow"}
+        project = "perpeft" if name == "wandb" else name  # TensorBoard's folder is called so
+        accelerator.init_trackers(project, config, {"wandb": options})
+        self._save_note()
+
+    def _save_note(self) -> None:
+        write_text_atomically(self._note_path, json.dumps(self._note) + "\n")
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Log the rows that are new.
+
+        Args:
+            rows: one an epoch, of both stages, in order, from the first on.
+        """
+        if self._note_path is None:
+            return
+        first = self._note["rows"]
+        self._note["rows"] = len(rows)
+        self._save_note()
+        for step, row in enumerate(rows[first:], first + 1):
+            values = {f"{row['stage']}/{name}": value for name, value in row.items() if name not in ("stage", "epoch")}
+            self._accelerator.log(values, step=step)
+
+    def finish(self) -> None:
+        """Write what is not written yet and close the trackers."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return {"id": str(note["id"]), "rows": int(note["rows"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise PerPEFTError(f"{path} is damaged ({error}); start over with --restart") from error

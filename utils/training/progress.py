@@ -1,0 +1,146 @@
+"""How far a stage has come: its epoch and step, the running epoch's losses, and a row for every finished epoch."""
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from utils.common.errors import PerPEFTError
+from utils.training.sampling import Batch
+
+SELECTION_METRIC = "valid_NDCG@20"
+STEPS_BETWEEN_READS = {"cpu": 1}  # on a GPU every read of a loss waits for the device
+DEFAULT_STEPS_BETWEEN_READS = 50
+
+
+def steps_between_reads(device: torch.device) -> int:
+    """How many steps may pass before losses, or other ranks' signals, are read."""
+    return STEPS_BETWEEN_READS.get(device.type, DEFAULT_STEPS_BETWEEN_READS)
+
+
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the best epoch by valid NDCG@20; the earlier of equals."""
+    return max(rows, key=lambda row: row[SELECTION_METRIC])
+
+
+class Progress:
+    """The position and the history of one stage.
+
+    Args:
+        stage: "global" or "personalized".
+        epochs: how many are trained.
+        steps: of an epoch.
+        device: where the losses lie.
+        accelerator: the ranks, each of which has the loss of its own shard.
+    Attributes:
+        rows: one for each finished epoch: stage, epoch, train_loss, seconds, metrics, skipped_steps.
+        epoch, step: the running epoch (from 1) and its finished steps.
+    """
+
+    def __init__(self, stage: str, epochs: int, steps: int, device: torch.device, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self.stage, self.epochs, self.steps = stage, epochs, steps
+        self.rows: list[dict[str, Any]] = []
+        self.epoch, self.step = 1, 0
+        self._loss, self._num_read, self._seconds = 0.0, 0, 0.0
+        self._started = time.monotonic()
+        self._unread: list[tuple[int, Batch, torch.Tensor]] = []
+        self._interval = steps_between_reads(device)
+        self._last_batch: Batch | None = None
+        self._bar: tqdm | None = None
+
+    def __str__(self) -> str:
+        return f"{self.stage} epoch {self.epoch}, step {self.step}"
+
+    def remaining(self) -> Iterator[int]:
+        """The epochs that are left, each with its progress bar."""
+        while self.epoch <= self.epochs:
+            self._started = time.monotonic() - self._seconds
+            description = f"{self.stage} {self.epoch}/{self.epochs}"
+            self._bar = tqdm(total=self.steps, initial=self.step, desc=description, unit="step", disable=None)
+            self._encoded = 0
+            with self._bar:
+                yield self.epoch
+
+    def add(self, step: int, batch: Batch, loss: torch.Tensor) -> None:
+        """Note a finished step (from 1); losses are read at intervals, so that the host seldom waits for the device.
+
+        Raises:
+            PerPEFTError: one of the losses that are read is not finite.
+        """
+        self.step, self._last_batch = step, batch
+        self._unread.append((step, batch, loss))
+        if len(self._unread) >= self._interval:
+            self.read_losses()
+        self._encoded += len(batch.items) - 1
+        if not self._bar.disable and not step % 20:
+            rate = self._encoded / self._bar.format_dict["elapsed"]
+            self._bar.set_postfix_str(f"loss {self.mean_loss:.4f}, {rate:.0f} items/s", refresh=False)
+        self._bar.update()
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean of the epoch's losses read so far; NaN before the first."""
+        return self._loss / self._num_read if self._num_read else math.nan
+
+    def read_losses(self) -> None:
+        """Read the losses that are still on the device.
+
+        Raises:
+            PerPEFTError: one is not finite; names the step, the group and the items.
+        """
+        if not self._unread:
+            return
+        losses = torch.stack([loss for _, _, loss in self._unread])  # [steps]
+        losses = self._accelerator.reduce(losses, "mean").cpu().double().numpy()
+        for (step, batch, _), loss in zip(self._unread, losses):
+            if not np.isfinite(loss):
+                raise self.not_finite(f"the loss is {loss}", step, batch)
+        self._loss += float(losses.sum())
+        self._num_read += len(losses)
+        self._unread = []
+
+    def not_finite(self, what: str, step: int | None = None, batch: Batch | None = None) -> PerPEFTError:
+        """The error for numbers that became infinite or NaN in a step, by default the last one."""
+        step, batch = step or self.step, batch or self._last_batch
+        where = f"at {self.stage} epoch {self.epoch}, step {step}"
+        if batch is not None:
+            items = ", ".join(map(str, batch.items[1:11])) + (", ..." if len(batch.items) > 11 else "")
+            where += f", in a batch of group {batch.group} with items {items}"
+        return PerPEFTError(
+            f"{what} {where}. The state before it is kept. Check these items; a smaller --lr, which starts a run of its own, "
+            "helps most often."
+        )
+
+    def end_epoch(self, metrics: dict[str, float], skipped_steps: int) -> bool:
+        """Finish the running epoch; returns whether it is the best so far.
+
+        Args:
+            metrics: of all users after the epoch.
+            skipped_steps: fp16 overflows since the stage began.
+        Raises:
+            PerPEFTError: a metric is not finite.
+        """
+        if not all(np.isfinite(value) for value in metrics.values()):
+            raise PerPEFTError(f"the metrics of {self.stage} epoch {self.epoch} are not finite; try a smaller --lr")
+        seconds = time.monotonic() - self._started
+        row = {"stage": self.stage, "epoch": self.epoch, "train_loss": self._loss / self.steps, "seconds": seconds, **metrics}
+        row["skipped_steps"] = skipped_steps - sum(earlier["skipped_steps"] for earlier in self.rows)
+        self.rows.append(row)
+        self.epoch, self.step, self._loss, self._num_read, self._seconds = self.epoch + 1, 0, 0.0, 0, 0.0
+        self._started = time.monotonic()
+        return best_row(self.rows) is row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values to continue from."""
+        seconds = time.monotonic() - self._started
+        return {"epoch": self.epoch, "step": self.step, "loss": self._loss, "seconds": seconds, "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+        self._loss, self._num_read, self._seconds = state["loss"], state["step"], state["seconds"]
