@@ -33,7 +33,7 @@ from utils.items.hidden_states import HiddenStateStore, states_path
 from utils.items.store import ImageTitleStore, read_image
 from utils.run.hyperparameters import read_hyperparameters
 from utils.run.opening import build_model, open_run
-from utils.training.checkpoints import ResumeState, load_global, load_personalized
+from utils.training.checkpoints import Checkpoint, load_global, load_personalized
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 CPU = torch.device("cpu")
@@ -245,7 +245,7 @@ def test_inference_with_weights_that_carry_code_ends_in_a_sentence(copied_run):
 def test_state_to_continue_from_with_code_is_refused(tmp_path):
     path = tmp_path / "global.pt"
     torch.save({"weight": torch.ones(3)}, path)
-    refuse_every_payload(path, ResumeState(path).load, match="global.pt")
+    refuse_every_payload(path, partial(Checkpoint(path, None).restore, None, None), match="global.pt")
 
 
 def test_iisan_weights_with_code_are_refused(tmp_path):

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.common.files import write_atomically
-from utils.training.trainer import best_row
+from utils.training.progress import best_row
 
 DOTS_PER_INCH = 110
 
