@@ -32,7 +32,7 @@ class NoProjector(nn.Module):
     """In the projector's place where items are known by their embeddings alone: every multimodal vector is zero.
 
     Args:
-        in_dim: width of the features, which are not looked at.
+        in_dim: width of the features, which are ignored.
         hidden_units: the recommender's width d.
     """
 

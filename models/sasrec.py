@@ -17,7 +17,7 @@ class PointWiseFeedForward(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Transform every position alone, [batch, time, hidden] -> [batch, time, hidden]."""
-        # A 1x1 convolution is a matrix product over the last axis: this spares two transposes.
+        # A 1x1 convolution is a matrix product over the last axis: this saves two transposes.
         inner = F.linear(states, self.conv1.weight.squeeze(-1), self.conv1.bias)
         outer = F.linear(F.relu(self.dropout1(inner)), self.conv2.weight.squeeze(-1), self.conv2.bias)
         return self.dropout2(outer)
@@ -33,7 +33,7 @@ class SASRec(nn.Module):
     Args:
         num_items: items are 1..num_items; 0 is the padding item.
         hidden_units: width d.
-        maxlen: longest history that is read.
+        maxlen: number of last items of a history that are read.
         num_blocks: attention blocks.
         num_heads: attention heads a block; must divide hidden_units.
         dropout_rate: dropout of inputs, attention weights and feed-forward layers.
@@ -88,7 +88,7 @@ class SASRec(nn.Module):
             [rows, hidden]
         """
         items = torch.arange(self.num_items + 1, device=item_vectors.device) if items is None else items
-        embeddings = self.item_emb(items)  # looked up, since only so does the padding row get no gradient
+        embeddings = self.item_emb(items)  # an embedding lookup, so that the padding row gets no gradient
         return self.weight_scalar * item_vectors + embeddings
 
     def states(self, seq: torch.Tensor, item_vectors: torch.Tensor, items: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,7 +105,7 @@ class SASRec(nn.Module):
         return self.states_from_inputs(seq, self.item_inputs(item_vectors, items))
 
     def states_from_inputs(self, seq: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """As `states`, with the table of e_i already made, [rows, hidden]."""
+        """As `states`, with the table of e_i already computed, [rows, hidden]."""
         time = seq.shape[1]
         positions = self.positions[:time] * (seq != 0)  # [batch, time]
         # F.embedding's backward is deterministic on CPU; that of plain indexing is not.
