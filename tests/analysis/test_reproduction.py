@@ -15,7 +15,7 @@ from utils.analysis.tables import blocks_of, finished_blocks, markdown, paper_fi
 from utils.common.errors import PerPEFTError
 from utils.run import reports as reporting
 from utils.run.run import Run
-from utils.training.evaluation import ndcg_at
+from utils.training.evaluation import Ranks, ndcg_at
 
 
 def passed_on(tiny_dataset, tiny_clip, output_dir):
@@ -144,10 +144,9 @@ def finish(run, share, seconds=60, valid=None):
     test = dict.fromkeys(("HR@20", "HR@30", "NDCG@20", "NDCG@30"), share)
     stage = {"best_epoch": 1, "valid": {"NDCG@20": share if valid is None else valid}, "test": test}
     summary = {run.method.stage: stage, "seconds": {"global": seconds}, "config": run.options}
-    summary |= {"dataset_fingerprint": None, "contents_fingerprint": None}
+    summary |= {"dataset_fingerprint": None, "contents_fingerprint": None, "device": "cpu"}
     (run.folder / "summary.json").write_text(json.dumps(summary))
-    found = {"users": np.arange(len(USERS)), "valid": ranks, "test": ranks}
-    reporting.write_ranks(run.folder / f"{run.method.stage}_ranks.csv", USERS, found)
+    reporting.write_ranks(run.folder / f"{run.method.stage}_ranks.csv", USERS, Ranks(np.arange(len(USERS)), ranks, ranks))
 
 
 @pytest.fixture

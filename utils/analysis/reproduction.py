@@ -101,11 +101,11 @@ class PlannedRun:
         if not path.is_file():
             return None
         found = read_settings(path, nested=True)
-        # The folder of the global model that it started from may have been renamed since.
+        # None: chosen when a run starts. The folder of the global model that it started from may have been renamed since.
         differences = ", ".join(
             f"{name} {found.get(name)} instead of {value}"
             for name, value in self.options.items()
-            if name != "init_from" and found.get(name) != value
+            if name != "init_from" and value is not None and found.get(name) != value
         )
         if differences:
             raise PerPEFTError(f"{self.folder} holds a run with {differences}; use the same options, or another --output_dir")
