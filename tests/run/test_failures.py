@@ -152,17 +152,21 @@ def test_disk_that_is_full_at_any_write_is_told_and_the_run_goes_on(zygote, tiny
     for event in through.events:
         part, what = event.split(": ")
         counts[part] += 1
-        if any(word in what for word in ("amid save", "replace", "rename .", "fsync", "mkdir adapter", "mkdir .")):
+        if any(word in what for word in ("amid save", "replace", "rename .", "mkdir adapter", "mkdir .")):
             writes.setdefault(part, []).append(counts[part])
     assert writes.keys() >= {"global/state", "global/best weights", "personalized/draw_curves", "report/write_json"}
-    seeded, num_runs = random.Random(0), 5  # so many, that no run fails twice in one stage and every count is reached
+    seeded, num_runs = random.Random(0), 5
     for number in range(num_runs):
-        arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / str(number), save_every=1)
+        folder = tmp_path / str(number)
         for part in list(writes)[number::num_runs]:
-            end = zygote.run(arguments, full_at=(part, seeded.choice(writes[part])))
-            check_told_and_whole(end, tmp_path / str(number) / RUN)
-        assert zygote.run(arguments).code == 0
-        assert outcome(tmp_path / str(number) / RUN) == expected
+            full_at = (part, seeded.choice(writes[part]))
+            end = zygote.run(tiny_arguments(tiny_dataset, tiny_clip, folder, save_every=1), full_at=full_at)
+            if end.code == 0:  # the failure before had left fewer events of this part: let it fail in a run of its own
+                folder = tmp_path / f"{number}_{part.replace('/', '_').replace(' ', '_')}"
+                end = zygote.run(tiny_arguments(tiny_dataset, tiny_clip, folder, save_every=1), full_at=full_at)
+            check_told_and_whole(end, folder / RUN)
+        assert zygote.run(tiny_arguments(tiny_dataset, tiny_clip, folder, save_every=1)).code == 0
+        assert outcome(folder / RUN) == expected
 
 
 def test_full_disk_while_the_store_is_built_leaves_no_half_of_it(zygote, tiny_dataset, tiny_clip, small_disk, tmp_path):
