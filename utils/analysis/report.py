@@ -3,7 +3,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
@@ -65,6 +65,7 @@ class RunPart:
 
     def __init__(self, folder: Path, train_dir: str, device: str | None, clip_model: str | None, name: str):
         self.name, self.folder = name, folder
+        self.title = f"{name}: {folder.resolve().name}" if name else folder.resolve().name
         self.run = open_finished(folder, device, train_dir, clip_model)
         self.options = self.run.options
         self.stages = ["global", "personalized"] if has_groups(self.options) else ["global"]
@@ -72,6 +73,7 @@ class RunPart:
         if not all("best_epoch" in self.summary.get(stage, {}) for stage in self.stages):
             raise PerPEFTError(f"{folder / 'summary.json'} is damaged: it lacks a stage's results; train again with --restart")
         self.ranks = {stage: read_ranks(folder / f"{stage}_ranks.csv") for stage in self.stages}
+        self.test_ranks = self.ranks[self.stages[-1]]["test"]  # of the last stage, from 0, [evaluated users]
         self.recommender = Recommender(self.run)
         self.groups: list[GroupPart] = []
         rows = read_metrics(folder / "metrics.csv")
@@ -79,17 +81,6 @@ class RunPart:
             inline_svg(f"loss{name}", f"Training loss over {len(rows)} epochs", plot_loss, rows),
             inline_svg(f"ndcg{name}", f"NDCG@20 over {len(rows)} epochs", plot_ndcg, rows),
         ]
-
-    @property
-    def title(self) -> str:
-        """The run folder's name, after the run's letter if it has one."""
-        folder = self.folder.resolve().name
-        return f"{self.name}: {folder}" if self.name else folder
-
-    @property
-    def test_ranks(self) -> np.ndarray:
-        """Test ranks of the last stage, from 0, [evaluated users]."""
-        return self.ranks[self.stages[-1]]["test"]
 
     def results(self) -> list[ResultRow]:
         """The closing table with intervals, and the gain of the personalized over the global stage."""
@@ -104,15 +95,12 @@ class RunPart:
             rows.append(difference_row(f"{self.name} personalized − global".strip(), before, after))
         return rows
 
-    def evaluated_rows(self) -> np.ndarray:
-        """The data set's rows of the evaluated users, as ranks are ordered, [evaluated users]."""
-        return np.searchsorted(self.run.dataset.user_ids, self.ranks["global"]["users"])
-
     def show_groups(self, page: Page) -> None:
         """Fill in groups and their figures."""
         run, number = self.run, self.options.C
         before, after = (user_values("NDCG@20", self.ranks[stage]["test"]) for stage in self.stages)
-        gains = intervals_by_group(after - before, run.groups[self.evaluated_rows()], number)
+        rows = np.searchsorted(run.dataset.user_ids, self.ranks["global"]["users"])  # of the evaluated users
+        gains = intervals_by_group(after - before, run.groups[rows], number)
         sizes, colours = run.group_sizes(), group_colours(number)
         for group, (size, gain) in enumerate(zip(sizes, gains)):
             anchor = f"group-{self.name}{group}"
@@ -158,8 +146,7 @@ def difference_row(label: str, before: np.ndarray, after: np.ndarray) -> ResultR
     return ResultRow(label, "test", None, cells)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A user of the gallery: their number, why they are shown, and their gain in NDCG@20 in words where it is known."""
 
     user: int
@@ -186,13 +173,10 @@ def choose_users(ids: np.ndarray, before: np.ndarray | None, after: np.ndarray, 
     return [Choice(int(ids[row]), kind, "" if before is None else f"{gains[row]:+.2f}") for row, kind in chosen.items()]
 
 
-SETTINGS = {  # sections of summary.json and their captions
-    "dataset": "Data",
-    "config": "Settings",
-    "trainable_parameters": "Parameters",
-    "seconds": "Seconds",
-    "versions": "Versions",
-}
+# Sections of summary.json that are shown, and their captions.
+SETTINGS = {
+    "dataset": "Data", "config": "Settings", "trainable_parameters": "Parameters", "seconds": "Seconds", "versions": "Versions"
+}  # fmt: skip
 
 
 def _settings(parts: Sequence[RunPart]) -> list[tuple[str, list[tuple[str, list[Any], bool]]]]:
