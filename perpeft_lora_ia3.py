@@ -1,4 +1,5 @@
-"""PerPEFT with LoRA or (IA)3 on CLIP: global PEFT, user grouping, personalized PEFT, full-ranking evaluation."""
+"""PerPEFT with LoRA, (IA)3 or another peft tuner: global PEFT, user grouping, personalized PEFT, full-ranking evaluation."""
+from models.peft_configs import PEFT_TYPES
 from utils.common.console import run_main
 from utils.run.opening import train
 from utils.run.run import Run
@@ -14,7 +15,7 @@ def stages(run: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, continue, or evaluate a run."""
-    train(__doc__, ("lora", "ia3"), stages, arguments)
+    train(__doc__, PEFT_TYPES, stages, arguments)
 
 
 if __name__ == "__main__":

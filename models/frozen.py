@@ -1,6 +1,4 @@
 """A foundation model's features as they are: the baselines without an adapter."""
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -41,8 +39,9 @@ class FrozenEncoder(ItemEncoder):
         """None are trained."""
         return {}
 
-    def save_group(self, folder: Path, group: int) -> None:
-        """There is nothing to write."""
+    def group_state(self, group: int) -> dict[str, torch.Tensor]:
+        """Nothing needs to be saved."""
+        return {}
 
-    def load_group(self, folder: Path, group: int) -> None:
-        """There is nothing to read."""
+    def load_group_state(self, group: int, state: dict[str, torch.Tensor]) -> None:
+        """There is nothing to load."""

@@ -1,7 +1,5 @@
 """IISAN: side adapters over a frozen foundation model's cached hidden states."""
 import copy
-import io
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -155,6 +153,8 @@ class IISANEncoder(ItemEncoder):
         foundation_parameters: parameters of the CLIP that the states came from, for the reported share, if known.
     """
 
+    state_file = "iisan.pth"
+
     def __init__(self, iisan: IISAN, foundation_parameters: int | None = None):
         super().__init__()
         self.feature_dim = iisan.out_dim
@@ -184,14 +184,17 @@ class IISANEncoder(ItemEncoder):
         """The parameters of one group's side network."""
         return dict(self._groups[group].named_parameters())
 
-    def save_group(self, folder: Path, group: int) -> None:
-        """Write `folder/iisan.pth`, a plain state_dict under the authors' names."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()  # so that a full disk is an OSError as anywhere else, where torch's own writer hides the reason
-        torch.save(self._groups[group].state_dict(), content)
-        (Path(folder) / "iisan.pth").write_bytes(content.getvalue())
+    def group_state(self, group: int) -> dict[str, torch.Tensor]:
+        """One side network's state_dict, under the authors' names."""
+        return {name: tensor.cpu() for name, tensor in self._groups[group].state_dict().items()}
 
-    def load_group(self, folder: Path, group: int) -> None:
-        """Read `folder/iisan.pth` into group `group`'s side network."""
-        weights = torch.load(Path(folder) / "iisan.pth", map_location="cpu", weights_only=True)
-        self._groups[group].load_state_dict(weights)
+    def load_group_state(self, group: int, state: dict[str, torch.Tensor]) -> None:
+        """Replace one group's side network.
+
+        Raises:
+            ValueError: the weights are of another shape.
+        """
+        try:
+            self._groups[group].load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error

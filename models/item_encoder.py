@@ -1,29 +1,32 @@
 """The interface between the training pipeline and any foundation model with adapters."""
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
-MODALITIES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}  # what of an item an encoder looks at
+MODALITIES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}  # which parts of an item are used
 
 
 class ItemEncoder(nn.Module, ABC):
     """Turns what an item source fetches (images and tokens, or hidden states) into item features, by one of its adapters.
 
-    An encoder is born with one adapter, group 0, which is the global one. `clone_groups(C)` makes C adapters of it, all
-    alike, which then train apart. Only the adapter chosen by `use_group` takes part in a forward pass, so only it receives
-    gradients; the others keep `grad = None`, and AdamW leaves them as they are.
+    A new encoder has one adapter, group 0, which is the global one. `clone_groups(C)` makes C equal adapters of it, which
+    then train apart. Only the adapter chosen by `use_group` takes part in a forward pass, so only it receives gradients; the
+    others keep `grad = None`, and AdamW leaves them as they are.
 
-    Implementations: `ClipPeftEncoder` (LoRA, IA3), `IISANEncoder`, and for comparison `FrozenEncoder`, which has nothing to
-    train. A new kind of adapter is one more.
+    Implementations: `ClipPeftEncoder` (LoRA, IA3, other peft tuners), `IISANEncoder`, and for comparison `FrozenEncoder`,
+    which has nothing to train.
     """
 
     #: width of an item's features
     feature_dim: int
     #: parameters of the whole foundation model, of which the adapters are a share; None where that is not known
     foundation_parameters: int | None
+    #: of adapters that peft can open; None for others, whose state is saved as a state_dict in `state_file`
+    adapter_config: PeftConfig | None = None
+    state_file: str = "adapter.pth"
 
     @abstractmethod
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -42,12 +45,16 @@ class ItemEncoder(nn.Module, ABC):
         """The trainable parameters of one group's adapter, by a name that is the same in every group."""
 
     @abstractmethod
-    def save_group(self, folder: Path, group: int) -> None:
-        """Write one group's adapter into `folder`, in a form that opens without this project."""
+    def group_state(self, group: int) -> dict[str, torch.Tensor]:
+        """All that must be saved of one group's adapter, by name, on the CPU."""
 
     @abstractmethod
-    def load_group(self, folder: Path, group: int) -> None:
-        """Read what `save_group` wrote into group `group`'s adapter."""
+    def load_group_state(self, group: int, state: dict[str, torch.Tensor]) -> None:
+        """Replace one group's adapter by a `group_state`.
+
+        Raises:
+            ValueError: it does not fit.
+        """
 
     @property
     @abstractmethod

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from utils.analysis import benchmark
 from utils.common.console import HelpFormatter, number, run_main
 from utils.common.devices import choose_device, seed_everything
 from utils.common.files import write_text_atomically
 from utils.data.dataset import Dataset, read_dataset
-from utils.items.foundation import EncoderKind, Foundation, clip_folder, encoder_and_source, load_foundation, random_foundation
+from utils.items.foundation import Foundation, load_foundation
 from utils.prepare.demo import make_demo
+from utils.prepare.small_clip import train_tokenizer
+from utils.run.build import EncoderKind, clip_folder, encoder_and_source
 
 RANDOM_CLIP = "random-vit-b32"
 SIZES = (62_500, 250_000, 1_000_000)  # users or items: 1x, 4x, 16x
@@ -46,6 +49,14 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         figures |= measure_scale(device, options.repeats)
     figures["peak_memory_mib"] = benchmark.peak_memory_mib()
     return figures
+
+
+def random_foundation(dataset: Dataset) -> Foundation:
+    """CLIP ViT-B/32 with random weights, and a tokenizer trained on the data set's titles."""
+    tokenizer = train_tokenizer(dataset.titles, max_tokens=77)
+    config = CLIPConfig()
+    config.text_config.eos_token_id = tokenizer.eos_token_id
+    return Foundation(CLIPModel(config).eval(), CLIPImageProcessor(), tokenizer)
 
 
 def measure_adapter(

@@ -6,9 +6,10 @@ import torch
 from utils.common.console import HelpFormatter, run_main
 from utils.common.devices import choose_device
 from utils.data.dataset import read_dataset
-from utils.items.foundation import DEFAULT_CLIP, clip_folder, ensure_hidden_states
+from utils.items.foundation import DEFAULT_CLIP, ensure_hidden_states
 from utils.items.hidden_states import states_path
 from utils.prepare.demo import make_demo
+from utils.run.build import clip_folder
 
 
 def main() -> None:

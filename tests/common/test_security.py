@@ -33,6 +33,7 @@ from utils.items.hidden_states import HiddenStateStore, states_path
 from utils.items.store import ImageTitleStore, read_image
 from utils.run.hyperparameters import read_hyperparameters
 from utils.run.opening import build_model, open_run
+from utils.training.adapters import load_adapter, save_adapter
 from utils.training.checkpoints import Checkpoint, load_global, load_personalized
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -250,8 +251,8 @@ def test_state_to_continue_from_with_code_is_refused(tmp_path):
 
 def test_iisan_weights_with_code_are_refused(tmp_path):
     encoder = IISANEncoder(IISAN(8, 4, 3))
-    encoder.save_group(tmp_path, 0)
-    read = partial(encoder.load_group, tmp_path, 0)
+    save_adapter(encoder, tmp_path, 0)
+    read = partial(load_adapter, encoder, tmp_path, 0)
     refuse_every_payload(tmp_path / "iisan.pth", read, pickle.UnpicklingError, "Weights only load failed")
     read()
 

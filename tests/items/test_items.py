@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from models import ClipPeftEncoder
-from models.clip_peft import lora_config
+from models.peft_configs import lora_config
 from tests.conftest import write_dataset
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset

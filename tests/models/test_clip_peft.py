@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
-from models.clip_peft import ia3_config, lora_config
+from models.peft_configs import ia3_config, lora_config
 from tests.conftest import draw_image, make_trainer
 from utils.common.errors import PerPEFTError
 from utils.items.store import read_image
+from utils.training.adapters import load_adapter, save_adapter
 from utils.training.checkpoints import load_global, save_global
 from utils.training.sampling import Batch
 
@@ -117,7 +118,7 @@ def test_adapter_settings_are_the_papers():
     ],
 )
 def test_parameter_counts_on_vit_b_32_are_those_computed_by_hand(kind, expected, capsys):
-    from utils.items.foundation import trainable_counts
+    from utils.run.build import trainable_counts
 
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig())
@@ -306,7 +307,7 @@ def test_saved_adapter_opens_with_peft_alone_and_gives_the_same_features(tiny_cl
     fresh = clip_features(CLIPModel.from_pretrained(tiny_clip).eval(), inputs)
     for group in range(3):
         shake(encoder.group_parameters(group).values(), seed=group)
-        encoder.save_group(tmp_path / str(group), group)
+        save_adapter(encoder, tmp_path / str(group), group)
     for group in range(3):
         opened = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), tmp_path / str(group) / "adapter").eval()
         features = encoder_features(encoder, inputs, group)
@@ -320,11 +321,11 @@ def test_saved_adapter_opens_with_peft_alone_and_gives_the_same_features(tiny_cl
 def test_adapter_comes_back_into_any_group(tiny_clip, processors, inputs, kind, tmp_path):
     encoder = make_encoder(tiny_clip, processors, kind)
     shake(encoder.adapter_parameters())
-    encoder.save_group(tmp_path, 0)
+    save_adapter(encoder, tmp_path, 0)
     other = make_encoder(tiny_clip, processors, kind)
     other.clone_groups(2)
     fresh = encoder_features(other, inputs, 0)
-    other.load_group(tmp_path, 1)
+    load_adapter(other, tmp_path, 1)
     torch.testing.assert_close(encoder_features(other, inputs, 1), encoder_features(encoder, inputs), rtol=0, atol=1e-6)
     torch.testing.assert_close(encoder_features(other, inputs, 0), fresh, rtol=0, atol=1e-6)
     assert len(trainable_names(other)) == 2 * len(trainable_names(encoder))  # loading freezes nothing
@@ -337,11 +338,11 @@ def test_adapter_comes_back_into_any_group(tiny_clip, processors, inputs, kind, 
 def test_adapter_of_another_kind_or_rank_is_refused_and_nothing_is_loaded(tiny_clip, processors, saved, loaded, tmp_path):
     other = make_encoder(tiny_clip, processors, saved[0], **saved[1])
     shake(other.adapter_parameters())
-    other.save_group(tmp_path, 0)
+    save_adapter(other, tmp_path, 0)
     encoder = make_encoder(tiny_clip, processors, loaded[0], **loaded[1])
     before = [parameter.detach().clone() for parameter in encoder.adapter_parameters()]
-    with pytest.raises(ValueError):  # what load_group documents
-        encoder.load_group(tmp_path, 0)
+    with pytest.raises(ValueError):  # what load_adapter documents
+        load_adapter(encoder, tmp_path, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, encoder.adapter_parameters()))
 
 
@@ -366,10 +367,10 @@ def test_damaged_adapter_is_told_as_one_clear_error(tiny_clip, processors, damag
 
 def test_an_adapter_that_acts_at_another_strength_is_refused(tiny_clip, processors, tmp_path):
     """The shapes of its weights would not tell."""
-    make_encoder(tiny_clip, processors, "lora").save_group(tmp_path, 0)
+    save_adapter(make_encoder(tiny_clip, processors, "lora"), tmp_path, 0)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 32}))
-    with pytest.raises(ValueError, match="made with lora_alpha 32, the model has 8"):
-        make_encoder(tiny_clip, processors, "lora").load_group(tmp_path, 0)
+    with pytest.raises(ValueError, match="saved with lora_alpha 32, the model has 8"):
+        load_adapter(make_encoder(tiny_clip, processors, "lora"), tmp_path, 0)
     path.unlink()  # the weights alone are enough
-    make_encoder(tiny_clip, processors, "lora").load_group(tmp_path, 0)
+    load_adapter(make_encoder(tiny_clip, processors, "lora"), tmp_path, 0)

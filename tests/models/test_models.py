@@ -183,10 +183,10 @@ class TableEncoder(ItemEncoder):
     def group_parameters(self, group):
         return dict(self.layers[group].named_parameters())
 
-    def save_group(self, folder, group):
+    def group_state(self, group):
         raise NotImplementedError
 
-    load_group = save_group
+    load_group_state = group_state
 
 
 def test_rows_zero_stay_zero_in_training():

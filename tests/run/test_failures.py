@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from models.clip_peft import ClipPeftEncoder, lora_config
+from models.clip_peft import ClipPeftEncoder
+from models.peft_configs import lora_config
 from tests.conftest import run_script, tiny_arguments
 from tests.run.test_resume import RUN, leftovers, outcome
 from tests.zygote import shared_zygote, write_instead_of_drawing
@@ -30,6 +31,7 @@ from utils.run import options as options_module
 from utils.run.options import build_parser, parse_options
 from utils.run.run import Run
 from utils.training import progress as progress_module
+from utils.training.adapters import save_adapter
 from utils.training.evaluation import Ranks
 from utils.training.trainer import Trainer
 
@@ -201,7 +203,7 @@ def test_adapters_that_do_not_fit_on_the_disk_are_an_oserror(tiny_clip, tmp_path
     encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        encoder.save_group(tmp_path, 0)
+        save_adapter(encoder, tmp_path, 0)
 
 
 def test_folder_that_turns_read_only_is_told(run, end, expected, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 import perpeft_iisan
 from models import IISAN, ClipPeftEncoder
-from models.clip_peft import ia3_config, lora_config
+from models.peft_configs import ia3_config, lora_config
 from tests.conftest import NUM_ITEMS, iisan_arguments, run_script, tiny_arguments, tiny_options, write_dataset
 from tests.run.test_pipeline import read_csv, rows_of, without_seconds
 from utils.common.errors import PerPEFTError

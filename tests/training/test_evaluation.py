@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
-from models.clip_peft import lora_config
+from models.peft_configs import lora_config
 from utils.data.dataset import read_dataset
 from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import load_foundation

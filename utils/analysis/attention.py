@@ -12,11 +12,14 @@ from tqdm import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from models import ClipPeftEncoder
+from models.peft_configs import PEFT_TYPES
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
-from utils.items.foundation import INSIDE_CLIP, EncoderKind, clip_folder, encoder_and_source, load_foundation
+from utils.items.foundation import load_foundation
+from utils.run.build import EncoderKind, clip_folder, encoder_and_source
 from utils.run.reports import read_groups
 from utils.run.settings import has_groups
+from utils.training.adapters import load_adapter
 
 
 def moved(share: np.ndarray, before: np.ndarray) -> float:
@@ -142,7 +145,7 @@ def _adapter_folders(folder: Path, with_groups: bool) -> list[tuple[str, Path]]:
 
 def _load_adapter(encoder: ClipPeftEncoder, folder: Path) -> None:
     try:
-        encoder.load_group(folder, 0)
+        load_adapter(encoder, folder, 0)
     except Exception as error:  # a damaged file raises whatever its format's library raises
         raise PerPEFTError(f"the adapter in {folder} cannot be read ({error})") from error
 
@@ -153,10 +156,10 @@ def require_attention(options: argparse.Namespace, folder: Path) -> None:
     Raises:
         PerPEFTError: it is of another kind.
     """
-    if options.peft_type not in INSIDE_CLIP:
+    if options.peft_type not in PEFT_TYPES:
         raise PerPEFTError(
             f"{folder} is a run with --peft_type {options.peft_type}, which leaves CLIP's attention as it is in every group; "
-            "attention can be shown for LoRA and IA3 runs"
+            "attention can be shown for runs of perpeft_lora_ia3.py"
         )
 
 
@@ -172,7 +175,7 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
     """
     foundation = load_foundation(clip_folder(options.clip_model, dataset), attention="eager")
     tokenizer = foundation.tokenizer
-    kind = EncoderKind(options.peft_type, options.rank, options.modality)
+    kind = EncoderKind(options.peft_type, options.rank, options.modality, peft_config=options.peft_config)
     encoder, source = encoder_and_source(kind, foundation, dataset, torch.device(options.device), options.missing_images)
     encoder.to(options.device).eval()
     words, places = [], []

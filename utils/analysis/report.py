@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.metrics import adjusted_rand_score
 from tqdm import tqdm
 
+from models.peft_configs import PEFT_TYPES
 from utils.analysis.attention import explain_items
 from utils.analysis.figures import group_colours, inline_svg, plot_gains, plot_users
 from utils.analysis.groups import Interval, intervals_by_group, mean_interval, typical_items
@@ -16,7 +17,6 @@ from utils.analysis.page import Page, TileRow
 from utils.analysis.recommendation import Recommender, known_user
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_true_groups
-from utils.items.foundation import INSIDE_CLIP
 from utils.run.finished import open_finished
 from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
@@ -251,7 +251,7 @@ def write_report(
         page.add_user(person, rankings, TOP_K, choice.kind, choice.gain)
     chosen = _attention_items(parts, page, items)
     for part in parts:
-        if part.options.peft_type in INSIDE_CLIP and chosen:
+        if part.options.peft_type in PEFT_TYPES and chosen:
             for explanation in explain_items(part.options, dataset, part.folder, chosen):
                 page.add_attention(explanation, part.name)
     for card in page.items.values():

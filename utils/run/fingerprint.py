@@ -1,11 +1,13 @@
 """What a run's data is recognised by, so that a run continues only on the data that it began with."""
 import argparse
 import hashlib
+from pathlib import Path
 
 import numpy as np
 
+from utils.common.files import add_model_files
 from utils.data.dataset import Dataset
-from utils.items.foundation import contents_fingerprint
+from utils.items.store import image_status
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
@@ -14,6 +16,23 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     for array in (dataset.user_ids, dataset.histories.items, dataset.histories.offsets):
         digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
     digest.update("\0".join(dataset.raw_ids).encode())
+    return digest.hexdigest()[:16]
+
+
+def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | None) -> str | None:
+    """A hash of what the encoder reads beside the histories: titles, sizes of images, and the files of a CLIP folder.
+
+    None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A CLIP from the hub (or
+    None) adds nothing.
+    """
+    if peft_type in ("iisan", "none"):
+        return None
+    digest = hashlib.sha256()
+    for title, path in zip(dataset.titles, dataset.image_paths):
+        status = image_status(path)
+        digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
+    if clip_model and Path(clip_model).is_dir():
+        add_model_files(digest, clip_model)
     return digest.hexdigest()[:16]
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
-from utils.items.foundation import contents_fingerprint, needs_contents
+from utils.run.build import needs_contents
 from utils.run.distributed import make_accelerator
-from utils.run.fingerprint import dataset_fingerprint
+from utils.run.fingerprint import contents_fingerprint, dataset_fingerprint
 from utils.run.opening import build_model
 from utils.run.options import build_parser
 from utils.run.run import Run

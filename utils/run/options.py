@@ -1,7 +1,11 @@
 """Options of the training scripts, and of those that open a finished run."""
 import argparse
+import json
+from pathlib import Path
+from typing import Any
 
 from models.item_encoder import MODALITIES
+from models.peft_configs import ORIGIN, peft_config
 from utils.common.console import HelpFormatter, number
 from utils.common.devices import PRECISIONS
 from utils.data.dataset import is_dataset_name
@@ -13,6 +17,25 @@ METHODS = ("perpeft", "global", "large_global", "frozen", "none")
 COUNT = number(int, 1)
 SIZE = number(int, 1, 10_000)  # of layers and tables: what is beyond would not fit into any memory
 RATE, WEIGHT, SHARE = number(float, 0, 10, above=True), number(float, 0, 1000), number(float, 0, 0.99)
+
+
+def _peft_type(name: str) -> str:
+    try:
+        peft_config(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def _peft_settings(path: str) -> dict[str, Any]:
+    """A configuration of peft, as in its adapter_config.json."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
+        raise argparse.ArgumentTypeError(f'{path} names no adapter; expected an object with "peft_type", such as "LORA"')
+    return content
 
 
 def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -48,10 +71,23 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
 
     adapters = parser.add_argument_group("foundation model and adapters")
     if len(peft_types) > 1:
-        adapters.add_argument("--peft_type", choices=peft_types, default=peft_types[0], help="kind of adapter")
+        adapters.add_argument(
+            "--peft_type",
+            type=_peft_type,
+            default=None,
+            metavar="NAME",
+            help=f"adapter: lora or ia3 (the paper's), or another tuner of peft: {', '.join(peft_types[2:])} (default: lora)",
+        )
+        adapters.add_argument(
+            "--peft_config",
+            type=_peft_settings,
+            default=None,
+            metavar="FILE.json",
+            help="the adapter's settings, as peft's adapter_config.json has them (default: the paper's, or peft's)",
+        )
     adapters.add_argument("--clip_model", default=None, help=f"CLIPModel folder or hub name (default: {DEFAULT_CLIP})")
     if "lora" in peft_types:
-        adapters.add_argument("--rank", type=SIZE, default=4, help="LoRA's rank")
+        adapters.add_argument("--rank", type=SIZE, default=4, help="rank of lora and dora")
         adapters.add_argument(
             "--gradient_checkpointing",
             action="store_true",
@@ -64,7 +100,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
             help="arithmetic of the foundation model (default: fp16 on CUDA, as in the paper's code; fp32 elsewhere)",
         )
     else:
-        parser.set_defaults(rank=None, gradient_checkpointing=False, precision="fp32")
+        parser.set_defaults(peft_config=None, rank=None, gradient_checkpointing=False, precision="fp32")
     adapters.add_argument("--C", type=COUNT, default=None, help="user groups (default: 8; demo: 4)")
     adapters.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without an image")
     if len(peft_types) == 1:
@@ -89,15 +125,35 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     return parser
 
 
+def _resolve_adapter(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in the kind of adapter, and check the settings that a file has for it."""
+    settings = options.peft_config
+    if settings is None:
+        options.peft_type = options.peft_type or "lora"
+        return
+    named = settings["peft_type"].lower()
+    if options.peft_type not in (None, named):
+        parser.error(f"--peft_config is of {named}, --peft_type is {options.peft_type}; leave --peft_type out")
+    if options.rank != parser.get_default("rank"):
+        parser.error(f"--rank {options.rank} has no effect with --peft_config; set the rank in that file")
+    options.peft_type = named
+    options.peft_config = {name: value for name, value in sorted(settings.items()) if name not in ORIGIN}
+    try:
+        peft_config(named, settings=options.peft_config)
+    except ValueError as error:
+        parser.error(f"--peft_config: {error}")
+
+
 def _check_method(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Check which options go together, and give methods without an adapter the same settings in both scripts."""
     method = options.method
     for name, unused in (
         ("negatives", method != "perpeft"), ("grouping", method != "perpeft"), ("init_from", method != "perpeft"),
-        ("modality", method == "none"),
+        ("modality", method == "none"), ("peft_config", method in ("large_global", "frozen", "none")),
     ):  # fmt: skip
         if unused and getattr(options, name) != parser.get_default(name):
-            parser.error(f"--{name} {getattr(options, name)} has no effect with --method {method}; leave it out")
+            value = "" if name == "peft_config" else f" {getattr(options, name)}"
+            parser.error(f"--{name}{value} has no effect with --method {method}; leave it out")
     if method == "large_global":
         if options.peft_type != "lora":
             parser.error("--method large_global needs --peft_type lora: only LoRA's rank can be raised")
@@ -124,6 +180,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     is_demo = options.dataset == "demo"
     options.C = options.C or (4 if is_demo else 8)
     options.clip_model = options.clip_model or ("demo" if is_demo else DEFAULT_CLIP)
+    _resolve_adapter(parser, options)
     _check_method(parser, options)
     known = demo_hyperparameters(options.peft_type) if is_demo else read_hyperparameters(options.dataset, options.peft_type)
     source = "the demo's" if is_demo else "perpeft_hyperparameter.pickle" if known else "default"

@@ -12,7 +12,7 @@ import numpy as np
 from models import ItemEncoder, PerPEFT
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
-from utils.items.foundation import trainable_counts
+from utils.run.build import trainable_counts
 from utils.run.settings import FINGERPRINTS
 from utils.training.evaluation import METRICS, Ranks
 from utils.training.progress import best_row

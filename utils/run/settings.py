@@ -1,5 +1,6 @@
 """A run's settings: the options that its figures follow from, its name, and the comparison with those in its folder."""
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ FINGERPRINTS = {
 def run_name(options: argparse.Namespace) -> str:
     """The run folder's name: data set, adapter, what differs from PerPEFT if anything, learning rate, weight decay, seed."""
     parts = [options.dataset, options.peft_type]
+    if options.peft_config:
+        parts.append(f"config_{hashlib.sha256(json.dumps(options.peft_config, sort_keys=True).encode()).hexdigest()[:6]}")
     if options.method in ("global", "large_global"):  # frozen and none stand in the adapter's place
         parts.append(options.method)
     if options.modality != "both":

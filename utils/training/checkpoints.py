@@ -11,6 +11,7 @@ from models import PerPEFT
 from utils.common.devices import is_out_of_memory
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, save_tensors, write_atomically
+from utils.training.adapters import load_adapter, save_adapter
 from utils.training.progress import Progress
 from utils.training.trainer import Trainer
 
@@ -35,7 +36,7 @@ def save_global(model: PerPEFT, folder: Path) -> None:
     with folder_written_atomically(folder) as temporary:
         save_tensors(_on_cpu(model.sasrec), temporary / "sasrec.pth")
         save_tensors(_on_cpu(model.projectors[0]), temporary / "projector.pth")
-        model.encoder.save_group(temporary, 0)
+        save_adapter(model.encoder, temporary, 0)
 
 
 def save_personalized(model: PerPEFT, folder: Path) -> None:
@@ -46,13 +47,13 @@ def save_personalized(model: PerPEFT, folder: Path) -> None:
             own = temporary / f"group_{group}"
             own.mkdir()
             save_tensors(_on_cpu(projector), own / "projector.pth")
-            model.encoder.save_group(own, group)
+            save_adapter(model.encoder, own, group)
 
 
 def _load_group(model: PerPEFT, folder: Path, group: int) -> None:
     try:
         model.projectors[group].load_state_dict(_read(folder / "projector.pth"))
-        model.encoder.load_group(folder, group)
+        load_adapter(model.encoder, folder, group)
     except PerPEFTError:
         raise
     except Exception as error:  # a damaged file raises what its format's library likes
