@@ -116,7 +116,7 @@ def tiny_arguments(tiny_dataset, tiny_clip, output_dir, peft_type="lora", **chan
         "dataset": tiny_dataset.name, "train_dir": tiny_dataset.train_dir, "clip_model": tiny_clip, "output_dir": output_dir,
         "peft_type": peft_type, "device": "cpu", "C": 3, "global_epochs": 2, "num_epochs": 2, "lr": 1e-3, "wdecay": 1e-4,
     }  # fmt: skip
-    options.update(changes)
+    options = {name: value for name, value in (options | changes).items() if value is not None}
     flags = {name for name, value in options.items() if value is True}
     pairs = [part for name, value in options.items() if name not in flags for part in (f"--{name}", str(value))]
     return pairs + [f"--{name}" for name in sorted(flags)]

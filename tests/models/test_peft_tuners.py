@@ -1,0 +1,178 @@
+"""Every tuner of the installed peft that works on linear layers: one adapter a group, saved as peft opens it."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoImageProcessor, CLIPModel
+
+from models import ClipPeftEncoder
+from models.peft_configs import PEFT_TYPES, UNSUITABLE, peft_config
+from tests.conftest import run_script, tiny_arguments, tiny_options
+from utils.training.adapters import load_adapter, save_adapter
+
+# what the defaults do not fit, on layers 32 wide
+SMALL = {
+    "c3a": {"block_size": 8}, "fourierft": {"n_frequency": 64}, "road": {"group_size": 8}, "shira": {"r": 4},
+    "vblora": {"num_vectors": 16, "vector_length": 8, "topk": 2}, "waveft": {"n_frequency": 64},
+}  # fmt: skip
+
+
+def make_encoder(clip_folder, kind, modality="both"):
+    torch.manual_seed(0)
+    processor = AutoImageProcessor.from_pretrained(clip_folder, use_fast=False)
+    config = peft_config(kind, settings=SMALL.get(kind))
+    return ClipPeftEncoder(CLIPModel.from_pretrained(clip_folder), config, processor, modality=modality).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=random)
+    tokens = torch.randint(3, 50, (4, 6), generator=random)
+    tokens[:, -1] = 1  # replaced by the end-of-text token of the tiny CLIP
+    return pixels, tokens
+
+
+def features(encoder, inputs, group):
+    encoder.use_group(group)
+    return encoder(*inputs)
+
+
+def shake(encoder, group):
+    random = torch.Generator().manual_seed(group + 1)
+    with torch.no_grad():
+        for parameter in encoder.group_parameters(group).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+
+
+def frozen_parts(encoder):
+    adapters = {id(parameter) for parameter in encoder.adapter_parameters()}
+    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in tensors if id(tensor) not in adapters}
+
+
+@pytest.mark.parametrize("kind", PEFT_TYPES)
+def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, inputs, tmp_path):
+    encoder = make_encoder(tiny_clip, kind)
+    shake(encoder, 0)
+    encoder.clone_groups(3)
+    with torch.no_grad():
+        same = [features(encoder, inputs, group) for group in range(3)]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    listed = [id(parameter) for parameter in encoder.adapter_parameters()]
+    assert len(set(listed)) == len(listed) > 0
+    assert {id(parameter) for parameter in encoder.parameters() if parameter.requires_grad} == set(listed)
+
+    # a step with group 1's features moves its adapter and nothing else
+    optimizer = torch.optim.AdamW(encoder.adapter_parameters(), lr=1e-2, weight_decay=0.5)
+    before = [{name: p.detach().clone() for name, p in encoder.group_parameters(group).items()} for group in range(3)]
+    frozen = frozen_parts(encoder)
+    features(encoder, inputs, 1).square().sum().mul(3).add(features(encoder, inputs, 1)[:, 0].sum()).backward()
+    optimizer.step()
+    moved = [{n for n, p in encoder.group_parameters(g).items() if not torch.equal(p, before[g][n])} for g in range(3)]
+    assert not moved[0] and not moved[2] and moved[1] == set(before[1])
+    encoder.use_group(0)  # a shared name in the module tree is group 0's again
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_parts(encoder).items())
+
+    # three adapters on disk, each as its group acts
+    for group in range(3):
+        shake(encoder, group)
+        save_adapter(encoder, tmp_path / str(group), group)
+    with torch.no_grad():
+        own = [features(encoder, inputs, group) for group in range(3)]
+        assert (own[0] - own[1]).abs().max() > 1e-4
+        for group in range(3):
+            opened = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), tmp_path / str(group) / "adapter").eval()
+            images = encoder._shift + inputs[0].float() * encoder._scale
+            output = opened(input_ids=inputs[1], pixel_values=images)
+            torch.testing.assert_close(torch.cat([output.image_embeds, output.text_embeds], 1), own[group], rtol=0, atol=1e-5)
+        other = make_encoder(tiny_clip, kind)
+        other.clone_groups(3)
+        for group in range(3):
+            load_adapter(other, tmp_path / str(2 - group), group)
+        for group in range(3):
+            torch.testing.assert_close(features(other, inputs, group), own[2 - group], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dora", "vera", "oft"])
+def test_a_tower_that_is_not_used_carries_no_adapter(kind, tiny_clip, inputs):
+    encoder = make_encoder(tiny_clip, kind, modality="image")
+    names = set(encoder.group_parameters(0))
+    assert names and all("vision_model" in name for name in names)
+    assert features(encoder, inputs, 0).shape == (4, 16)
+
+
+def test_the_order_of_parameters_does_not_depend_on_the_active_group(tiny_clip):
+    """The state that training continues from lists them in order."""
+    encoder = make_encoder(tiny_clip, "lora")
+    encoder.clone_groups(3)
+    expected = [id(parameter) for parameter in encoder.parameters() if parameter.requires_grad]
+    for group in (1, 2, 0):
+        encoder.use_group(group)
+        assert [id(parameter) for parameter in encoder.parameters() if parameter.requires_grad] == expected
+
+
+def test_dora_is_lora_with_magnitudes_by_the_papers_settings(tiny_clip):
+    config = peft_config("dora", rank=2)
+    assert (config.r, config.lora_alpha, config.use_dora, set(config.target_modules)) == (2, 4, True, {"q_proj", "v_proj"})
+    names = make_encoder(tiny_clip, "dora").group_state(0)
+    assert {name.split("q_proj.")[1] for name in names if "q_proj" in name} == {
+        "lora_A.weight", "lora_B.weight", "lora_magnitude_vector",
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("kind", sorted(UNSUITABLE))
+def test_tuners_that_cannot_be_used_are_refused_with_the_reason(kind, tiny_dataset, tiny_clip, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tiny_options(tiny_dataset, tiny_clip, tmp_path, kind)
+    assert f"{kind} cannot be used: {UNSUITABLE[kind]}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_that_do_not_fit_the_model_are_one_sentence(tiny_dataset, tiny_clip, tmp_path):
+    from utils.common.errors import PerPEFTError
+
+    with pytest.raises(PerPEFTError, match="--peft_type c3a: .*block size.*--peft_config FILE") as error:
+        run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, "c3a"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        ("no JSON", {}, "cannot be read as JSON"),
+        ('{"r": 4}', {}, "names no adapter"),
+        ('{"peft_type": "LORA", "colour": 1}', {}, "lora has no setting colour"),
+        ('{"peft_type": "ADALORA"}', {}, "adalora cannot be used"),
+        ('{"peft_type": "LORA"}', {"peft_type": "ia3"}, "--peft_config is of lora, --peft_type is ia3"),
+        ('{"peft_type": "LORA"}', {"rank": 8}, "--rank 8 has no effect"),
+        ('{"peft_type": "LORA"}', {"method": "frozen"}, "--peft_config has no effect with --method frozen"),
+    ],
+)
+def test_wrong_configurations_are_refused(content, options, expected, tiny_dataset, tiny_clip, tmp_path, capsys):
+    (tmp_path / "file.json").write_text(content)
+    options = {"peft_type": None, "peft_config": tmp_path / "file.json"} | options
+    with pytest.raises(SystemExit):
+        tiny_options(tiny_dataset, tiny_clip, tmp_path, **options)
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_by_a_saved_adapters_own_file_continues_and_opens_again(tiny_dataset, tiny_clip, tiny_run, tmp_path):
+    from utils.run.finished import open_finished
+
+    settings = json.loads((tiny_run.folder / "global" / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "file.json").write_text(json.dumps(settings | {"r": 2, "lora_alpha": 12}))
+    options = {"peft_type": None, "peft_config": tmp_path / "file.json", "global_epochs": 1, "num_epochs": 1}
+    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", **options))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("tiny_lora_config_")
+    saved = json.loads((folder / "personalized" / "group_2" / "adapter" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (2, 12)
+    (tmp_path / "file.json").unlink()  # the run folder has it
+    run = open_finished(folder, "cpu", tiny_dataset.train_dir)
+    run.load_global()
+    assert np.isfinite(run.item_inputs(0).detach().numpy()).all()
