@@ -1,10 +1,7 @@
 """Recommendations and exported vectors against peft, transformers and loops alone; and what is said where there are none."""
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +15,7 @@ from models import SASRec
 from scripts import export_vectors, recommend, report
 from tests.analysis.test_report import check_page, classes
 from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments, write_dataset
-from tests.run.test_pipeline import ROOT, read_csv, tree
+from tests.run.test_pipeline import read_csv, tree
 from utils.analysis.recommendation import best_items, choose_groups
 from utils.common.errors import PerPEFTError
 from utils.run.finished import open_finished
@@ -28,7 +25,7 @@ ITEMS = range(1, NUM_ITEMS + 1)
 
 @torch.no_grad()
 def plain_model(folder, where, tiny_dataset, tiny_clip):
-    """SASRec of a stage's folder, and the e_i as the adapter in `where` gives them, without this project's encoders."""
+    """SASRec of a stage's folder, and the e_i by the adapter in `where`, without this project's encoders."""
     sasrec = SASRec(NUM_ITEMS).eval()
     sasrec.load_state_dict(torch.load(folder / "sasrec.pth", weights_only=True))
     images = tiny_dataset.train_dir / "tiny_images"
@@ -326,16 +323,6 @@ def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_da
         open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir)
     run = open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir, str(tiny_clip))
     assert run.dataset.num_items == NUM_ITEMS
-
-
-def test_mistake_ends_the_script_with_exit_code_2_and_one_line(tiny_run, tiny_dataset):
-    arguments = (tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--device", "cpu", "--user", 3)
-    command = [sys.executable, "-m", "scripts.recommend", *map(str, arguments)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=100)
-    assert found.returncode == 2
-    errors = found.stderr[found.stderr.index("error:") :].splitlines()  # before it, remarks on the data set
-    assert errors == ["error: user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"]
 
 
 def test_random_groups_have_no_nearest_centre(tiny_dataset, tiny_clip, tmp_path):

@@ -15,7 +15,7 @@ from utils.analysis.tables import blocks_of, finished_blocks, markdown, paper_fi
 from utils.common.errors import PerPEFTError
 from utils.run import reports as reporting
 from utils.run.run import Run
-from utils.training.evaluation import Ranks, ndcg_at
+from utils.training.evaluation import Ranks
 
 
 def passed_on(tiny_dataset, tiny_clip, output_dir):
@@ -263,10 +263,6 @@ def test_the_papers_figures():
     assert paper_figures(2, "iisan", "w/o MM", "arts")["HR@20"] == 3.91
     assert paper_figures(3, "lora", "PerPEFT", "sports_outdoors")["HR@20"] == 4.82
     assert paper_figures(3, "ia3", "Random grouping", "arts") == {} == paper_figures(2, "lora", "PerPEFT", "mine")
-
-
-def test_gains():
-    assert ndcg_at(20, np.array([0, 2, 19, 20])).tolist() == pytest.approx([1, 0.5, 1 / math.log2(21), 0])
 
 
 def test_nothing_finished_gives_no_table(tmp_path):

@@ -195,7 +195,7 @@ def encoding_costs(
 
 
 def _random_histories(num_users: int, num_items: int, seed: int = 0) -> Histories:
-    """Histories of 5 to 11 purchases, for sizes that no data set at hand has."""
+    """Random histories of 5 to 11 interactions, for sizes beyond any data set at hand."""
     random = np.random.default_rng(seed)
     lengths = random.integers(5, 12, size=num_users)
     return Histories(random.integers(1, num_items + 1, size=lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]))

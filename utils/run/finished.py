@@ -49,7 +49,7 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
     """The data set of a finished run, with titles and images where they are there to be shown.
 
     Args:
-        options, expected: as `finished_options` gives them.
+        options, expected: from `finished_options`.
     Raises:
         PerPEFTError: the data set is not there, or no longer the one that the run was trained on.
     """
