@@ -1,8 +1,10 @@
-# make demo: a first run on drawn data.   make test: the whole suite.   Both install what they need into .venv.
+# make demo: a first run on drawn data.   make test: the whole suite.   Both install requirements-tested.txt into .venv.
+# make test-oldest, make test-newest: the whole suite with the oldest and the newest libraries, in .venv-oldest and .venv-newest.
 PYTHON ?= python3
 VENV := .venv
+PIP_INSTALL := bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest test-newest lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python perpeft_lora_ia3.py --dataset demo --peft_type lora --device cpu
@@ -11,17 +13,36 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-tests lint
 	$(VENV)/bin/python -m pytest
 
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest
+
+test-newest: .venv-newest/.installed
+	.venv-newest/bin/python -m pytest
+
 lint: $(VENV)/.installed-tests
 	$(VENV)/bin/ruff check .
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements-tested.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/$(PIP_INSTALL) -r requirements-tested.txt
 	touch $@
 
 $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	$(VENV)/$(PIP_INSTALL) -r tests/requirements.txt
+	touch $@
+
+# torch first, as on a machine that has one: requirements.txt must keep it
+.venv-oldest/.installed: requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/$(PIP_INSTALL) torch==2.2.0 numpy==1.26.3 transformers==4.49.0 peft==0.18.1
+	.venv-oldest/$(PIP_INSTALL) -r requirements.txt -r tests/requirements.txt
+	touch $@
+
+# the names of requirements.txt without their bounds
+.venv-newest/.installed: requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/$(PIP_INSTALL) --upgrade $$(sed -n 's/^\([a-z0-9-]*\)[<>=].*/\1/p' requirements.txt | sort -u) -r tests/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs dataset/demo*
+	rm -rf $(VENV) .venv-oldest .venv-newest runs dataset/demo*

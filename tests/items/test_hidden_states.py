@@ -210,7 +210,7 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
     command = [sys.executable, "-m", "scripts.extract_hidden_states", "--dataset", "tiny", "--train_dir", str(folder)]
     done = subprocess.run([*command, "--clip_model", str(tiny_clip), "--device", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    image_states, text_states, ids = torch.load(states_path(folder, "tiny"), weights_only=True, mmap=True)
+    image_states, text_states, ids = torch.load(str(states_path(folder, "tiny")), weights_only=True, mmap=True)
     assert ids == computed.content[2]
     assert torch.equal(image_states, computed.content[0]) and torch.equal(text_states, computed.content[1])
 

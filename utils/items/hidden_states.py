@@ -125,7 +125,7 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
     again = "delete it and start again to compute it anew, or fetch it again"
     try:
         refuse_damaged_tensors(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PerPEFTError(f"{path} cannot be read ({reason[:500]}); {again}") from error
