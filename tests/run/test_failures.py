@@ -412,7 +412,7 @@ def test_metrics_that_are_not_finite_stop_the_run(run, end, expected, monkeypatc
 
 
 def scaled(monkeypatch, scale):
-    """Skip where torch scales on CUDA alone; let runs scale gradients as on CUDA with fp16; the largest float makes the first ones overflow."""
+    """Let runs scale gradients as on CUDA with fp16; the largest float makes the first ones overflow."""
     if TORCH < (2, 3):
         pytest.skip("torch 2.2 scales gradients on CUDA alone")
     original = opening.make_accelerator
