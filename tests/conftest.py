@@ -26,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("perpeft", derandomize=True, deadline=None, database=None)
 settings.load_profile("perpeft")
 
-SHORT_USERS = {3: 1, 11: 2, 17: 3}  # user: purchases; the first two are never evaluated, the third has one training item
+SHORT_USERS = {3: 1, 11: 2, 17: 3}  # user: interactions; the first two are never evaluated, the third has one training item
 NUM_USERS, NUM_ITEMS = 40, 30
 SHAPES = ("ellipse", "rectangle", "line")
 
@@ -59,7 +59,7 @@ def draw_image(item):
 
 
 def tiny_histories():
-    """40 users with gaps between their numbers, in three interest clusters of ten items each, some purchases elsewhere."""
+    """40 users with gaps between their numbers, in three interest clusters of ten items each, some interactions elsewhere."""
     random = np.random.default_rng(7)
     histories = {}
     for user in range(1, NUM_USERS + 1):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @functools.cache
 def shared_zygote():
-    """The one zygote of a test session, started when it is first wanted."""
+    """The one zygote of a test session, started when it is first needed."""
     zygote = Zygote()
     atexit.register(zygote.close)
     return zygote
@@ -199,7 +199,7 @@ def write_instead_of_drawing(figure, path, **options):
 
 
 def _join(rank, order):
-    """What a launcher tells the processes that it starts."""
+    """The environment that a launcher sets for its processes."""
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["size"], "LOCAL_WORLD_SIZE": order["size"]}
     launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}
     os.environ.update({name: str(value) for name, value in launched.items()})
@@ -267,7 +267,7 @@ def main():
         order = json.loads(line)
         children = []
         for rank in range(order.get("size", 1)):
-            # Files without a name, inherited by the child: whatever it wrote before it was killed is there.
+            # Files without a name, inherited by the child: what it wrote before it was killed is kept.
             events, output = os.memfd_create("events"), os.memfd_create("output")
             pid = os.fork()
             if not pid:

@@ -27,7 +27,7 @@ NAME = "tiny_{}_lr0.001_wd0.0001_seed0"
 
 @pytest.fixture(scope="module")
 def run_method(tiny_dataset, tiny_clip, tmp_path_factory):
-    """Run with some flags changed, once for each set of flags; gives the only run folder that there is then."""
+    """Run with some flags changed, once for each set of flags; returns the only run folder."""
     done = {}
 
     def run(**changes):
@@ -207,12 +207,12 @@ def test_negatives_are_drawn_from_the_groups_items_or_from_all(tiny_dataset, tin
     assert folder.name == NAME.format("lora_text" if negatives == "group" else "lora_text_negatives_all")
     groups = {int(row["user"]): int(row["group"]) for row in read_csv(folder / "groups.csv")}
     for group, items in drawn.items():
-        bought = set()
+        trained_on = set()
         for user, history in tiny_dataset.histories.items():
             if groups[user] == group:
-                bought.update(history[:-2] if len(history) >= 3 else history)
+                trained_on.update(history[:-2] if len(history) >= 3 else history)
         if negatives == "group":
-            assert items <= bought and len(items) > 0.9 * len(bought)
+            assert items <= trained_on and len(items) > 0.9 * len(trained_on)
         else:
             assert items == set(range(1, NUM_ITEMS + 1))
 
@@ -230,7 +230,7 @@ def test_random_grouping_is_even_seeded_and_ignores_taste(run_method, tiny_run):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         ({"method": "global", "negatives": "all"}, "--negatives all has no effect with --method global"),
         ({"method": "frozen", "grouping": "random"}, "--grouping random has no effect with --method frozen"),
@@ -240,10 +240,10 @@ def test_random_grouping_is_even_seeded_and_ignores_taste(run_method, tiny_run):
         ({"method": "best"}, "invalid choice: 'best'"),
     ],
 )
-def test_flags_without_effect_are_refused(tiny_dataset, tiny_clip, tmp_path, capsys, flags, told):
+def test_flags_without_effect_are_refused(tiny_dataset, tiny_clip, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as end:
         run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, **flags))
-    assert end.value.code == 2 and told in capsys.readouterr().err
+    assert end.value.code == 2 and message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
@@ -267,7 +267,7 @@ def test_ranks_give_the_reported_metrics(tiny_run, tiny_dataset, stage):
 
 
 def authors_files(run_folder, folder, ending="lora_tiny_10_0.001_0.0001"):
-    """A run's global model under the names that the authors' code gives."""
+    """A run's global model under the names that the authors' code uses."""
     folder.mkdir(exist_ok=True)
     shutil.copy(run_folder / "global" / "sasrec.pth", folder / f"sasrec_{ending}.pth")
     shutil.copy(run_folder / "global" / "projector.pth", folder / f"projector_{ending}.pth")
@@ -339,13 +339,13 @@ def test_init_from_nothing_several_or_another_shape_is_one_clear_error(tiny_run,
     assert "neither a run folder" in run(init_from=tmp_path / "absent")
     theirs = authors_files(tiny_run.folder, tmp_path / "pretrained_models")
     authors_files(tiny_run.folder, theirs, "lora_tiny_20_0.001_0.0001")
-    told = run(init_from=theirs)
-    assert "name one of them" in told and "sasrec_lora_tiny_20_0.001_0.0001.pth" in told
+    message = run(init_from=theirs)
+    assert "name one of them" in message and "sasrec_lora_tiny_20_0.001_0.0001.pth" in message
     assert "do not fit" in run(init_from=tiny_run.folder, rank=2, output_dir=tmp_path / "other")
     assert "do not fit" in run(init_from=tiny_run.folder, hidden_units=16, output_dir=tmp_path / "narrow")
     shutil.rmtree(theirs / "clip_encoder_lora_tiny_20_0.001_0.0001")
-    told = run(init_from=theirs / "sasrec_lora_tiny_20_0.001_0.0001.pth", output_dir=tmp_path / "incomplete")
-    assert "pretrained_models" in told
+    message = run(init_from=theirs / "sasrec_lora_tiny_20_0.001_0.0001.pth", output_dir=tmp_path / "incomplete")
+    assert "pretrained_models" in message
 
 
 def test_defaults_are_the_papers_method():
@@ -355,8 +355,8 @@ def test_defaults_are_the_papers_method():
 
 def test_a_source_that_cannot_be_used_costs_nothing_that_is_there(copied_run, tiny_run, tmp_path):
     before = sorted(path.relative_to(copied_run.folder) for path in copied_run.folder.rglob("*"))
-    for source, told in ((tmp_path / "absent", "neither a run folder"), (copied_run.folder, "this run's own folder")):
-        with pytest.raises(PerPEFTError, match=told):
+    for source, message in ((tmp_path / "absent", "neither a run folder"), (copied_run.folder, "this run's own folder")):
+        with pytest.raises(PerPEFTError, match=message):
             run_script([*copied_run.arguments, "--init_from", str(source), "--restart"])
     with pytest.raises(PerPEFTError, match="this run's own folder"):
         run_script([*copied_run.arguments, "--init_from", str(copied_run.folder / "global"), "--restart"])

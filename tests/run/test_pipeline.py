@@ -101,7 +101,7 @@ def test_metrics_has_a_row_an_epoch_under_the_documented_columns(tiny_run):
             assert all(values[f"NDCG@{k}"] <= values[f"HR@{k}"] for k in (10, 20, 30))
 
 
-def test_summary_tells_what_was_run(tiny_run, tiny_dataset, tiny_clip):
+def test_summary_describes_the_run(tiny_run, tiny_dataset, tiny_clip):
     summary = json.loads((tiny_run.folder / "summary.json").read_text())
     assert summary["config"].items() >= {
         "dataset": "tiny", "peft_type": "lora", "lr": 1e-3, "wdecay": 1e-4, "C": 3, "rank": 4, "trial": 0, "batch_size": 16,
@@ -109,9 +109,9 @@ def test_summary_tells_what_was_run(tiny_run, tiny_dataset, tiny_clip):
         "weight_scalar": 0.5, "global_epochs": 2, "num_epochs": 2,
     }.items()  # fmt: skip
     assert summary["versions"]["torch"] == torch.__version__ and summary["device"] == "cpu"
-    purchases = sum(map(len, tiny_dataset.histories.values()))
+    interactions = sum(map(len, tiny_dataset.histories.values()))
     evaluated = sum(len(items) >= 3 for items in tiny_dataset.histories.values())
-    assert summary["dataset"] == {"users": 40, "items": 30, "interactions": purchases, "evaluated_users": evaluated}
+    assert summary["dataset"] == {"users": 40, "items": 30, "interactions": interactions, "evaluated_users": evaluated}
     assert len(summary["group_sizes"]) == 3 and sum(summary["group_sizes"]) == 40
     counts = summary["trainable_parameters"]
     lora = 4 * 2 * 4 * (32 + 32)  # 2 + 2 layers, q and v, rank 4, A and B of width 32
@@ -246,7 +246,7 @@ def without_seconds(folder):
 
 
 def test_same_seed_gives_the_same_figures_and_weights_and_another_seed_does_not(tiny_run, tiny_dataset, tiny_clip, tmp_path):
-    torch.randn(5)  # whatever else the process has drawn does not matter
+    torch.randn(5)  # other draws of the process do not matter
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path))
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, trial=1))
     again, other = tmp_path / tiny_run.folder.name, tmp_path / tiny_run.folder.name.replace("seed0", "seed1")
@@ -260,7 +260,7 @@ def test_same_seed_gives_the_same_figures_and_weights_and_another_seed_does_not(
 
 
 def test_personalized_stage_starts_from_the_best_global_weights_for_every_group(tiny_dataset, tiny_clip, tmp_path):
-    """At a vanishing rate nothing is learned, so any figure that changed would tell of another start."""
+    """At a vanishing rate nothing is learned, so any figure that changed would mean another start."""
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, lr=1e-12, wdecay=0))
     rows = without_seconds(next(tmp_path.iterdir()))
     figures = [{name: value for name, value in row.items() if "@" in name} for row in rows]
@@ -280,7 +280,7 @@ def test_stage_1_ends_with_the_weights_of_its_best_epoch(tiny_dataset, tiny_clip
             assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
 
 
-def test_negatives_are_drawn_from_all_items_first_and_then_from_what_the_group_bought_in_training(
+def test_negatives_are_drawn_from_all_items_first_and_then_from_the_groups_training_items(
     tiny_dataset, tiny_clip, tmp_path, monkeypatch
 ):
     samplers = []
@@ -331,7 +331,7 @@ def test_finished_run_is_not_trained_again(copied_run, capsys):
     assert f"{100 * test_ndcg:.2f}" in output  # its table is shown again
 
 
-def test_restart_trains_anew(copied_run, tiny_run):
+def test_restart_trains_again(copied_run, tiny_run):
     before = tree(copied_run.folder)
     groups = copied_run.folder / "groups.csv"
     groups.write_text(groups.read_text().replace(",1", ",0"))  # would make another stage 3, were it taken over
@@ -345,7 +345,7 @@ def test_restart_trains_anew(copied_run, tiny_run):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (["--num_epochs", "3"], "num_epochs was 2, is now 3"),
         (["--C", "4"], "C was 3, is now 4"),
@@ -353,9 +353,9 @@ def test_restart_trains_anew(copied_run, tiny_run):
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--inference_only"]])
-def test_other_settings_in_the_same_folder_are_refused_and_named(copied_run, change, told, more):
+def test_other_settings_in_the_same_folder_are_refused_and_named(copied_run, change, message, more):
     before = tree(copied_run.folder)
-    with pytest.raises(PerPEFTError, match=told):
+    with pytest.raises(PerPEFTError, match=message):
         run_script([*copied_run.arguments, *change, *more])
     assert tree(copied_run.folder) == before
 
@@ -377,7 +377,7 @@ def test_restart_that_cannot_start_does_not_throw_the_finished_run_away(copied_r
     assert {name: data for name, data in tree(copied_run.folder).items() if name in before} == before
 
 
-def test_inference_only_without_a_finished_run_is_told(tiny_dataset, tiny_clip, tmp_path, monkeypatch):
+def test_inference_only_without_a_finished_run_is_reported(tiny_dataset, tiny_clip, tmp_path, monkeypatch):
     arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path, inference_only=True)
     with pytest.raises(PerPEFTError, match="without --inference_only"):
         run_script(arguments)
@@ -394,7 +394,7 @@ def test_inference_only_without_a_finished_run_is_told(tiny_dataset, tiny_clip, 
 
 
 @pytest.mark.parametrize("damage", ["a line less", "a group too high", "empty", "missing"])
-def test_damaged_groups_csv_is_told(copied_run, damage):
+def test_damaged_groups_csv_is_reported(copied_run, damage):
     path = copied_run.folder / "groups.csv"
     lines = path.read_text().splitlines(keepends=True)
     if damage == "missing":
@@ -440,7 +440,7 @@ def groups_of(folder, tiny_clip, output_dir):
     return (next(output_dir.iterdir()) / "groups.csv").read_text()
 
 
-def test_groups_follow_train_and_valid_purchases_and_never_the_test_item(tiny_dataset, tiny_clip, tmp_path):
+def test_groups_follow_train_and_valid_interactions_and_never_the_test_item(tiny_dataset, tiny_clip, tmp_path):
     def changed(place):
         histories = {}
         for user, items in tiny_histories().items():
@@ -607,7 +607,7 @@ def read_lines(path):
     return path.read_text().splitlines()
 
 
-def test_bar_of_an_epoch_tells_loss_items_a_second_and_time_left_and_is_quiet_without_a_terminal(
+def test_bar_of_an_epoch_shows_loss_items_a_second_and_time_left_and_is_quiet_without_a_terminal(
     tiny_dataset, tiny_clip, tmp_path, monkeypatch, capsys
 ):
     shown = io.StringIO()

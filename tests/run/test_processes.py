@@ -1,4 +1,4 @@
-"""Several processes that train together leave what one leaves: the same losses, metrics and files, whatever stops them."""
+"""Several processes that train together leave what one leaves: the same losses, metrics and files, however they are stopped."""
 import csv
 import os
 import shutil
@@ -163,7 +163,7 @@ def test_three_processes_with_dropout_continue_with_the_same_masks(begin):
     assert [end.code for end in stopped] == [143, 143, 143], stopped[0].output
     ended = zygote.run_together(run.arguments, size=3)
     assert [end.code for end in ended] == [0, 0, 0], ended[0].output
-    # but for the order in which DDP's buckets, which it arranges anew at a start, add three numbers
+    # but for the order in which DDP's buckets, which it arranges again at each start, add three numbers
     assert mean_losses(*stopped) + mean_losses(*ended) == pytest.approx(mean_losses(*through), rel=1e-5)
 
 

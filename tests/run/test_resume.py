@@ -42,7 +42,7 @@ def no_drawing(monkeypatch):
 
 @pytest.fixture
 def begin(tiny_dataset, tiny_clip, tmp_path):
-    """Make a fresh copy of the data, without what runs keep beside it, and give a tiny run's arguments and its folder."""
+    """Make a fresh copy of the data, without what runs keep beside it, and return the arguments and the folder of a tiny run."""
 
     def make(name="run", **changes):
         data = SimpleNamespace(name="tiny", train_dir=tmp_path / name / "dataset")
@@ -299,8 +299,8 @@ def test_restart_is_left_out_of_the_advice_to_go_on(begin, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *run.arguments, "--restart"])
     with pytest.raises(SystemExit, match="130"):
         console.run_main(lambda: run_script([*run.arguments, "--restart"]))
-    told = capsys.readouterr().err
-    assert told.endswith("; the same command without --restart continues from there\n\ninterrupted by SIGINT\n")
+    message = capsys.readouterr().err
+    assert message.endswith("; the same command without --restart continues from there\n\ninterrupted by SIGINT\n")
 
 
 def test_signal_after_the_last_step_was_checked_is_not_lost():
@@ -324,7 +324,7 @@ def test_second_signal_stops_at_once_and_handlers_are_restored():
 
 
 @pytest.fixture
-def begun(begin, monkeypatch):
+def started(begin, monkeypatch):
     """A run that was interrupted after its first epoch."""
     run = begin()
 
@@ -346,7 +346,7 @@ def changed(run, **changes):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("num_epochs", 3, "num_epochs was 2, is now 3"),
         ("C", 2, "C was 3, is now 2"),
@@ -355,12 +355,12 @@ def changed(run, **changes):
         ("lr", "1.0000001e-3", "lr was 0.001, is now 0.0010000001"),  # another run under the same folder name
     ],
 )
-def test_begun_run_refuses_other_settings_and_names_them(begun, name, value, told):
-    before = outcome(begun.folder)
+def test_started_run_refuses_other_settings_and_names_them(started, name, value, message):
+    before = outcome(started.folder)
     with pytest.raises(PerPEFTError) as refusal:
-        run_script(changed(begun, **{name: value}))
-    assert told in str(refusal.value) and "--restart" in str(refusal.value)
-    assert outcome(begun.folder) == before
+        run_script(changed(started, **{name: value}))
+    assert message in str(refusal.value) and "--restart" in str(refusal.value)
+    assert outcome(started.folder) == before
 
 
 def add_purchase(run, tiny_clip):
@@ -385,7 +385,7 @@ def retrain_clip(run, tiny_clip):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (add_purchase, "dataset_fingerprint.*interactions or raw ids have changed"),
         (change_title, "contents_fingerprint.*titles or images"),
@@ -393,21 +393,21 @@ def retrain_clip(run, tiny_clip):
         (retrain_clip, "contents_fingerprint.*files of the foundation model"),
     ],
 )
-def test_begun_run_refuses_changed_data(begun, tiny_clip, change, told):
-    change(begun, tiny_clip)
+def test_started_run_refuses_changed_data(started, tiny_clip, change, message):
+    change(started, tiny_clip)
     try:
-        with pytest.raises(PerPEFTError, match=told):
-            run_script(begun.arguments)
+        with pytest.raises(PerPEFTError, match=message):
+            run_script(started.arguments)
     finally:
         if change is retrain_clip:
-            shutil.copytree(begun.train_dir / "kept", tiny_clip, dirs_exist_ok=True)
+            shutil.copytree(started.train_dir / "kept", tiny_clip, dirs_exist_ok=True)
 
 
-def test_options_that_change_no_figure_may_change_on_the_way(begun, through, tmp_path):
+def test_options_that_change_no_figure_may_change_on_the_way(started, through, tmp_path):
     moved = tmp_path / "moved"
-    begun.train_dir.rename(moved)
-    run_script([*changed(begun, train_dir=moved, save_every=7), "--debug"])
-    assert outcome(begun.folder) == through.outcome
+    started.train_dir.rename(moved)
+    run_script([*changed(started, train_dir=moved, save_every=7), "--debug"])
+    assert outcome(started.folder) == through.outcome
 
 
 def test_folder_without_a_saved_state_has_nothing_to_lose(begin, through):
@@ -419,30 +419,30 @@ def test_folder_without_a_saved_state_has_nothing_to_lose(begin, through):
     assert outcome(run.folder) == through.outcome
 
 
-def test_second_run_in_one_folder_is_refused(begun, through):
-    with FileLock(begun.folder / ".lock"), pytest.raises(PerPEFTError, match="another process is training in"):
-        run_script(begun.arguments)
-    run_script(begun.arguments)
-    assert outcome(begun.folder) == through.outcome
+def test_second_run_in_one_folder_is_refused(started, through):
+    with FileLock(started.folder / ".lock"), pytest.raises(PerPEFTError, match="another process is training in"):
+        run_script(started.arguments)
+    run_script(started.arguments)
+    assert outcome(started.folder) == through.outcome
 
 
-def test_lock_of_a_dead_process_does_not_hold(begun, through):
+def test_lock_of_a_dead_process_does_not_hold(started, through):
     code = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(100)"
-    lock = begun.folder / ".lock"
+    lock = started.folder / ".lock"
     holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
     holder.stdout.readline()
     with pytest.raises(PerPEFTError, match="another process is training in"):
-        run_script(begun.arguments)
+        run_script(started.arguments)
     holder.kill()
     holder.communicate()
     assert lock.is_file()
-    run_script(begun.arguments)
-    assert outcome(begun.folder) == through.outcome
+    run_script(started.arguments)
+    assert outcome(started.folder) == through.outcome
 
 
 @pytest.mark.parametrize("damage", ["cut off", "another shape", "no state"])
-def test_damaged_state_is_told_with_the_way_out(begun, damage):
-    path = begun.folder / "resume" / "global.pt"
+def test_damaged_state_is_reported_with_the_way_out(started, damage):
+    path = started.folder / "resume" / "global.pt"
     if damage == "cut off":
         path.write_bytes(path.read_bytes()[:1000])
     else:
@@ -450,18 +450,18 @@ def test_damaged_state_is_told_with_the_way_out(begun, damage):
         state["trainer"]["parameters"][0] = torch.zeros(3, 3)
         torch.save([1, 2] if damage == "no state" else state, path)
     with pytest.raises(PerPEFTError, match=r"global\.pt .*--restart"):
-        run_script(begun.arguments)
+        run_script(started.arguments)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "null"])
-def test_damaged_config_is_told_with_the_way_out(begun, content):
-    (begun.folder / "resume" / "config.json").write_text(content)
+def test_damaged_config_is_reported_with_the_way_out(started, content):
+    (started.folder / "resume" / "config.json").write_text(content)
     with pytest.raises(PerPEFTError, match=r"config\.json is damaged.*--restart"):
-        run_script(begun.arguments)
+        run_script(started.arguments)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"config": 3}'])
-def test_damaged_summary_is_told_with_the_way_out(copied_run, content):
+def test_damaged_summary_is_reported_with_the_way_out(copied_run, content):
     (copied_run.folder / "summary.json").write_text(content)
     with pytest.raises(PerPEFTError, match=r"summary\.json is damaged.*--restart"):
         run_script(copied_run.arguments)

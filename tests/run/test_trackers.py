@@ -97,7 +97,7 @@ def calls(path):
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    """Put the stand-in where it is imported from; gives the file of its calls."""
+    """Put the stand-in where it is imported from; returns the file of its calls."""
     place = tmp_path / "packages"
     place.mkdir()
     (place / "wandb.py").write_text(WANDB)
@@ -180,14 +180,14 @@ def test_wandb_mode_of_the_user_is_kept(arguments, monkeypatch, wandb):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_package_that_is_not_installed_is_told_before_anything_is_done(arguments, monkeypatch, tmp_path, name):
+def test_package_that_is_not_installed_is_reported_before_anything_is_done(arguments, monkeypatch, tmp_path, name):
     monkeypatch.setattr(own_tracking.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(PerPEFTError, match=f"--log_with {name} needs .* not installed: pip install {name}$"):
         run_script(arguments(name))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_note_is_told_with_the_way_out(arguments, tmp_path):
+def test_damaged_note_is_reported_with_the_way_out(arguments, tmp_path):
     run_interrupted(arguments("tensorboard"), 1)
     (tmp_path / RUN / "resume" / "tensorboard.json").write_text("{")
     with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):

@@ -39,13 +39,13 @@ def integer_vectors(random, *shape):
 def test_ranks_equal_a_naive_loop_however_many_users_are_scored_at_once(monkeypatch, scores_at_once):
     monkeypatch.setattr(evaluation, "SCORES_AT_ONCE", scores_at_once)
     random = np.random.default_rng(0)
-    purchases = [random.integers(1, ITEMS + 1, random.integers(0, 12)).tolist() for _ in range(60)]
+    histories = [random.integers(1, ITEMS + 1, random.integers(0, 12)).tolist() for _ in range(60)]
     users = random.permutation(60)[:45]
     targets = random.integers(1, ITEMS + 1, 45)
     states, inputs = integer_vectors(random, 45, 4), integer_vectors(random, ITEMS + 1, 4)
-    found = rank_targets(states, inputs, targets, Histories.of_lists(purchases), users)
+    found = rank_targets(states, inputs, targets, Histories.of_lists(histories), users)
     expected = [
-        naive_rank((inputs @ states[row]).tolist(), targets[row], set(purchases[user])) for row, user in enumerate(users)
+        naive_rank((inputs @ states[row]).tolist(), targets[row], set(histories[user])) for row, user in enumerate(users)
     ]
     assert found.tolist() == expected
     assert len(set(expected)) > 10
@@ -55,21 +55,21 @@ def test_ranks_equal_a_naive_loop_however_many_users_are_scored_at_once(monkeypa
 @given(st.data())
 def test_ranks_equal_a_naive_loop_for_any_histories(data):
     items = data.draw(st.integers(1, 8))
-    purchases = data.draw(st.lists(st.lists(st.integers(1, items), max_size=6), min_size=1, max_size=5))
-    targets = data.draw(st.lists(st.integers(1, items), min_size=len(purchases), max_size=len(purchases)))
+    histories = data.draw(st.lists(st.lists(st.integers(1, items), max_size=6), min_size=1, max_size=5))
+    targets = data.draw(st.lists(st.integers(1, items), min_size=len(histories), max_size=len(histories)))
     scores = data.draw(st.lists(st.integers(-2, 2), min_size=items + 1, max_size=items + 1))
     inputs = torch.tensor(scores, dtype=torch.float32)[:, None]
     found = rank_targets(
-        torch.ones(len(purchases), 1), inputs, np.array(targets), Histories.of_lists(purchases), np.arange(len(purchases))
+        torch.ones(len(histories), 1), inputs, np.array(targets), Histories.of_lists(histories), np.arange(len(histories))
     )
-    assert found.tolist() == [naive_rank(scores, target, set(own)) for target, own in zip(targets, purchases)]
+    assert found.tolist() == [naive_rank(scores, target, set(own)) for target, own in zip(targets, histories)]
 
 
 def test_ranks_by_hand():
     inputs = torch.tensor([99.0, 5, 4, 3, 2, 1])[:, None]  # the padding item would beat all
     histories = Histories.of_lists([[1, 2], [1, 2], [], [3, 3], [4]])
     found = rank_targets(torch.ones(5, 1), inputs, np.array([3, 5, 5, 3, 4]), histories, np.arange(5))
-    # 3 is best of {3,4,5}; 5 last of {3,4,5}; 5 last of all; 3 bought before, and still a candidate behind 1, 2; 4 behind 1, 2, 3
+    # 3 is best of {3,4,5}; 5 last of {3,4,5}; 5 last of all; 3 in the history, yet a candidate behind 1, 2; 4 behind 1, 2, 3
     assert found.tolist() == [0, 2, 4, 2, 3]
 
 
@@ -87,7 +87,7 @@ def test_constant_scores_give_no_hit(num_items):
 
 
 @pytest.mark.parametrize("where", ["everywhere", "target", "others"])
-def test_scores_that_are_no_numbers_count_against_the_model(where):
+def test_scores_that_are_nan_count_against_the_model(where):
     inputs = torch.arange(51, 0, -1, dtype=torch.float32)[:, None]
     if where == "target":
         inputs[1] = float("nan")
@@ -95,7 +95,7 @@ def test_scores_that_are_no_numbers_count_against_the_model(where):
         inputs[2:] = float("nan")
     state = torch.full((1, 1), float("nan") if where == "everywhere" else 1.0)
     rank = rank_targets(state, inputs, np.array([1]), Histories.of_lists([[50]]), np.array([0]))[0]
-    assert rank >= 48  # 50 items, less the target, less one bought before
+    assert rank >= 48  # 50 items, less the target, less one in the history
 
 
 def test_no_users_give_no_ranks():
@@ -123,10 +123,10 @@ def make_sasrec():
 
 
 @torch.no_grad()
-def naive_ranks(sasrec, purchases, groups, vectors):
+def naive_ranks(sasrec, histories, groups, vectors):
     """{user: (valid rank, test rank)} by DESIGN.md section 4, one user after another."""
     ranks = {}
-    for user, items in enumerate(purchases):
+    for user, items in enumerate(histories):
         if len(items) < 3:
             continue
         P = vectors[groups[user]]
@@ -142,10 +142,10 @@ def naive_ranks(sasrec, purchases, groups, vectors):
 
 def rank_example(seed=0, num_users=50):
     random = np.random.default_rng(seed)
-    purchases = [random.integers(1, ITEMS + 1, random.integers(1, 9)).tolist() for _ in range(num_users)]
+    histories = [random.integers(1, ITEMS + 1, random.integers(1, 9)).tolist() for _ in range(num_users)]
     groups = random.integers(0, 3, num_users)
     vectors = torch.randn(4, ITEMS + 1, 8, generator=torch.Generator().manual_seed(seed))
-    return purchases, groups, vectors
+    return histories, groups, vectors
 
 
 class Vectors:
@@ -167,48 +167,48 @@ class Vectors:
         return self.vectors[group][torch.cat([torch.zeros(1, dtype=torch.long), inputs[0]])]
 
 
-def ranks_of(model, purchases, groups, items_at_once=256):
-    split = leave_last_out(Histories.of_lists(purchases))
+def ranks_of(model, histories, groups, items_at_once=256):
+    split = leave_last_out(Histories.of_lists(histories))
     return Evaluator(split, model, CPU, Accelerator(cpu=True), items_at_once).ranks(model, groups)
 
 
 def test_every_user_is_ranked_as_a_naive_loop_does_by_their_own_groups_vectors():
-    purchases, groups, vectors = rank_example()
+    histories, groups, vectors = rank_example()
     model = Vectors(make_sasrec(), vectors)
-    found = ranks_of(model, purchases, groups)
-    expected = naive_ranks(model.sasrec, purchases, groups, vectors)
+    found = ranks_of(model, histories, groups)
+    expected = naive_ranks(model.sasrec, histories, groups, vectors)
     assert 0 < len(expected) < 50  # users without held-out items are not evaluated
     ranks = zip(found.valid.tolist(), found.test.tolist())
     assert dict(zip(found.users.tolist(), ranks)) == expected
     assert sorted(model.encoded) == [0, 1, 2]  # once a group, and not for a group without users
     # with everybody in one group the ranks are others, so the groups did matter above
-    assert ranks_of(model, purchases, np.zeros(50, int)).test.tolist() != found.test.tolist()
+    assert ranks_of(model, histories, np.zeros(50, int)).test.tolist() != found.test.tolist()
 
 
-def test_item_bought_again_is_a_candidate_when_it_is_the_target():
+def test_item_of_the_history_is_a_candidate_when_it_is_the_target():
     model = Vectors(make_sasrec(), torch.randn(1, ITEMS + 1, 8))
-    purchases = [[3, 7, 3, 5, 5]]
-    found = ranks_of(model, purchases, np.zeros(1, int))
+    histories = [[3, 7, 3, 5, 5]]
+    found = ranks_of(model, histories, np.zeros(1, int))
     # valid: 5 after [3, 7, 3], others are the 38 items but 3, 7 and 5; test: 5 after [3, 7, 3, 5], the same others
-    expected = naive_ranks(model.sasrec, purchases, [0], model.vectors)[0]
+    expected = naive_ranks(model.sasrec, histories, [0], model.vectors)[0]
     assert (found.valid[0], found.test[0]) == expected and max(expected) <= 37
 
 
 def test_user_whose_group_has_no_adapter_is_an_error_and_not_a_perfect_hit():
-    purchases, _, vectors = rank_example()
+    histories, _, vectors = rank_example()
     with pytest.raises(ValueError, match="a user is in group 5, but the model has 3 groups"):
-        ranks_of(Vectors(make_sasrec(), vectors, 3), purchases, np.full(50, 5))
+        ranks_of(Vectors(make_sasrec(), vectors, 3), histories, np.full(50, 5))
 
 
 @torch.no_grad()
 def test_last_states_are_read_in_portions_from_the_last_maxlen_items():
     sasrec = make_sasrec()
-    purchases, _, vectors = rank_example(3)
+    histories, _, vectors = rank_example(3)
     users = np.array([5, 0, 17, 5, 30])
     inputs = sasrec.item_inputs(vectors[0])
-    found = last_states(sasrec, inputs, Histories.of_lists(purchases), users, users_at_once=2)
+    found = last_states(sasrec, inputs, Histories.of_lists(histories), users, users_at_once=2)
     for row, user in enumerate(users):
-        seq = torch.tensor([([0] * 4 + purchases[user])[-4:]])
+        seq = torch.tensor([([0] * 4 + histories[user])[-4:]])
         torch.testing.assert_close(found[row], sasrec.states(seq, vectors[0])[0, -1], rtol=0, atol=1e-5)
 
 
@@ -241,11 +241,11 @@ def test_encoding_all_items_equals_encoding_them_one_by_one(tiny_dataset, tiny_c
 @pytest.mark.parametrize("size", [1, 2, 3, 40])
 def test_ranks_that_share_the_work_encode_every_item_once_and_rank_every_user(size):
     """The shares of all ranks, summed, are one process's result; 40 items in chunks of 7 are fewer than 40 ranks."""
-    purchases, groups, vectors = rank_example()
+    histories, groups, vectors = rank_example()
     shares = []
     for rank in range(size):
         model = Vectors(make_sasrec(), vectors)
         sharer = SimpleNamespace(process_index=rank, num_processes=size, reduce=lambda tensor, how: tensor)
-        evaluator = Evaluator(leave_last_out(Histories.of_lists(purchases)), model, CPU, sharer, items_at_once=7)
+        evaluator = Evaluator(leave_last_out(Histories.of_lists(histories)), model, CPU, sharer, items_at_once=7)
         shares.append(evaluator.item_table(model, 1) - model.sasrec.item_emb.weight)
     torch.testing.assert_close(sum(shares), 0.5 * vectors[1], rtol=0, atol=1e-5)

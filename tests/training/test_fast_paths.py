@@ -1,4 +1,4 @@
-"""Every short cut gives the figures of the plain way: a whole tiny run is trained again with one of them taken out."""
+"""Every fast path has the results of the plain way: a whole tiny run is trained again with one fast path replaced."""
 import numpy as np
 import pytest
 import torch
@@ -25,7 +25,7 @@ def encode_one_by_one(evaluator, model, group):
 
 
 def bought_by_lists(self, users, items):
-    """InteractionIndex.contains, by looking through each user's purchases."""
+    """InteractionIndex.contains, by a search through each user's history."""
     pairs = zip(np.ravel(users).tolist(), np.ravel(items).tolist())
     found = [item in self.items_of(user).tolist() for user, item in pairs]
     return np.array(found, dtype=bool).reshape(np.shape(users))

@@ -1,4 +1,4 @@
-"""For whatever data: splitting, renumbering, sampling and metrics agree with slow versions written from DESIGN.md alone."""
+"""For any data: splitting, renumbering, sampling and metrics agree with slow versions written from DESIGN.md alone."""
 import math
 import pickle
 from collections import Counter, defaultdict
@@ -21,8 +21,8 @@ with_files = settings(checked, max_examples=60, suppress_health_check=list(Healt
 NUM_ITEMS = 12
 
 items = st.integers(1, NUM_ITEMS)
-purchases = st.lists(st.lists(items, max_size=9), min_size=1, max_size=10)  # a list of items a user
-some_purchases = st.lists(st.lists(items, min_size=1, max_size=9), min_size=1, max_size=10)
+histories = st.lists(st.lists(items, max_size=9), min_size=1, max_size=10)  # a list of items a user
+some_histories = st.lists(st.lists(items, min_size=1, max_size=9), min_size=1, max_size=10)
 
 
 def unpacked(histories):
@@ -54,7 +54,7 @@ def shop(tmp_path_factory):
 
 @with_files
 @given(pairs_of_lines, st.data())
-def test_lines_become_the_histories_that_they_tell(shop, pairs, data):
+def test_lines_become_the_histories_that_they_list(shop, pairs, data):
     users, expected = naive_histories(pairs)
     assume(max(map(len, expected)) >= 3)
     lines = [f"{data.draw(indent)}{user}{data.draw(blank)}{item}{data.draw(line_end)}" for user, item in pairs]
@@ -82,16 +82,16 @@ def test_wrong_lines_are_named_by_their_numbers(shop, pairs, wrong):
         read_dataset(shop, "shop", contents=False)
     for heading, small in (("not two integers", False), ("below 1", True)):
         numbers = [number for number, is_small in expected if is_small == small]
-        told = [line for line in str(raised.value).splitlines() if heading in line]
-        assert bool(told) == bool(numbers)
+        lines_of_kind = [line for line in str(raised.value).splitlines() if heading in line]
+        assert bool(lines_of_kind) == bool(numbers)
         if numbers:
-            assert f"({len(numbers)}): " in told[0]
-            assert [f"line {number} '{lines[number - 1]}'" in told[0] for number in numbers] == [True] * len(numbers)
+            assert f"({len(numbers)}): " in lines_of_kind[0]
+            assert [f"line {number} '{lines[number - 1]}'" in lines_of_kind[0] for number in numbers] == [True] * len(numbers)
 
 
 @with_files
 @given(st.permutations(range(1, NUM_ITEMS + 1)), st.sets(st.integers(1, 3 * NUM_ITEMS)), st.booleans())
-def test_raw_ids_stand_in_the_order_of_the_numbers_or_gaps_are_told(shop, order, numbers, padding):
+def test_raw_ids_stand_in_the_order_of_the_numbers_or_gaps_are_named(shop, order, numbers, padding):
     table = {number: f"B{number:03d}" for number in order}
     (shop / "shop_final.txt").write_text("1 1\n1 2\n1 3\n")
     path = shop / "shop_item2id_final.pickle"
@@ -121,7 +121,7 @@ def naive_split(history):
 
 
 @checked
-@given(purchases)
+@given(histories)
 def test_split_is_the_naive_one(lists):
     split = leave_last_out(Histories.of_lists(lists))
     expected = [naive_split(history) for history in lists]
@@ -133,7 +133,7 @@ def test_split_is_the_naive_one(lists):
 
 
 @checked
-@given(purchases)
+@given(histories)
 def test_histories_are_the_lists_that_they_are_made_of(lists):
     histories = Histories.of_lists(lists)
     assert unpacked(histories) == lists
@@ -142,7 +142,7 @@ def test_histories_are_the_lists_that_they_are_made_of(lists):
 
 
 @checked
-@given(purchases, st.data())
+@given(histories, st.data())
 def test_shortened_histories_are_the_first_items(lists, data):
     lengths = [data.draw(st.integers(0, len(history))) for history in lists]
     shortened = Histories.of_lists(lists).shortened(np.array(lengths))
@@ -150,7 +150,7 @@ def test_shortened_histories_are_the_first_items(lists, data):
 
 
 @checked
-@given(purchases, st.integers(1, 12), st.data())
+@given(histories, st.integers(1, 12), st.data())
 def test_last_items_are_padded_on_the_left(lists, count, data):
     users = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=15))
     found = Histories.of_lists(lists).last(np.array(users, dtype=np.int64), count)
@@ -162,30 +162,30 @@ def test_last_items_are_padded_on_the_left(lists, count, data):
 
 
 @checked
-@given(purchases)
-def test_purchase_index_knows_what_was_bought(lists):
+@given(histories)
+def test_interaction_index_knows_the_interactions(lists):
     index = InteractionIndex(Histories.of_lists(lists), NUM_ITEMS)
-    users, wanted = np.meshgrid(np.arange(len(lists)), np.arange(1, NUM_ITEMS + 1), indexing="ij")
+    users, queried = np.meshgrid(np.arange(len(lists)), np.arange(1, NUM_ITEMS + 1), indexing="ij")
     expected = [[item in history for item in range(1, NUM_ITEMS + 1)] for history in lists]
-    assert index.contains(users, wanted).tolist() == expected
+    assert index.contains(users, queried).tolist() == expected
     assert [index.items_of(user).tolist() for user in range(len(lists))] == [sorted(set(history)) for history in lists]
 
 
 @checked
-@given(some_purchases, st.integers(1, 4), st.data())
-def test_group_items_are_what_its_users_bought(lists, num_groups, data):
+@given(some_histories, st.integers(1, 4), st.data())
+def test_group_items_are_those_of_its_users(lists, num_groups, data):
     groups = np.array([data.draw(st.integers(0, num_groups - 1)) for _ in lists])
     found = group_items(Histories.of_lists(lists), groups, num_groups)
-    bought = [set() for _ in range(num_groups)]
+    expected = [set() for _ in range(num_groups)]
     for user, history in enumerate(lists):
-        bought[groups[user]] |= set(history)
-    assert [candidates.tolist() for candidates in found] == [sorted(own) for own in bought]
+        expected[groups[user]] |= set(history)
+    assert [candidates.tolist() for candidates in found] == [sorted(own) for own in expected]
 
 
 @st.composite
 def samplers(draw):
     """(what makes a sampler, its arguments in plain lists) over random users, groups and sizes."""
-    lists = draw(some_purchases)
+    lists = draw(some_histories)
     assume(any(len(history) >= 2 for history in lists))
     assume(all(len(set(history)) < NUM_ITEMS for history in lists))
     num_groups = draw(st.integers(1, 3))
@@ -242,8 +242,7 @@ def test_batch_holds_the_last_transitions_and_what_was_never_bought(drawn, epoch
         assert seq[row] == [0] * padding + [item for item, _ in transitions]
         assert positives[row] == [0] * padding + [item for _, item in transitions]
         assert negatives[row][:padding] == [0] * padding
-        bought = set(history)
-        allowed = (candidates[group] - bought) or (set(range(1, NUM_ITEMS + 1)) - bought)
+        allowed = (candidates[group] - set(history)) or (set(range(1, NUM_ITEMS + 1)) - set(history))
         assert set(negatives[row][padding:]) <= allowed
         used |= {*seq[row], *positives[row], *negatives[row]}
     assert set(batch.items.tolist()) == used
@@ -259,18 +258,18 @@ def test_any_step_can_be_repeated_in_any_order(drawn, epochs):
     other = make()
     for epoch in epochs:  # with returns to earlier epochs, as after a resume
         for step in reversed(steps):
-            found, wanted = other.batch(epoch, step), expected[epoch, step]
+            found, again = other.batch(epoch, step), expected[epoch, step]
             for name in ("items", "seq", "positives", "negatives"):
-                np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+                np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
 
 
-@pytest.mark.parametrize("bought", [[1, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9], list(range(1, 12))])
-def test_negatives_are_uniform_over_what_is_left(bought):
-    """Also where nearly everything is bought, and draws are repeated or made from what is left."""
-    sampler = Sampler(Histories.of_lists([bought]), NUM_ITEMS, np.zeros(1, int), [np.arange(1, NUM_ITEMS + 1)], 1, 5, (1,))
+@pytest.mark.parametrize("history", [[1, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9], list(range(1, 12))])
+def test_negatives_are_uniform_over_what_is_left(history):
+    """Also where nearly everything is in the history, and draws are repeated or made from what is left."""
+    sampler = Sampler(Histories.of_lists([history]), NUM_ITEMS, np.zeros(1, int), [np.arange(1, NUM_ITEMS + 1)], 1, 5, (1,))
     draws = sampler.negatives(np.zeros(20_000, dtype=np.int64), 0, np.random.default_rng(0))
     counts = Counter(draws.tolist())
-    left = sorted(set(range(1, NUM_ITEMS + 1)) - set(bought))
+    left = sorted(set(range(1, NUM_ITEMS + 1)) - set(history))
     assert sorted(counts) == left
     expected = 20_000 / len(left)
     chi_square = sum((counts[item] - expected) ** 2 / expected for item in left)
@@ -281,7 +280,7 @@ def test_negatives_are_uniform_over_what_is_left(bought):
 
 
 def naive_rank(scores, target, excluded):
-    """How many other candidates score at least as high; a score that is no number counts against the model."""
+    """How many other candidates score at least as high; a NaN score counts against the model."""
     rank = 0
     for item in range(1, len(scores)):
         if item != target and item not in excluded and not scores[item] < scores[target]:
@@ -293,7 +292,7 @@ coarse = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])  # few values, 
 
 
 @checked
-@given(some_purchases, st.lists(coarse, min_size=2 * NUM_ITEMS, max_size=2 * NUM_ITEMS), st.data())
+@given(some_histories, st.lists(coarse, min_size=2 * NUM_ITEMS, max_size=2 * NUM_ITEMS), st.data())
 def test_ranks_are_the_naive_ones_with_ties_against_the_model(lists, entries, data):
     inputs = torch.tensor([100.0, 100.0, *entries]).view(-1, 2)  # the padding item would beat all
     users = np.array(data.draw(st.lists(st.integers(0, len(lists) - 1), min_size=1, max_size=12)))
@@ -307,7 +306,7 @@ def test_ranks_are_the_naive_ones_with_ties_against_the_model(lists, entries, da
 
 
 @checked
-@given(some_purchases, st.data())
+@given(some_histories, st.data())
 def test_scores_that_are_no_numbers_never_help(lists, data):
     inputs = torch.arange(2.0 * NUM_ITEMS + 2).view(-1, 2)
     broken = data.draw(st.sets(items, min_size=1, max_size=4))

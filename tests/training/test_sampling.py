@@ -15,8 +15,8 @@ def drawn_histories(num_users=70, num_items=60, seed=0, shortest=1, longest=15):
     return [random.integers(1, num_items + 1, size).tolist() for size in sizes]
 
 
-def make_sampler(purchases, groups, num_items, per_group=True, batch_size=16, maxlen=10, seed=(0, 3)):
-    train = Histories.of_lists(purchases)
+def make_sampler(histories, groups, num_items, per_group=True, batch_size=16, maxlen=10, seed=(0, 3)):
+    train = Histories.of_lists(histories)
     groups = np.asarray(groups)
     num_groups = int(groups.max()) + 1 if per_group else 1
     candidates = group_items(train, groups, num_groups) if per_group else [np.arange(1, num_items + 1)]
@@ -35,10 +35,10 @@ def test_group_items_are_the_distinct_training_items_of_its_users():
 
 
 def test_negatives_come_from_the_groups_items_and_never_from_the_users_own():
-    purchases = drawn_histories()
+    histories = drawn_histories()
     groups = np.arange(70) % 3
-    of_group = [{item for user in range(70) if groups[user] == g for item in purchases[user]} for g in range(3)]
-    sampler = make_sampler(purchases, groups, 60)
+    of_group = [{item for user in range(70) if groups[user] == g for item in histories[user]} for g in range(3)]
+    sampler = make_sampler(histories, groups, 60)
     drawn = 0
     for epoch in range(1, 30):
         for step, (group, users) in enumerate(sampler.plan(epoch)):
@@ -49,7 +49,7 @@ def test_negatives_come_from_the_groups_items_and_never_from_the_users_own():
             for user, row in zip(users, negatives):
                 own = set(row[row != 0].tolist())
                 assert groups[user] == group
-                assert own <= of_group[group] - set(purchases[user])
+                assert own <= of_group[group] - set(histories[user])
                 drawn += int((row != 0).sum())
     assert drawn >= 10_000
 
@@ -57,8 +57,8 @@ def test_negatives_come_from_the_groups_items_and_never_from_the_users_own():
 @pytest.mark.parametrize("per_group", [True, False])
 def test_negatives_are_uniform_over_the_candidates(per_group):
     """Chi-square over 40,000 draws for one user: the statistic of m cells has mean m - 1 and variance 2 (m - 1)."""
-    purchases = [[2, 4, 7, 9], [1, 3, 5, 6, 8, 10, 2], [20, 21, 22, 23, 24, 25, 26]]
-    sampler = make_sampler(purchases, [0, 0, 1], 30, per_group)
+    histories = [[2, 4, 7, 9], [1, 3, 5, 6, 8, 10, 2], [20, 21, 22, 23, 24, 25, 26]]
+    sampler = make_sampler(histories, [0, 0, 1], 30, per_group)
     users = np.zeros(40_000, dtype=np.int64)
     drawn = sampler.negatives(users, 0, np.random.default_rng(1))
     allowed = [1, 3, 5, 6, 8, 10] if per_group else sorted(set(range(1, 31)) - {2, 4, 7, 9})
@@ -71,18 +71,18 @@ def test_negatives_are_uniform_over_the_candidates(per_group):
 
 
 def test_popular_items_are_no_more_likely_to_be_negatives():
-    purchases = [[1, 2]] + [[7, 8]] * 50 + [[9, 7]]
-    sampler = make_sampler(purchases, [0] * 52, 10)
+    histories = [[1, 2]] + [[7, 8]] * 50 + [[9, 7]]
+    sampler = make_sampler(histories, [0] * 52, 10)
     drawn = sampler.negatives(np.zeros(30_000, dtype=np.int64), 0, np.random.default_rng(2))
     shares = [(drawn == item).mean() for item in (7, 8, 9)]
     assert shares == pytest.approx([1 / 3] * 3, abs=0.015)
 
 
 def test_an_epoch_has_the_batches_of_every_group_and_meets_every_trainable_user_once():
-    purchases = drawn_histories(num_users=90, shortest=1, longest=6)
+    histories = drawn_histories(num_users=90, shortest=1, longest=6)
     groups = np.random.default_rng(3).choice(3, 90, p=[0.6, 0.3, 0.1])
-    sampler = make_sampler(purchases, groups, 60)
-    trainable = [{user for user in range(90) if groups[user] == g and len(purchases[user]) >= 2} for g in range(3)]
+    sampler = make_sampler(histories, groups, 60)
+    trainable = [{user for user in range(90) if groups[user] == g and len(histories[user]) >= 2} for g in range(3)]
     assert 0 < sum(map(len, trainable)) < 90
     orders, compositions = [], []
     for epoch in (1, 2):
@@ -96,7 +96,7 @@ def test_an_epoch_has_the_batches_of_every_group_and_meets_every_trainable_user_
             assert len(met) == len(trainable[g]) and set(met) == trainable[g]
         orders.append([group for group, _ in plan])
         compositions.append({frozenset(users.tolist()) for _, users in plan})
-    assert orders[0] != sorted(orders[0]) and orders[0] != orders[1]  # groups are shuffled among each other, anew each epoch
+    assert orders[0] != sorted(orders[0]) and orders[0] != orders[1]  # groups are shuffled in each epoch
     assert compositions[0] != compositions[1]  # and so are the users of a group
 
 
@@ -124,13 +124,13 @@ def test_transitions_are_aligned_left_padded_and_the_last_maxlen():
     st.lists(st.lists(st.integers(1, 12), min_size=2, max_size=7), min_size=1, max_size=9),
     st.integers(1, 6), st.integers(1, 4), st.integers(0, 5),
 )  # fmt: skip
-def test_any_batch_holds_its_users_transitions_and_each_distinct_item_once(purchases, maxlen, batch_size, seed):
-    sampler = make_sampler(purchases, [0] * len(purchases), 13, False, batch_size, maxlen, (seed,))
+def test_any_batch_holds_its_users_transitions_and_each_distinct_item_once(histories, maxlen, batch_size, seed):
+    sampler = make_sampler(histories, [0] * len(histories), 13, False, batch_size, maxlen, (seed,))
     for step, (_, users) in enumerate(sampler.plan(1)):
         batch = sampler.batch(1, step)
         seq, positives, negatives = global_rows(batch)
         for row, user in enumerate(users):
-            history = purchases[user]
+            history = histories[user]
             assert seq[row].tolist() == ([0] * maxlen + history[:-1])[-maxlen:]
             assert positives[row].tolist() == ([0] * maxlen + history[1:])[-maxlen:]
             real = negatives[row][seq[row] != 0]
@@ -143,8 +143,8 @@ def test_any_batch_holds_its_users_transitions_and_each_distinct_item_once(purch
 @pytest.mark.parametrize("left", [1, 2])
 def test_user_who_bought_nearly_all_of_the_groups_items_gets_what_is_left(left):
     everything = list(range(1, 201))
-    purchases = [everything[: 200 - left], everything[200 - left :]]
-    sampler = make_sampler(purchases, [0, 0], 500)
+    histories = [everything[: 200 - left], everything[200 - left :]]
+    sampler = make_sampler(histories, [0, 0], 500)
     drawn = sampler.negatives(np.zeros(300, dtype=np.int64), 0, np.random.default_rng(0))
     assert set(drawn.tolist()) == set(everything[200 - left :])
 
@@ -175,14 +175,14 @@ def same(a, b):
 
 
 def test_a_batch_depends_on_seed_epoch_and_step_alone():
-    purchases, groups = drawn_histories(), np.arange(70) % 3
-    first = make_sampler(purchases, groups, 60)
+    histories, groups = drawn_histories(), np.arange(70) % 3
+    first = make_sampler(histories, groups, 60)
     forwards = {(epoch, step): first.batch(epoch, step) for epoch in (1, 2) for step in range(first.num_batches)}
-    again = make_sampler(purchases, groups, 60)
+    again = make_sampler(histories, groups, 60)
     for position in sorted(forwards, reverse=True):  # in another order, and each drawn twice
         assert same(again.batch(*position), forwards[position]) and same(again.batch(*position), forwards[position])
     for other in ((1, 3), (0, 1)):
-        sampler = make_sampler(purchases, groups, 60, seed=other)
+        sampler = make_sampler(histories, groups, 60, seed=other)
         assert not any(same(sampler.batch(*position), batch) for position, batch in forwards.items())
 
 
@@ -206,9 +206,9 @@ def test_no_two_draws_of_a_run_share_a_random_stream(monkeypatch):
 
 @settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=6))
-def test_purchase_index_knows_exactly_what_was_bought(purchases):
-    index = InteractionIndex(Histories.of_lists(purchases), 9)
-    users, items = np.meshgrid(np.arange(len(purchases)), np.arange(1, 10), indexing="ij")
-    expected = [[item in purchase for item in range(1, 10)] for purchase in purchases]
+def test_interaction_index_knows_exactly_the_interactions(histories):
+    index = InteractionIndex(Histories.of_lists(histories), 9)
+    users, items = np.meshgrid(np.arange(len(histories)), np.arange(1, 10), indexing="ij")
+    expected = [[item in history for item in range(1, 10)] for history in histories]
     assert index.contains(users, items).tolist() == expected
-    assert [index.items_of(user).tolist() for user in range(len(purchases))] == [sorted(set(p)) for p in purchases]
+    assert [index.items_of(user).tolist() for user in range(len(histories))] == [sorted(set(p)) for p in histories]
