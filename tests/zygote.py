@@ -166,7 +166,7 @@ class Events:
         from utils.run import reports
         from utils.run import run as run_module
         from utils.run.folder import RunFolder
-        from utils.training.checkpoints import Checkpoint
+        from utils.training import checkpoints
         from utils.training.evaluation import Evaluator
         from utils.training.trainer import Trainer
 
@@ -176,10 +176,10 @@ class Events:
         for name in ("train_global", "group_users", "train_personalized", "report"):
             self.part(run_module.Run, name, {"group_users": "grouping"}.get(name, name.removeprefix("train_")), alone=True)
         self.part(run_module.Run, "evaluate", "evaluation")
-        self.part(run_module, "save_global", "best weights")
-        self.part(run_module, "save_personalized", "best weights")
+        self.part(checkpoints, "save_global", "best weights")
+        self.part(checkpoints, "save_personalized", "best weights")
         self.part(RunFolder, "clear", "clearing")
-        self.part(Checkpoint, "save", "state")
+        self.part(checkpoints.Checkpoint, "save", "state")
         self.part(store.ImageTitleStore, "open", "store")
         for name in ("write_metrics", "draw_curves", "draw_groups", "write_groups", "write_json"):
             self.part(reports, name, name)

@@ -22,14 +22,7 @@ from utils.run.distributed import StopSignal
 from utils.run.folder import RunFolder
 from utils.run.settings import has_groups
 from utils.run.tracking import EpochLog
-from utils.training.checkpoints import (
-    Checkpoint,
-    load_foreign_global,
-    load_global,
-    load_personalized,
-    save_global,
-    save_personalized,
-)
+from utils.training import checkpoints
 from utils.training.evaluation import Evaluator, Ranks, last_states
 from utils.training.grouping import kmeans_groups, random_groups
 from utils.training.progress import Progress, best_row, steps_between_reads
@@ -96,8 +89,6 @@ class Run:
         if self._epoch_log is not None:
             self._epoch_log.finish()
 
-    # ------------------------------------------------------------ the three stages
-
     def train_global(self) -> None:
         """Stage 1: one adapter and one projector for all users, negatives from all items.
 
@@ -138,7 +129,7 @@ class Run:
         else:
             candidates = group_items(self.split.train, self.groups, num_groups)
         self._train(Stage("personalized", self.options.num_epochs, candidates))
-        load_personalized(self.model, self.folder / "personalized")
+        checkpoints.load_personalized(self.model, self.folder / "personalized")
 
     def report(self) -> None:
         """Write summary.json, print the closing table, and remove what only a continuation needs."""
@@ -149,8 +140,6 @@ class Run:
             RunFolder(self.folder).remove_state()
             reports.print_results(summary, self.folder)
         self.accelerator.wait_for_everyone()
-
-    # ------------------------------------------------------------ training
 
     def _train(self, stage: Stage) -> None:
         options = self.options
@@ -167,7 +156,7 @@ class Run:
         settings = TrainerSettings(options.lr, options.wdecay, options.l2_emb)
         trainer = Trainer(self.model, self.source, settings, self.accelerator, self.device)
         progress = Progress(stage.name, stage.epochs, sampler.num_batches, self.device, self.accelerator)
-        checkpoint = Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
+        checkpoint = checkpoints.Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
         checkpoint.restore(trainer, progress)
         self._rows[stage.name] = progress.rows
         for epoch in progress.remaining():
@@ -201,7 +190,7 @@ class Run:
         source = Path(self.options.init_from)
         if self.folder.resolve() in (source.resolve(), *source.resolve().parents):
             raise PerPEFTError(f"--init_from {source} is this run's own folder; choose another --output_dir")
-        load_foreign_global(self.model, source, self.options.peft_type, self.options.dataset)
+        checkpoints.load_foreign_global(self.model, source, self.options.peft_type, self.options.dataset)
 
     def _copy_global(self) -> None:
         started = time.monotonic()
@@ -218,12 +207,10 @@ class Run:
     def _save_best(self, stage: str, ranks: Ranks) -> None:
         """Save the weights, and the ranks that they reach."""
         if self.accelerator.is_main_process:
-            save = save_global if stage == "global" else save_personalized
+            save = checkpoints.save_global if stage == "global" else checkpoints.save_personalized
             save(self.model, self.folder / stage)
             reports.write_ranks(self.folder / f"{stage}_ranks.csv", self.dataset.user_ids, ranks)
         self.accelerator.wait_for_everyone()
-
-    # ------------------------------------------------------------ the model as it is now
 
     def evaluate(self) -> Ranks:
         """Ranks of all evaluated users' valid and test items, each user in their own group."""
@@ -246,13 +233,13 @@ class Run:
 
     def load_global(self) -> None:
         """Load the saved best weights of stage 1; the model has one group."""
-        load_global(self.model, self.folder / "global")
+        checkpoints.load_global(self.model, self.folder / "global")
 
     def load_personalized(self) -> None:
         """Load the saved groups and best weights of stage 3."""
         self.groups = self._read_groups()
         self.model.clone_groups(self.options.C)
-        load_personalized(self.model, self.folder / "personalized")
+        checkpoints.load_personalized(self.model, self.folder / "personalized")
 
     def evaluate_saved(self) -> dict[str, Any]:
         """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
@@ -266,8 +253,6 @@ class Run:
         summary = {stage: reports.stage_summary([{"epoch": best[stage], **metrics}]) for stage, metrics in results.items()}
         reports.print_results(summary, self.folder)
         return summary
-
-    # ------------------------------------------------------------ groups
 
     def _make_groups(self, vectors: np.ndarray | None) -> np.ndarray:
         if vectors is None:
@@ -290,8 +275,6 @@ class Run:
         if groups.shape != (self.dataset.num_users,) or groups.min() < 0 or groups.max() >= self.options.C:
             raise PerPEFTError(f"{path} does not fit {self.dataset.num_users} users in {self.options.C} groups; use --restart")
         return groups
-
-    # ------------------------------------------------------------ reports
 
     def _write_metrics(self) -> None:
         rows = self._rows["global"] + self._rows["personalized"]
