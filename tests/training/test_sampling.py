@@ -212,3 +212,18 @@ def test_interaction_index_knows_exactly_the_interactions(histories):
     expected = [[item in history for item in range(1, 10)] for history in histories]
     assert index.contains(users, items).tolist() == expected
     assert [index.items_of(user).tolist() for user in range(len(histories))] == [sorted(set(p)) for p in histories]
+
+
+def test_mixed_negatives_come_from_the_groups_items_and_from_all_by_halves():
+    histories = Histories.of_lists([[1, 2, 3]] * 4)
+    candidates = [np.arange(1, 21)]  # a fifth of 100 items
+    arguments = (histories, 100, np.zeros(4, int), candidates, 4, 3)
+    plain, mixed = Sampler(*arguments, seed=(0,)), Sampler(*arguments, seed=(0,), mixed=True)
+    users = np.zeros(20_000, dtype=np.int64)
+    drawn = mixed.negatives(users, 0, np.random.default_rng(5))
+    assert not set(drawn.tolist()) & {1, 2, 3}
+    expected = 0.5 + 0.5 * 17 / 97  # from the group, or from all and in the group by chance
+    assert abs((drawn <= 20).mean() - expected) < 4 * (expected * (1 - expected) / len(users)) ** 0.5
+    own = plain.negatives(users, 0, np.random.default_rng(5))
+    assert (own <= 20).all()
+    assert 0.48 < (drawn == own).mean() < 0.54  # the other half is drawn again, from all items

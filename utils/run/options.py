@@ -115,7 +115,12 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
         "adapter), large_global (one of C times the rank; LoRA), frozen (CLIP as it is), none (item embeddings only)",
     )
     comparison.add_argument("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
-    comparison.add_argument("--negatives", choices=("group", "all"), default="group", help="items that stage 3 draws from")
+    comparison.add_argument(
+        "--negatives",
+        choices=("group", "all", "mixed"),
+        default="group",
+        help="items that stage 3 draws negatives from (mixed: half from the group's, half from all; not the paper's)",
+    )
     comparison.add_argument("--grouping", choices=("kmeans", "random"), default="kmeans", help="how stage 2 groups users")
     comparison.add_argument(
         "--init_from",

@@ -152,6 +152,7 @@ class Run:
             options.batch_size,
             options.maxlen,
             seed=(options.trial, stage.number),
+            mixed=options.negatives == "mixed" and stage.name == "personalized",
         )
         settings = TrainerSettings(options.lr, options.wdecay, options.l2_emb)
         trainer = Trainer(self.model, self.source, settings, self.accelerator, self.device)

@@ -86,6 +86,7 @@ class Sampler:
         batch_size: users a batch.
         maxlen: transitions a user, the last ones.
         seed: any number of integers that make this sampler's draws its own.
+        mixed: whether each negative comes from all items, not from the candidates, with probability 1/2 (not the paper's).
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Sampler:
         batch_size: int,
         maxlen: int,
         seed: tuple[int, ...],
+        mixed: bool = False,
     ):
         self._train = train
         self._bought = InteractionIndex(train, num_items)
@@ -105,6 +107,7 @@ class Sampler:
         self._batch_size = batch_size
         self._maxlen = maxlen
         self._seed = seed
+        self._mixed = mixed
         trainable = (train.lengths >= 2) & ~train.has_every_item(num_items)
         self._members = [np.flatnonzero(trainable & (groups == group)) for group in range(len(candidates))]
         self.num_batches = sum(-(-len(members) // batch_size) for members in self._members)
@@ -133,8 +136,17 @@ class Sampler:
         return self._plan
 
     def negatives(self, users: np.ndarray, group: int, random: np.random.Generator) -> np.ndarray:
-        """One item for each of `users`: uniform over the group's candidates that this user has not bought in training."""
-        candidates = self._candidates[group]
+        """One item for each of `users`, none that the user has in training: uniform over the group's candidates or, if `mixed`,
+        over all items with probability 1/2.
+        """
+        drawn = self._draw(users, self._candidates[group], random)
+        if self._mixed:
+            from_all = np.flatnonzero(random.random(len(drawn)) < 0.5)
+            drawn[from_all] = self._draw(users[from_all], np.arange(1, self._num_items + 1), random)
+        return drawn
+
+    def _draw(self, users: np.ndarray, candidates: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Uniform draws from the candidates that each user does not have in training, [len(users)]."""
         drawn = candidates[random.integers(len(candidates), size=users.shape)]
         open_positions = np.flatnonzero(self._bought.contains(users, drawn))
         for _ in range(20):  # with half of the candidates bought, one draw in a million is still open after this
@@ -143,7 +155,7 @@ class Sampler:
             drawn[open_positions] = candidates[random.integers(len(candidates), size=len(open_positions))]
             still_bought = self._bought.contains(users[open_positions], drawn[open_positions])
             open_positions = open_positions[still_bought]
-        for position in open_positions:  # users who have bought nearly all: draw from what is left
+        for position in open_positions:  # users who have nearly all: draw from what is left
             drawn[position] = random.choice(self._left_over(users[position], candidates))
         return drawn
 
@@ -172,5 +184,5 @@ class Sampler:
 
 def group_items(train: Histories, groups: np.ndarray, num_groups: int) -> list[np.ndarray]:
     """For each group the distinct items in its users' training histories; empty groups get none."""
-    group_of_purchase = groups[train.users]
-    return [sorted_distinct(train.items[group_of_purchase == group]) for group in range(num_groups)]
+    group_of_interaction = groups[train.users]
+    return [sorted_distinct(train.items[group_of_interaction == group]) for group in range(num_groups)]
