@@ -1,17 +1,18 @@
-"""Make a data set of a category of Amazon Reviews 2023: first purchases, the core, titles, and images from the web.
+"""Make a data set of a category of Amazon Reviews 2023, 2018 or 2014: first interactions, the core, titles, images from the web.
 
-Users and items with fewer than --core purchases are removed, round by round, until all have as many. Items without title or
-image are left out before; those whose image cannot be fetched are left out after, and the core is formed anew. Interrupted,
-the same command goes on.
+Users and items with fewer than --core interactions are removed, round by round, until all have as many. Items without title or
+image are left out before; those whose image fails are left out after, and the core is formed anew. Interrupted, the same command
+continues.
 """
+
 import argparse
 from pathlib import Path
 
-from utils.common.console import HelpFormatter, number, run_main
-from utils.prepare.amazon import AmazonCategory
-from utils.prepare.downloads import Downloader
-from utils.prepare.image_folder import read_image
-from utils.prepare.writer import add_target_options, prepare, target_of
+from utils.common.console import HelpFormatter, run_main
+from utils.prepare.amazon import open_meta, open_reviews
+from utils.prepare.image_cells import ImageFinder
+from utils.prepare.shop import Shop
+from utils.prepare.writer import add_image_options, add_target_options, image_getter, prepare, target_of
 
 
 def main() -> None:
@@ -20,23 +21,15 @@ def main() -> None:
     parser.add_argument("--reviews", type=Path, required=True, help="the category's reviews, .jsonl.gz or .jsonl")
     parser.add_argument("--meta", type=Path, required=True, help="the category's items, .jsonl.gz or .jsonl")
     add_target_options(parser)
-    images = parser.add_argument_group("images")
-    images.add_argument("--images", type=Path, default=None, help="folder with {parent_asin}.jpg, in place of the web")
-    images.add_argument("--workers", type=number(int, 1, 256), default=16, help="images fetched at once")
-    images.add_argument("--retries", type=number(int, 0, 20), default=3, help="further attempts where one may help")
-    images.add_argument("--timeout", type=number(float, 0, 3600, above=True), default=30, help="seconds an attempt may take")
-    images.add_argument("--max_image_bytes", type=number(int, 1, 2**30), default=10 * 2**20, help="largest image taken")
-    images.add_argument(
-        "--give_up", type=number(int, 0), default=100, help="stop when so many images in a row get no usable answer; 0: never"
-    )
+    add_image_options(parser, "folder with {parent_asin}.jpg, in place of the web")
     options = parser.parse_args()
 
-    category = AmazonCategory(options.reviews, options.meta, options.images)
-    if options.images is None:
-        web = Downloader(options.retries, options.timeout, options.max_image_bytes)
-        print(prepare(target_of(options), category, web.get, options.workers, web.stop, options.give_up))
-    else:
-        print(prepare(target_of(options), category, read_image, options.workers))
+    def open_shop(_con, _scratch) -> Shop:
+        reviews, meta = open_reviews(options.reviews), open_meta(options.meta, with_images=options.images is None)
+        return Shop(reviews, meta, ImageFinder(options.meta.parent, options.images), first_row_counts=True)
+
+    get, stop = image_getter(options)
+    print(prepare(target_of(options), open_shop, get, options.workers, stop, options.give_up))
 
 
 if __name__ == "__main__":

@@ -1,135 +1,157 @@
-"""Who bought what first, from streams longer than the memory: of an id nothing is kept but a 64-bit key."""
-import hashlib
-from array import array
-from dataclasses import dataclass
+"""First interactions in time order, the k-core and a sample of users, in DuckDB: out of core, so memory is bounded."""
 
-import numpy as np
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
-PARTS = 64  # users are dealt out by their keys' highest six bits, so that sorting needs little memory
-WAITING = 1 << 16  # purchases that are looked up at once
-SLICE = 1 << 20  # purchases that are counted at once
+import duckdb
+
+from utils.common.errors import PerPEFTError
+from utils.prepare.tables import BLANK, PROBLEMS, Table, TableOptions, quote
+
+MEMORY = "1GB"  # of DuckDB; the process stays below 2 GiB with what lies outside it
+THREADS = 4  # each holds buffers of its own
+UNKNOWN, LOW = "item unknown or left out", "rating below --min_rating"
+NO_TIME = "time not readable"
+REASONS = (
+    *PROBLEMS,
+    "user missing",
+    "item missing",
+    "time missing",
+    NO_TIME,
+    "rating not a number",
+    LOW,
+    UNKNOWN,
+)
+REASON_TYPE = f"ENUM({', '.join(map(quote, REASONS))})"  # one byte a row
+SHOWN_ROWS = 3  # of each reason for leaving rows out
+DATE, EPOCH = 2, 1  # kinds of times: a date, a number as of seconds since 1970; 0 is any other number
+# Numbers are read as seconds, milliseconds, microseconds or nanoseconds since 1970 by their size; within each, order is kept.
+EPOCH_US = (
+    "CASE WHEN abs(number) < 1e11 THEN number * 1e6 WHEN abs(number) < 1e14 THEN number * 1e3 "
+    "WHEN abs(number) < 1e17 THEN number WHEN abs(number) < 9e18 THEN number / 1e3 END"
+)
 
 
-def key_of(identifier: str) -> int:
-    """An id's key, the same in every process; two of 20 million ids get the same one with a chance of 1 in 100,000."""
-    digest = hashlib.blake2b(identifier.encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+@contextlib.contextmanager
+def engine(folder: Path) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
+    """A DuckDB connection of bounded memory, and the temporary folder in `folder` that it spills to; both end with the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".prepare_", suffix=".tmp", dir=folder))
+    try:
+        with duckdb.connect() as con:
+            threads = con.execute("SELECT current_setting('threads')").fetchone()[0]
+            con.execute(f"SET threads = {min(threads, THREADS)}; SET memory_limit = '{MEMORY}'; SET TimeZone = 'UTC'")
+            con.execute(f"SET temp_directory = {quote(scratch)}")
+            yield con, scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Purchases:
-    """Purchases ordered by user and time.
+def stage(con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, min_rating: float | None) -> int:
+    """Read all interactions once into the table `staged`: place, reason, user (a key), item (its number), time, kind.
 
-    Attributes:
-        users: a number a user, in ascending order, [purchases].
-        items: places in the array of item keys, [purchases].
+    `reason` says why a row cannot be used; NULL where it can. Times are microseconds since 1970.
+
+    Args:
+        con: with a table `items` (number, raw_id) of the items that can be used.
+        table: of the roles user, item, time and, with `min_rating`, rating.
+        options: for the format of dates.
+        min_rating: rows with a lower rating are left out; None keeps all.
+    Returns:
+        how many rows there are, blank ones not counted
     """
+    form = options.time_format
+    date = "TRY_CAST(time AS TIMESTAMPTZ)" if form is None else f"try_strptime(time, {quote(form)})"
+    number = "TRY_CAST(time AS DOUBLE)" if form is None else "NULL::DOUBLE"
+    low = "" if min_rating is None else (
+        f"WHEN TRY_CAST(rating AS DOUBLE) IS NULL THEN 'rating not a number' "
+        f"WHEN TRY_CAST(rating AS DOUBLE) < {min_rating!r} THEN '{LOW}' "
+    )  # fmt: skip
+    con.execute(f"""
+        CREATE OR REPLACE TABLE staged AS
+        WITH cells AS (SELECT *, {number} AS number FROM ({table.relation})),
+        timed AS (
+            SELECT *, CASE WHEN number IS NOT NULL THEN CASE WHEN isfinite(number) THEN TRY_CAST({EPOCH_US} AS BIGINT) END
+                      ELSE epoch_us({date}) END AS us,
+                   CASE WHEN number IS NULL THEN {DATE} WHEN abs(number) >= 1e8 THEN {EPOCH} ELSE 0 END::UTINYINT AS kind
+            FROM cells)
+        SELECT place, md5_number_lower(timed.user) AS user, items.number AS item, us AS time, kind,
+               CASE WHEN problem IS NOT NULL THEN problem WHEN timed.user IS NULL THEN 'user missing'
+                    WHEN timed.item IS NULL THEN 'item missing' WHEN time IS NULL THEN 'time missing'
+                    WHEN us IS NULL THEN '{NO_TIME}' {low}
+                    WHEN items.number IS NULL THEN '{UNKNOWN}' END::{REASON_TYPE} AS reason
+        FROM timed LEFT JOIN items ON items.raw_id = timed.item""")
+    return _one(con, f"SELECT count(*) FROM staged WHERE reason IS DISTINCT FROM '{BLANK}'")
 
-    users: np.ndarray
-    items: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def chosen(self, keep: np.ndarray) -> "Purchases":
-        """Those for which `keep` [purchases] is true."""
-        return Purchases(self.users[keep], self.items[keep])
+def _one(con: duckdb.DuckDBPyConnection, query: str) -> int:
+    return con.execute(query).fetchone()[0]
 
 
-class FirstPurchases:
-    """Takes purchases in any order and gives each user's first of every item, in time order; ties stay as they came.
+def require_one_kind_of_time(con: duckdb.DuckDBPyConnection, table: Table) -> None:
+    """Do nothing unless dates stand beside numbers that are no times since 1970.
 
-    Twenty bytes are held a purchase while they come, eight when `finish` has ended.
-
-    Attributes:
-        item_keys: the keys of the items that count, in ascending order.
-        added, unknown, repeated: how many purchases came, were of other items, and were not the first of their item.
+    Raises:
+        PerPEFTError: they do; with a line of each.
     """
-
-    def __init__(self, item_keys: np.ndarray):
-        self.item_keys = np.unique(np.asarray(item_keys, dtype=np.uint64))
-        self.added = self.unknown = self.repeated = 0
-        self._waiting = (array("Q"), array("Q"), array("d"))
-        self._parts = [(array("Q"), array("I"), array("d")) for _ in range(PARTS)]
-
-    def add(self, user: str, item: str, time: float) -> None:
-        """Take one purchase; all times are of one unit."""
-        for column, value in zip(self._waiting, (key_of(user), key_of(item), time)):
-            column.append(value)
-        if len(self._waiting[0]) == WAITING:
-            self._deal_out()
-
-    def _deal_out(self) -> None:
-        users, items, times = map(np.array, self._waiting)  # copies, since an array that is looked at cannot be emptied
-        for column in self._waiting:
-            del column[:]
-        places = np.searchsorted(self.item_keys, items)
-        known = self.item_keys.take(places, mode="clip") == items
-        self.added += len(users)
-        self.unknown += int((~known).sum())
-        parts = (users >> np.uint64(58)).astype(np.uint8)
-        order = np.flatnonzero(known)
-        order = order[np.argsort(parts[order], kind="stable")]
-        ends = np.searchsorted(parts[order], np.arange(1, PARTS))
-        for column, values in enumerate((users, places.astype(np.uint32), times)):
-            for part, mine in zip(self._parts, np.split(values[order], ends)):
-                part[column].frombytes(mine.tobytes())
-
-    def finish(self) -> Purchases:
-        """All first purchases; users are numbered from 0 in the order of their keys. To be called once."""
-        self._deal_out()
-        self._waiting = ()
-        taken = sum(len(users) for users, _, _ in self._parts)
-        all_users, all_items = np.empty(taken, dtype=np.uint32), np.empty(taken, dtype=np.uint32)
-        num_users = end = 0
-        while self._parts:
-            users, items, times = map(np.asarray, self._parts.pop(0))
-            first = _first_in_time(users, items, times)
-            found, rows = np.unique(users[first], return_inverse=True)
-            start, end = end, end + len(first)
-            all_users[start:end] = rows + num_users
-            all_items[start:end] = items[first]
-            num_users += len(found)
-        self.repeated = taken - end
-        return Purchases(all_users[:end], all_items[:end])
+    rows = dict(con.execute("SELECT kind, min(place) FROM staged WHERE time IS NOT NULL GROUP BY kind").fetchall())
+    if DATE in rows and 0 in rows:
+        raise PerPEFTError(
+            f"{table.files[0].name}: the time is a date in {table.where(rows[DATE])} and a number in {table.where(rows[0])}; "
+            "write all as dates, or all as numbers"
+        )
 
 
-def _first_in_time(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Rows of each user's first purchase of every item, by user and time, all three [purchases]; ties by row."""
-    order = np.lexsort((times, items, users))  # stable
-    other = np.ones(len(order), dtype=bool)
-    other[1:] = (np.diff(users[order]) != 0) | (np.diff(items[order]) != 0)
-    first = np.sort(order[other])
-    return first[np.lexsort((times[first], users[first]))]
+def left_out(con: duckdb.DuckDBPyConnection, table: Table, relation: str) -> dict[str, tuple[int, list[str]]]:
+    """How many rows of a table (with columns place and reason) have each reason, and the first of them."""
+    counts = con.execute(
+        f"SELECT reason, count(*) FROM {relation} WHERE reason IS NOT NULL GROUP BY 1 ORDER BY min(place)"
+    ).fetchall()
+    found = {}
+    for reason, count in counts:
+        query = f"SELECT place FROM {relation} WHERE reason = ? ORDER BY place LIMIT {SHOWN_ROWS}"
+        found[reason] = (count, [table.where(place) for (place,) in con.execute(query, [reason]).fetchall()])
+    return found
 
 
-def count_each(numbers: np.ndarray) -> np.ndarray:
-    """How often each number from 0 to the largest occurs; `np.bincount`, which copies all numbers, slice by slice."""
-    counts = np.zeros(int(numbers.max(initial=0)) + 1, dtype=np.int32)
-    for start in range(0, len(numbers), SLICE):
-        piece = numbers[start : start + SLICE]
-        lowest = piece.min()
-        found = np.bincount(piece - lowest)
-        counts[lowest : lowest + len(found)] += found.astype(np.int32)
-    return counts
+def keep_first(con: duckdb.DuckDBPyConnection) -> int:
+    """Make the table `kept` (user, item, rank): each user's first interaction with every item; ranks order by time, then place.
+
+    Returns:
+        how many interactions are repeated ones
+    """
+    con.execute(f"""
+        CREATE OR REPLACE TABLE kept AS
+        SELECT user, item, min(time::HUGEINT * {1 << 62} + place) AS rank FROM staged WHERE reason IS NULL GROUP BY user, item""")
+    return _one(con, "SELECT count(*) FROM staged WHERE reason IS NULL") - _one(con, "SELECT count(*) FROM kept")
 
 
-def core_of(purchases: Purchases, core: int) -> Purchases:
-    """The largest part in which every user and every item has at least `core` purchases; the order stays."""
+def keep_core(con: duckdb.DuckDBPyConnection, core: int) -> int:
+    """Reduce `kept` to the largest part in which every user and item has at least `core` interactions; return how many left."""
+    before = left = _one(con, "SELECT count(*) FROM kept")
     while True:
-        keep = (count_each(purchases.users) >= core)[purchases.users]
-        keep &= (count_each(purchases.items) >= core)[purchases.items]
-        if keep.all():
-            return purchases
-        purchases = purchases.chosen(keep)
+        few = [f"(SELECT {column} FROM kept GROUP BY {column} HAVING count(*) < {core})" for column in ("user", "item")]
+        con.execute(
+            f"CREATE OR REPLACE TABLE kept AS SELECT * FROM kept ANTI JOIN {few[0]} USING (user) ANTI JOIN {few[1]} USING (item)"
+        )
+        now = _one(con, "SELECT count(*) FROM kept")
+        if now == left:
+            return before - now
+        left = now
 
 
-def sample_users(purchases: Purchases, count: int, core: int, seed: int) -> Purchases:
-    """The purchases of `count` users drawn by `seed` from those with at least `core`; of all of them where they are fewer."""
-    counts = count_each(purchases.users)
-    candidates = np.flatnonzero(counts >= core)
-    if len(candidates) > count:
-        candidates = np.random.default_rng(seed).choice(candidates, count, replace=False)
-    drawn = np.zeros(len(counts), dtype=bool)
-    drawn[candidates] = True
-    return purchases.chosen(drawn[purchases.users])
+def keep_sample(con: duckdb.DuckDBPyConnection, count: int, core: int, seed: int) -> int:
+    """Reduce `kept` to `count` users drawn by `seed` from those with at least `core` interactions; return how many rows left.
+
+    The draw depends on the users' ids alone, not on the order of rows.
+    """
+    before = _one(con, "SELECT count(*) FROM kept")
+    con.execute(f"""
+        CREATE OR REPLACE TABLE kept AS SELECT * FROM kept SEMI JOIN (
+            SELECT user FROM kept GROUP BY user HAVING count(*) >= {core}
+            ORDER BY md5(concat({seed}, ' ', user)), user LIMIT {count}
+        ) USING (user)""")
+    return before - _one(con, "SELECT count(*) FROM kept")

@@ -1,60 +1,44 @@
-"""A data set's files from what a shop has: first purchases in time order, the core, titles, images; the rest is told."""
+"""A data set's files from a shop's tables: the core, titles, images, and a report of what was left out."""
+
 import argparse
 import csv
 import pickle
 import shlex
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
+import duckdb
 from filelock import FileLock, Timeout
 
 from utils.common.console import number
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_atomically
 from utils.data.dataset import is_dataset_name
-from utils.prepare.amazon import ItemText
-from utils.prepare.image_folder import Filling, fill_folder
-from utils.prepare.interactions import FirstPurchases, Purchases, core_of, count_each, sample_users
+from utils.prepare.downloads import Downloader
+from utils.prepare.image_cells import WEB
+from utils.prepare.image_folder import Filling, fill_folder, read_image
+from utils.prepare.interactions import engine, keep_core, keep_sample
+from utils.prepare.shop import LeftOut, Shop, format_columns, format_lines
+from utils.prepare.tables import quote
 
 LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a temporary one must fit behind it
-EVALUATED = 3  # purchases without which a user is never evaluated
+EVALUATED = 3  # interactions without which a user is never evaluated
 GROUPS = 8  # --C of the training scripts
-LINES = 100_000  # of {name}_final.txt that are written at once
-
-
-class Shop(Protocol):
-    """Where purchases and items come from.
-
-    Attributes:
-        left_out: why items were left out, and how many.
-        malformed: how many lines of purchases could not be read.
-    """
-
-    left_out: dict[str, int]
-    malformed: int
-
-    def item_keys(self) -> np.ndarray:
-        """The keys of the items with an id, a title and an image that can be used."""
-
-    def purchases(self) -> Iterator[tuple[str, str, float]]:
-        """User, item and time of every purchase."""
-
-    def items(self, keys: np.ndarray) -> dict[int, ItemText]:
-        """The items of some keys."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be made.
+    """The data set to make.
 
     Attributes:
         name, train_dir: of the data set.
-        core: how many purchases every user and every item must have.
+        core: how many interactions every user and every item must have.
         max_users, seed: how many users are drawn at most, and the seed for it; None draws none.
         restart: whether a data set of that name may be replaced.
+        strict: whether rows that cannot be used are an error.
+        dry_run: whether only to report columns, first rows and counts.
     """
 
     name: str
@@ -63,6 +47,8 @@ class Target:
     max_users: int | None = None
     seed: int = 0
     restart: bool = False
+    strict: bool = False
+    dry_run: bool = False
 
     def file(self, ending: str) -> Path:
         """One of the data set's files."""
@@ -74,28 +60,52 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", required=True, help="name of the data set to make")
     parser.add_argument("--train_dir", type=Path, default=Path("./dataset"), help="folder of the data sets")
     parser.add_argument(
-        "--core", type=number(int, 1), default=5, help="purchases that every user and item kept must have; 1 keeps all"
+        "--core", type=number(int, 1), default=5, help="interactions that every user and item kept must have; 1 keeps all"
     )
     parser.add_argument(
         "--max_users",
         type=number(int, 1, 2**31),
         default=None,
-        help="a seeded random sample of so many of the users with --core purchases, taken before the core is formed, so that "
+        help="a seeded random sample of so many of the users with --core interactions, taken before the core is formed, so that "
         "fewer remain (default: all)",
     )
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of --max_users")
     parser.add_argument("--restart", action="store_true", help="replace a data set of that name; its images stay")
+    parser.add_argument("--strict", action="store_true", help="rows that cannot be used are an error instead of being left out")
+    parser.add_argument("--dry_run", action="store_true", help="show columns, first rows and counts, and write nothing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_image_options(parser: argparse.ArgumentParser, images_help: str) -> None:
+    """The options that `image_getter` and `prepare` read."""
+    images = parser.add_argument_group("images")
+    images.add_argument("--images", type=Path, default=None, help=images_help)
+    images.add_argument("--workers", type=number(int, 1, 256), default=16, help="images fetched at once")
+    images.add_argument("--retries", type=number(int, 0, 20), default=3, help="further attempts where one may help")
+    images.add_argument("--timeout", type=number(float, 0, 3600, above=True), default=30, help="seconds an attempt may take")
+    images.add_argument("--max_image_bytes", type=number(int, 1, 2**30), default=10 * 2**20, help="largest image taken")
+    images.add_argument(
+        "--give_up", type=number(int, 0), default=100, help="stop after so many images in a row without a usable answer; 0: never"
+    )
+
+
+def image_getter(options: argparse.Namespace) -> tuple[Callable[[str], bytes], Callable[[], None]]:
+    """What returns the content of a path or an address, and what stops it."""
+    web = Downloader(options.retries, options.timeout, options.max_image_bytes)
+    return lambda source: web.get(source) if source.lower().startswith(WEB) else read_image(source), web.stop
 
 
 def target_of(options: argparse.Namespace) -> Target:
     """What the options ask for."""
-    return Target(options.name, options.train_dir, options.core, options.max_users, options.seed, options.restart)
+    return Target(
+        options.name, options.train_dir, options.core, options.max_users, options.seed, options.restart, options.strict,
+        options.dry_run,
+    )  # fmt: skip
 
 
 def prepare(
     target: Target,
-    shop: Shop,
+    open_shop: Callable[[duckdb.DuckDBPyConnection, Path], Shop],
     get: Callable[[str], bytes],
     workers: int,
     stop: Callable[[], None] = lambda: None,
@@ -103,102 +113,103 @@ def prepare(
 ) -> str:
     """Make a data set; `{name}_final.txt` comes last, so that without it nothing counts as made.
 
-    Items whose image cannot be had are left out and the core is formed anew. Interrupted, the same call goes on: images
-    that are there stay.
+    Items whose image fails are left out and the core is formed anew. Interrupted, the same call continues with the images
+    that are missing.
 
     Args:
-        target: what is to be made.
-        shop: what it is made from.
+        target: the data set to make.
+        open_shop: opens the tables on a connection, with a folder for temporary files.
         get, workers, stop, give_up: as in `utils.prepare.image_folder.fill_folder`.
     Returns:
-        what was read, what was left out and why, what remained, and how to go on; for people.
+        a report: what was read, what was left out and why, what remained, and the next command
     Raises:
-        PerPEFTError: the name cannot be used or is in use, nothing is left, or no image could be had.
+        PerPEFTError: the name cannot be used or is in use, nothing is left, or every image failed.
     """
     _require_name(target)
-    target.train_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(target.train_dir / f".{target.name}_prepare.lock", timeout=0):
-            return _prepare(target, shop, get, workers, stop, give_up)
+        if target.dry_run:
+            with engine(Path(tempfile.gettempdir())) as (con, scratch):
+                return _dry_run(target, open_shop(con, scratch), con)
+        target.train_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.train_dir / f".{target.name}_prepare.lock", timeout=0), engine(target.train_dir) as (con, scratch):
+            shop = open_shop(con, scratch)
+            _select(target, shop, con)
+            filling = _fetch(target, shop, con, get, workers, stop, give_up)
+            _write(target, con)
+            return _report(target, shop, con, filling)
     except Timeout:
         raise PerPEFTError(f"another process is making data set '{target.name}' in {target.train_dir}") from None
+    except (duckdb.IOException, duckdb.InvalidInputException, duckdb.OutOfMemoryException) as error:
+        raise PerPEFTError(f"the tables cannot be read: {str(error).splitlines()[0][:300]}") from error
 
 
 def _require_name(target: Target) -> None:
     if not is_dataset_name(target.name) or len(target.name.encode(errors="replace")) > LONGEST_NAME:
-        raise PerPEFTError(f"data set '{target.name[:60]}': a short name is wanted, not a path; its folder goes into --train_dir")
+        raise PerPEFTError(f"--name '{target.name[:60]}': expected a short name, not a path; --train_dir is its folder")
     if target.name == "demo":
         raise PerPEFTError("'demo' is the data set that the training scripts draw themselves; choose another --name")
     if target.file("_final.txt").exists() and not target.restart:
-        raise PerPEFTError(f"{target.file('_final.txt')} is there already; choose another --name, or replace it by --restart")
+        raise PerPEFTError(f"{target.file('_final.txt')} exists already; choose another --name, or replace it by --restart")
 
 
-def _prepare(
-    target: Target, shop: Shop, get: Callable[[str], bytes], workers: int, stop: Callable[[], None], give_up: int
-) -> str:
-    counts = {}
-    first = FirstPurchases(shop.item_keys())
-    for user, item, time in shop.purchases():
-        first.add(user, item, time)
-    purchases = first.finish()
-    counts["read"] = first.added + shop.malformed
-    counts["malformed"] = shop.malformed
-    counts["of an item that is unknown or left out"] = first.unknown
-    counts["of an item the user had bought before"] = first.repeated
-    if not len(purchases):
-        raise PerPEFTError(f"none of {counts['read']:,} purchases is of an item that can be used; do both files fit together?")
+def _select(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection) -> None:
+    """Read the tables and keep the core."""
+    shop.read(con, target.strict)
     if target.max_users is not None:
-        drawn = sample_users(purchases, target.max_users, target.core, target.seed)
-        counts["of users not drawn"] = len(purchases) - len(drawn)
-        purchases = drawn
-    core = core_of(purchases, target.core)
-    counts[f"outside the {target.core}-core"] = len(purchases) - len(core)
-    _require_enough(core, target, "")
-    del purchases
-
-    items = shop.items(first.item_keys[np.flatnonzero(count_each(core.items))])
-    filling = _fetch(target, items, get, workers, stop, give_up)
-    failed = np.array([key for key, item in items.items() if item.raw_id in filling.failed], dtype=np.uint64)
-    left = core_of(core.chosen(~np.isin(first.item_keys, failed)[core.items]), target.core)
-    counts["of items whose image failed, and what left the core with them"] = len(core) - len(left)
-    _require_enough(left, target, f" once {len(failed):,} items without image are left out")
-    counts["kept"] = len(left)
-
-    _write(target, left, first.item_keys, items)
-    return _summary(target, left, counts, shop.left_out, filling)
+        shop.counts["of users not drawn"] = keep_sample(con, target.max_users, target.core, target.seed)
+    shop.counts[f"outside the {target.core}-core"] = keep_core(con, target.core)
+    _require_enough(con, target, "")
 
 
-def _require_enough(purchases: Purchases, target: Target, when: str) -> None:
-    if not len(purchases):
+def _require_enough(con: duckdb.DuckDBPyConnection, target: Target, when: str) -> None:
+    longest = con.execute("SELECT max(n) FROM (SELECT count(*) AS n FROM kept GROUP BY user)").fetchone()[0]
+    if longest is None:
         more_users = "" if target.max_users is None else " or raise --max_users"
-        raise PerPEFTError(f"no user and no item has {target.core} purchases{when}; lower --core{more_users}")
-    if count_each(purchases.users).max() < EVALUATED:
-        raise PerPEFTError(f"no user has the {EVALUATED} purchases that evaluation needs{when}")
+        raise PerPEFTError(f"no users and items with {target.core} interactions each are left{when}; lower --core{more_users}")
+    if longest < EVALUATED:
+        raise PerPEFTError(f"no user has the {EVALUATED} interactions that evaluation needs{when}")
+
+
+def _dry_run(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection) -> str:
+    described = shop.describe(con)
+    _select(target, shop, con)
+    return f"{described}\n{_tables(target, shop, con, {})}\nNothing was written (--dry_run); no image was opened."
 
 
 def _fetch(
     target: Target,
-    items: dict[int, ItemText],
+    shop: Shop,
+    con: duckdb.DuckDBPyConnection,
     get: Callable[[str], bytes],
     workers: int,
     stop: Callable[[], None],
     give_up: int,
 ) -> Filling:
-    """Fill the folder of images and write down what failed."""
-    folder = target.file("_images")
-    sources = {item.raw_id: item.image for item in items.values()}
+    """Fill the folder of images, list what failed, and leave those items out."""
+    folder, failures = target.file("_images"), target.file("_failed_images.csv")
+    query = "SELECT raw_id, source FROM items SEMI JOIN kept ON items.number = kept.item ORDER BY number"
+    sources = dict(con.execute(query).fetchall())
     try:
         filling = fill_folder(folder, sources, get, workers, stop, give_up)
     except (KeyboardInterrupt, OSError) as error:
-        error.saved = f"the images so far are in {folder}"  # which utils.run.options.run_main tells
+        error.saved = f"the images so far are in {folder}"  # which run_main prints
         raise
-    failures = target.file("_failed_images.csv")
     failures.unlink(missing_ok=True)
     if filling.failed:
         write_atomically(failures, lambda path: _write_failures(path, sources, filling.failed))
     if len(filling.failed) == len(sources):
         reason = next(iter(filling.failed.values()))
-        raise PerPEFTError(f"none of the {len(sources):,} images could be had (the first: {reason}); see {failures}")
+        raise PerPEFTError(f"all {len(sources):,} images failed (the first: {reason}); see {failures}")
+    before = con.execute("SELECT count(*) FROM kept").fetchone()[0]
+    con.execute(
+        "DELETE FROM kept WHERE item IN (SELECT number FROM items WHERE raw_id IN (SELECT unnest(?::VARCHAR[])))",
+        [list(filling.failed)],
+    )
+    keep_core(con, target.core)
+    _require_enough(con, target, f" once {len(filling.failed):,} items without image are left out")
+    shop.counts["of items whose image failed, and outside the core without them"] = (
+        before - con.execute("SELECT count(*) FROM kept").fetchone()[0]
+    )
     return filling
 
 
@@ -209,45 +220,61 @@ def _write_failures(path: Path, sources: dict[str, str], failed: dict[str, str])
         writer.writerows((raw_id, sources[raw_id], reason) for raw_id, reason in sorted(failed.items()))
 
 
-def _write(target: Target, purchases: Purchases, item_keys: np.ndarray, items: dict[int, ItemText]) -> None:
+def _write(target: Target, con: duckdb.DuckDBPyConnection) -> None:
     """Number users and items from 1, items in the order of their raw ids, and write the three files."""
-    places = np.flatnonzero(count_each(purchases.items))
-    kept = [items[key] for key in item_keys[places].tolist()]
-    in_order = sorted(range(len(kept)), key=lambda row: kept[row].raw_id)
-    item_numbers = np.zeros(len(item_keys), dtype=np.int64)
-    item_numbers[places[in_order]] = np.arange(1, len(kept) + 1)
-    user_numbers = np.cumsum(count_each(purchases.users) > 0)
-
-    def write_lines(path: Path) -> None:
-        with path.open("w", encoding="utf-8") as file:
-            for start in range(0, len(purchases), LINES):
-                users = user_numbers[purchases.users[start : start + LINES]]
-                bought = item_numbers[purchases.items[start : start + LINES]]
-                file.writelines(f"{user} {item}\n" for user, item in zip(users.tolist(), bought.tolist()))
-
+    con.execute("""
+        CREATE TABLE used AS SELECT number, row_number() OVER (ORDER BY number) AS item, raw_id, title
+        FROM items SEMI JOIN kept ON items.number = kept.item""")
+    rows = con.execute("SELECT item, raw_id, title FROM used ORDER BY item").fetchall()
+    lines = """
+        SELECT dense_rank() OVER (ORDER BY kept.user), used.item FROM kept JOIN used ON used.number = kept.item
+        ORDER BY kept.user, kept.rank"""
     for ending in ("_final.txt", "_preX.pt", "_preX.json"):  # from here on an old data set is being replaced
         target.file(ending).unlink(missing_ok=True)
-    raw_ids = {item: kept[row].raw_id for item, row in enumerate(in_order, 1)}
-    titles = {kept[row].raw_id: kept[row].title for row in in_order}
+    raw_ids = {item: raw_id for item, raw_id, _ in rows}
+    titles = {raw_id: title for _, raw_id, title in rows}
     for ending, value in (("_item2id_final.pickle", raw_ids), ("_texts_final.pickle", titles)):
         write_atomically(target.file(ending), lambda path, value=value: path.write_bytes(pickle.dumps(value)))
-    write_atomically(target.file("_final.txt"), write_lines)
+    write_atomically(
+        target.file("_final.txt"),
+        lambda path: con.execute(f"COPY ({lines}) TO {quote(path)} (FORMAT csv, DELIMITER ' ', HEADER false)"),
+    )
 
 
-def _summary(target: Target, purchases: Purchases, counts: dict[str, int], left_out: dict[str, int], filling: Filling) -> str:
-    """A table of what was read, left out and kept, and the next command."""
-    num_users, num_items = (int(np.count_nonzero(count_each(numbers))) for numbers in (purchases.users, purchases.items))
+def _tables(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection, images: dict[str, int]) -> str:
+    """What was read, left out and kept, as a table."""
+    users, items, kept = con.execute("SELECT count(DISTINCT user), count(DISTINCT item), count(*) FROM kept").fetchone()
+    listed = shop.counts.pop("items listed again", 0)
+    read = shop.counts.pop("read")
     parts = [
-        ("items left out", left_out),
-        ("purchases", counts),
-        ("images", {"fetched": filling.fetched, "there already": filling.kept, "failed": len(filling.failed)}),
-        (f"data set '{target.name}'", {"users": num_users, "items": num_items, "interactions": len(purchases)}),
+        ("items left out", _rows(shop.items_left_out) | ({"listed again": (listed, "")} if listed else {})),
+        ("interactions read", {"": (read, "")}),
+        ("interactions left out", _rows(shop.interactions_left_out) | {what: (count, "") for what, count in shop.counts.items()}),
+        ("images", {what: (count, "") for what, count in images.items()}),
+        (f"data set '{target.name}'", {"users": (users, ""), "items": (items, ""), "interactions": (kept, "")}),
     ]
     lines = []
     for heading, rows in parts:
-        lines += [heading, *(f"  {what:<64}{count:>14,}" for what, count in rows.items())] if rows else []
+        rows = {what: row for what, row in rows.items() if row[0] or heading == "images"}
+        if rows.keys() == {""}:
+            lines.append(f"{heading:<66}{rows[''][0]:>14,}")
+        elif rows:
+            lines += [heading, *(f"  {what:<64}{count:>14,}{first}" for what, (count, first) in rows.items())]
+    return "\n".join(lines)
+
+
+def _rows(left_out: LeftOut) -> dict[str, tuple[int, str]]:
+    return {reason: (count, f"  {format_lines(count, lines)}") for reason, (count, lines) in left_out.items()}
+
+
+def _report(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection, filling: Filling) -> str:
+    """The columns chosen, what was read, left out and kept, and the next command."""
+    images = {"fetched": filling.fetched, "already there": filling.kept, "failed": len(filling.failed)}
+    lines = [format_columns("interactions", shop.interactions), format_columns("items", shop.items)]
+    lines.append(_tables(target, shop, con, images))
     if filling.failed:
-        lines.append(f"Which images failed and why is in {target.file('_failed_images.csv')}; their items are left out.")
+        lines.append(f"{target.file('_failed_images.csv')} lists the failed images with the reasons; their items are left out.")
+    users = con.execute("SELECT count(DISTINCT user) FROM kept").fetchone()[0]
     command = ["python3", "-m", "scripts.check_data", "--dataset", target.name, "--train_dir", str(target.train_dir)]
-    command += ["--C", str(num_users)] if num_users < GROUPS else []
+    command += ["--C", str(users)] if users < GROUPS else []
     return "\n".join([*lines, f"Next: {shlex.join(command)}"])

@@ -1,0 +1,100 @@
+"""The image that a table's cell names: a path, an address, or lists and objects of them as shops and libraries write them."""
+
+import ast
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from utils.common.errors import PerPEFTError
+from utils.data.image_names import image_file_name
+
+SIZES = ("large", "hi_res", "thumb", "url", "src", "path")  # "large" of Amazon has 500 pixels a side, of which CLIP sees 224
+WEB = ("http://", "https://")
+
+
+def first_image(cell: str | None) -> str | None:
+    """The main image that a cell names, else its first; None if it names none.
+
+    Args:
+        cell: a path or address, or JSON or a Python literal: a list, an object by size, or an object of lists.
+    """
+    if cell is None or not cell.startswith(("[", "{", '"')):
+        return cell
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return cell
+    try:
+        return _first_of(value)
+    except RecursionError:
+        return None
+
+
+def _first_of(value: Any) -> str | None:
+    if isinstance(value, str):
+        value = value.strip()
+        return first_image(value) if value.startswith(("[", "{")) else value or None
+    if isinstance(value, dict):
+        if any(isinstance(value.get(key), list) for key in (*SIZES, "variant")):  # a list by key, as `datasets` returns it
+            lists = {key: entries for key, entries in value.items() if isinstance(entries, list)}
+            longest = max(map(len, lists.values()), default=0)
+            return _first_of([{key: row[i] for key, row in lists.items() if i < len(row)} for i in range(longest)])
+        return next((found for size in SIZES if (found := _first_of(value.get(size)))), None)
+    if isinstance(value, list):
+        main_first = sorted(value, key=lambda entry: not (isinstance(entry, dict) and entry.get("variant") == "MAIN"))
+        return next((found for entry in main_first if (found := _first_of(entry))), None)
+    return None
+
+
+def images_by_id(folder: Path) -> dict[str, str]:
+    """Paths of a folder's files by their names without the ending; .jpg counts before others.
+
+    Raises:
+        PerPEFTError: the folder cannot be read.
+    """
+    try:
+        names = sorted((entry.name for entry in os.scandir(folder)), key=lambda name: (name.lower().endswith(".jpg"), name))
+    except OSError as error:
+        raise PerPEFTError(f"the folder of images {folder} cannot be read ({error.strerror})") from error
+    return {os.path.splitext(name)[0]: str(folder / name) for name in names if not name.startswith(".")}
+
+
+class ImageFinder:
+    """Where each item's image is.
+
+    Args:
+        folder: of which paths in cells are relative.
+        images: a folder of images named by the item's id, which count before cells, or as cells name them; None has none.
+    """
+
+    def __init__(self, folder: Path, images: Path | None = None):
+        self._folders = [folder] if images is None else [folder, images]
+        self._images = {} if images is None else images_by_id(images)
+
+    def find(self, item: str | None, cell: str | None) -> str | None:
+        """The address or path of an item's image, which may not exist; None if there is none."""
+        if self._images and item is not None:
+            for name in (item, image_file_name(item).removesuffix(".jpg")):
+                if name in self._images:
+                    return self._images[name]
+        found = first_image(cell)
+        if found is None or found.lower().startswith(WEB):
+            return found
+        if found.startswith("//"):
+            return f"https:{found}"
+        paths = [str(folder / found.removeprefix("file://")) for folder in self._folders]
+        return next((path for path in paths if is_there(path)), paths[0])
+
+
+def is_there(source: str | None) -> bool:
+    """Whether a source is an address, or the path of a file."""
+    if source is None:
+        return False
+    try:
+        return source.lower().startswith(WEB) or os.path.isfile(source)
+    except ValueError:  # a zero byte
+        return False

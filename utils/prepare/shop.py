@@ -1,0 +1,167 @@
+"""The two tables of a shop, read into DuckDB and reduced to the interactions that a data set holds."""
+
+from dataclasses import dataclass, field
+
+import duckdb
+
+from utils.common.errors import PerPEFTError
+from utils.data.image_names import is_raw_id
+from utils.prepare import interactions
+from utils.prepare.image_cells import ImageFinder, is_there
+from utils.prepare.tables import BLANK, Table, TableOptions
+from utils.prepare.titles import clean_title
+
+FIRST_ROWS = 5  # that a dry run shows
+LeftOut = dict[str, tuple[int, list[str]]]  # reason -> how many rows, and the lines of the first
+
+
+@dataclass
+class Shop:
+    """Two tables to make a data set of.
+
+    Attributes:
+        interactions: with the roles user, item, time and, if `min_rating` is set, rating.
+        items: with the roles item, title, image.
+        finder: of the items' images.
+        options: for the format of dates.
+        min_rating: interactions with a lower rating are left out.
+        first_row_counts: of differing rows for one item the first counts; otherwise they are an error.
+        counts: after `read`, what became of the interactions.
+        items_left_out, interactions_left_out: after `read`, why rows were left out.
+    """
+
+    interactions: Table
+    items: Table
+    finder: ImageFinder
+    options: TableOptions = field(default_factory=TableOptions)
+    min_rating: float | None = None
+    first_row_counts: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    items_left_out: LeftOut = field(default_factory=dict)
+    interactions_left_out: LeftOut = field(default_factory=dict)
+
+    def read(self, con: duckdb.DuckDBPyConnection, strict: bool) -> None:
+        """Make the tables `items` (number, raw_id, title, source) and `kept` (user, item, rank).
+
+        Args:
+            con: a connection on which nothing was made before.
+            strict: raise where rows cannot be used, instead of leaving them out.
+        Raises:
+            PerPEFTError: nothing can be used, rows of one item differ, or times of two kinds are mixed.
+        """
+        self._read_items(con)
+        if strict:
+            _refuse(self.items, self.items_left_out)
+        self.counts["read"] = interactions.stage(con, self.interactions, self.options, self.min_rating)
+        self.interactions_left_out = interactions.left_out(con, self.interactions, "staged")
+        if strict:
+            _refuse(self.interactions, self.interactions_left_out)
+        interactions.require_one_kind_of_time(con, self.interactions)
+        repeated = interactions.keep_first(con)
+        if not con.execute("SELECT count(*) FROM kept").fetchone()[0]:
+            raise PerPEFTError(self._why_nothing(con))
+        con.execute("DROP TABLE staged")
+        self.counts["not the user's first of the item"] = repeated
+
+    def _read_items(self, con: duckdb.DuckDBPyConnection) -> None:
+        for name, function, arguments, kind in (
+            ("clean", lambda title: clean_title(title or "") or None, 1, "VARCHAR"),
+            ("find_image", self.finder.find, 2, "VARCHAR"),
+            ("is_there", is_there, 1, "BOOLEAN"),
+            ("is_raw_id", is_raw_id, 1, "BOOLEAN"),
+        ):
+            con.create_function(name, function, ["VARCHAR"] * arguments, kind, null_handling="special")
+        con.execute(f"""
+            CREATE TABLE item_rows AS
+            WITH found AS (SELECT place, problem, item AS raw_id, clean(title) AS title, find_image(item, image) AS source
+                           FROM ({self.items.relation}))
+            SELECT *, CASE WHEN problem IS NOT NULL THEN problem WHEN raw_id IS NULL THEN 'item missing'
+                      WHEN NOT is_raw_id(raw_id) THEN 'item with a line break' WHEN title IS NULL THEN 'no title'
+                      WHEN source IS NULL THEN 'no image' WHEN NOT is_there(source) THEN 'image file not found' END AS reason
+            FROM found""")
+        self.items_left_out = interactions.left_out(con, self.items, "item_rows")
+        differing = con.execute("""
+            SELECT raw_id, min(place), arg_min((title, source), place) FROM item_rows WHERE reason IS NULL
+            GROUP BY raw_id HAVING count(DISTINCT (title, source)) > 1 ORDER BY min(place)""").fetchall()
+        if differing and not self.first_row_counts:
+            raise PerPEFTError(self._differing(con, *differing[0], len(differing)))
+        con.execute("""
+            CREATE TABLE items AS SELECT (row_number() OVER (ORDER BY raw_id))::INTEGER AS number, * FROM (
+                SELECT raw_id, arg_min(title, place) AS title, arg_min(source, place) AS source FROM item_rows
+                WHERE reason IS NULL GROUP BY raw_id)""")
+        usable, rows = con.execute("SELECT (SELECT count(*) FROM items), count(*) FROM item_rows WHERE reason IS NULL").fetchone()
+        if not usable:
+            reasons = format_left_out(self.items_left_out) or "it has no rows"
+            raise PerPEFTError(f"{self.items.files[0]} has no item with an id, a title and an image ({reasons})")
+        if rows > usable:
+            self.counts["items listed again"] = rows - usable
+
+    def _differing(self, con: duckdb.DuckDBPyConnection, raw_id: str, place: int, first: tuple, count: int) -> str:
+        other = con.execute(
+            "SELECT place, title, source FROM item_rows WHERE raw_id = ? AND reason IS NULL AND (title, source) <> (?, ?) "
+            "ORDER BY place LIMIT 1", [raw_id, *_pair(first)],
+        ).fetchone()  # fmt: skip
+        more = f"; {count:,} items have such rows" if count > 1 else ""
+        return (
+            f"{self.items.files[0]}: two rows of item {raw_id[:60]!r} differ: {self.items.where(place)} "
+            f"{tuple(text[:100] for text in _pair(first))} and {self.items.where(other[0])} "
+            f"{tuple(text[:100] for text in other[1:])}; keep one{more}"
+        )
+
+    def _why_nothing(self, con: duckdb.DuckDBPyConnection) -> str:
+        """Why no interaction can be used."""
+        name = self.interactions.files[0]
+        reasons = format_left_out(self.interactions_left_out) or "it has no rows"
+        if interactions.UNKNOWN in self.interactions_left_out:
+            ids = [
+                [row[0][:40] for row in con.execute(f"SELECT item FROM ({relation}) WHERE item IS NOT NULL LIMIT 3").fetchall()]
+                for relation in (self.interactions.relation, self.items.relation)
+            ]
+            alike = con.execute(f"""
+                SELECT x.item, raw_id FROM (SELECT item FROM ({self.interactions.relation}) LIMIT 10000) x JOIN items
+                ON regexp_replace(x.item, '\\.0+$', '') = regexp_replace(raw_id, '\\.0+$', '') LIMIT 1""").fetchone()
+            hint = f"; write {alike[0]!r} and {alike[1]!r} alike" if alike else "; do both files fit together?"
+            reasons += f"; its items are {ids[0]}, those of {self.items.files[0].name} {ids[1]}{hint}"
+        elif interactions.NO_TIME in self.interactions_left_out:
+            text = con.execute(
+                f"SELECT time FROM ({self.interactions.relation}) WHERE time IS NOT NULL AND problem IS NULL LIMIT 1"
+            ).fetchone()[0]
+            reasons += f"; write the form of times such as {text[:40]!r} as --time_format, for example '%d.%m.%Y %H:%M'"
+        return f"{name}: no interaction can be used ({reasons})"
+
+    def describe(self, con: duckdb.DuckDBPyConnection) -> str:
+        """The columns chosen in each table, and its first rows."""
+        parts = []
+        for heading, table in (("interactions", self.interactions), ("items", self.items)):
+            parts.append(format_columns(heading, table))
+            roles = ", ".join(role for role, name in table.columns.items() if name)
+            for row in con.execute(f"SELECT {roles} FROM ({table.relation}) LIMIT {FIRST_ROWS}").fetchall():
+                parts.append("  " + " | ".join("" if cell is None else " ".join(cell.split())[:60] for cell in row))
+        return "\n".join(parts)
+
+
+def _pair(value: dict | tuple) -> tuple:
+    return tuple(value.values()) if isinstance(value, dict) else tuple(value)
+
+
+def format_columns(heading: str, table: Table) -> str:
+    """Which column was chosen for each role."""
+    more = f" and {len(table.files) - 1} more" if len(table.files) > 1 else ""
+    columns = ", ".join(f"{role} = {name}" for role, name in table.columns.items() if name)
+    return f"{heading}: {table.files[0]}{more} ({columns})"
+
+
+def format_left_out(rows: LeftOut) -> str:
+    """Every reason with its count and first lines, in one sentence."""
+    return ", ".join(f"{reason}: {count:,} ({format_lines(count, lines)})" for reason, (count, lines) in rows.items())
+
+
+def format_lines(count: int, lines: list[str]) -> str:
+    """The first lines of `count` rows."""
+    return ", ".join(lines) + (", ..." if count > len(lines) else "")
+
+
+def _refuse(table: Table, rows: LeftOut) -> None:
+    wrong = {reason: found for reason, found in rows.items() if reason not in (BLANK, interactions.LOW)}
+    if wrong:
+        raise PerPEFTError(f"{table.files[0]}: rows that cannot be used (--strict): {format_left_out(wrong)}")
