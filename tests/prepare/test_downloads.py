@@ -16,8 +16,7 @@ from PIL import Image
 
 from tests.conftest import draw_image
 from utils.common.errors import PerPEFTError
-from utils.prepare import downloads
-from utils.prepare import image_folder as image_folder
+from utils.prepare import downloads, image_folder
 from utils.prepare.downloads import Downloader, ImageError, PassingError, _seconds
 from utils.prepare.image_folder import fill_folder, keep_image, read_image
 
@@ -260,7 +259,7 @@ def test_a_folder_is_filled_and_failures_are_told(server, tmp_path):
     filling = fill_folder(tmp_path / "images", sources, downloader().get, 3)
     assert (filling.fetched, filling.kept) == (3, 0)
     assert filling.failed == {
-        "html": "no image: no image of a kind that is read", "gone": "HTTP 404", "down": "HTTP 500"
+        "html": "no image: not an image of a kind that is read", "gone": "HTTP 404", "down": "HTTP 500"
     }  # fmt: skip
     assert set(os.listdir(tmp_path / "images")) == {"a.jpg", "b.jpg", "x" * 251 + ".jpg"}
 

@@ -4,6 +4,7 @@ import argparse
 import csv
 import pickle
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -191,8 +192,8 @@ def _fetch(
     sources = dict(con.execute(query).fetchall())
     try:
         filling = fill_folder(folder, sources, get, workers, stop, give_up)
-    except (KeyboardInterrupt, OSError) as error:
-        error.saved = f"the images so far are in {folder}"  # which run_main prints
+    except (KeyboardInterrupt, OSError):
+        print(f"the images so far are in {folder}; the same command continues from there", file=sys.stderr)
         raise
     failures.unlink(missing_ok=True)
     if filling.failed:

@@ -1,0 +1,37 @@
+"""Running the prepare scripts in this process, and reading what they wrote."""
+import signal
+import sys
+
+import pytest
+
+from utils.common.console import run_main
+from utils.data.dataset import read_dataset
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a script's `main` with options; the exit code."""
+
+    def run_script(main, *options):
+        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, options)])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            run_main(main)
+        except SystemExit as end:
+            return end.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return 0
+
+    return run_script
+
+
+def histories_of(folder, name):
+    """Raw ids of every user's items in order, the users sorted."""
+    dataset = read_dataset(folder, name)
+    return sorted([dataset.raw_ids[item - 1] for item in dataset.histories[user]] for user in range(dataset.num_users))
+
+
+def counts_of(report):
+    """The report's counts by their names."""
+    return {line[2:66].strip(): int(line[66:80].replace(",", "")) for line in report.splitlines() if line.startswith("  ")}
