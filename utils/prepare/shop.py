@@ -1,5 +1,7 @@
 """The two tables of a shop, read into DuckDB and reduced to the interactions that a data set holds."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import duckdb
@@ -49,10 +51,12 @@ class Shop:
         Raises:
             PerPEFTError: nothing can be used, rows of one item differ, or times of two kinds are mixed.
         """
-        self._read_items(con)
+        with _reading(self.items):
+            self._read_items(con)
         if strict:
             _refuse(self.items, self.items_left_out)
-        self.counts["read"] = interactions.stage(con, self.interactions, self.options, self.min_rating)
+        with _reading(self.interactions):
+            self.counts["read"] = interactions.stage(con, self.interactions, self.options, self.min_rating)
         self.interactions_left_out = interactions.left_out(con, self.interactions, "staged")
         if strict:
             _refuse(self.interactions, self.interactions_left_out)
@@ -138,6 +142,16 @@ class Shop:
             for row in con.execute(f"SELECT {roles} FROM ({table.relation}) LIMIT {FIRST_ROWS}").fetchall():
                 parts.append("  " + " | ".join("" if cell is None else " ".join(cell.split())[:60] for cell in row))
         return "\n".join(parts)
+
+
+@contextlib.contextmanager
+def _reading(table: Table) -> Iterator[None]:
+    """Raise what DuckDB finds wrong with a table's files as an error of the user."""
+    try:
+        yield
+    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        names = ", ".join(map(str, table.files[:3]))
+        raise PerPEFTError(f"{names} cannot be read; is it cut off or damaged? ({str(error).splitlines()[0][:200]})") from error
 
 
 def _pair(value: dict | tuple) -> tuple:

@@ -140,8 +140,6 @@ def prepare(
             return _report(target, shop, con, filling)
     except Timeout:
         raise PerPEFTError(f"another process is making data set '{target.name}' in {target.train_dir}") from None
-    except (duckdb.IOException, duckdb.InvalidInputException, duckdb.OutOfMemoryException) as error:
-        raise PerPEFTError(f"the tables cannot be read: {str(error).splitlines()[0][:300]}") from error
 
 
 def _require_name(target: Target) -> None:
