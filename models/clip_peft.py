@@ -1,14 +1,14 @@
-"""CLIP with one peft adapter a group."""
+"""CLIP, or another dual encoder, with one peft adapter a group."""
 import contextlib
 
 import torch
-import torch.nn.functional as F
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from models.item_encoder import MODALITIES, ItemEncoder
+from models.towers import dual_features, feature_width, pooled_places
 
 UNUSED_TOWER = {"image": "text_model", "text": "vision_model"}  # by the modality that is used
 
@@ -21,40 +21,20 @@ def channel_statistics(processor: BaseImageProcessor) -> tuple[torch.Tensor, tor
     return factor / std, -mean / std
 
 
-def clip_features(clip: CLIPModel, images: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
-    """CLIP's L2-normalised embeddings of images and titles side by side, or of one of them alone.
-
-    Args:
-        clip: with or without adapters.
-        images: normalised, [items, 3, height, width].
-        tokens: token ids of the titles, each with its end-of-text token, [items, length].
-    Returns:
-        [items, 2 * projection_dim], or [items, projection_dim] of one alone
-    """
-    features = []
-    if images is not None:
-        pooled = clip.vision_model(pixel_values=images).pooler_output  # [items, vision hidden]
-        features.append(F.normalize(clip.visual_projection(pooled).float(), dim=-1))  # [items, projection]
-    if tokens is not None:
-        # No attention mask: the tower is causal and pools the end-of-text token, so what follows it cannot matter.
-        pooled = clip.text_model(input_ids=tokens).pooler_output  # [items, text hidden]
-        features.append(F.normalize(clip.text_projection(pooled).float(), dim=-1))  # [items, projection]
-    return torch.cat(features, dim=-1)
-
-
 class ClipPeftEncoder(ItemEncoder):
-    """A frozen CLIPModel whose towers carry one peft adapter a group.
+    """A frozen dual encoder whose towers carry one peft adapter a group.
 
-    Item features are CLIP's L2-normalised image and title embeddings side by side, [items, 2 * projection_dim], or one of
+    Item features are its L2-normalised image and title embeddings side by side, [items, 2 * feature_width], or one of
     them alone; the other tower is then unused and carries no adapter.
 
     peft holds one adapter, "default"; every group has its own parameters for it, which `use_group` puts in place. So any
     tuner works that changes a module's parameters alone, and what it keeps beside them (VeRA's projections) is shared.
 
     Args:
-        clip: the foundation model; it is frozen and its linear layers are wrapped in place.
+        clip: the foundation model, of a family in `models.towers.ARCHITECTURES`; it is frozen and its linear layers are
+            wrapped in place.
         config: the kind of adapter, from `models.peft_configs`.
-        processor: CLIP's image processor, for the channel statistics that images are normalised with.
+        processor: its image processor, for the channel statistics that images are normalised with.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time, the same gradients.
         modality: "both", "image" or "text".
         autocast_dtype: what the foundation model computes in; None for float32.
@@ -64,7 +44,7 @@ class ClipPeftEncoder(ItemEncoder):
 
     def __init__(
         self,
-        clip: CLIPModel,
+        clip: PreTrainedModel,
         config: PeftConfig,
         processor: BaseImageProcessor,
         gradient_checkpointing: bool = False,
@@ -75,7 +55,7 @@ class ClipPeftEncoder(ItemEncoder):
         self.foundation_parameters = sum(parameter.numel() for parameter in clip.parameters())
         self._modality = modality
         self._autocast_dtype = autocast_dtype
-        self.feature_dim = len(MODALITIES[modality]) * clip.config.projection_dim
+        self.feature_dim = len(MODALITIES[modality]) * feature_width(clip.config)
         if modality != "both":
             config.exclude_modules = rf"{UNUSED_TOWER[modality]}\..*"
         config.base_model_name_or_path = clip.config._name_or_path or None
@@ -108,19 +88,20 @@ class ClipPeftEncoder(ItemEncoder):
         """How many adapters there are."""
         return len(self._groups)
 
-    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Encode items.
 
         Args:
             pixels: images resized and cropped but not rescaled, uint8 [items, 3, height, width].
-            tokens: token ids of the titles, each with its end-of-text token, [items, length].
+            tokens: token ids of the titles, [items, length].
+            mask: 1 at tokens, 0 at padding, [items, length], for families that take one.
         Returns:
             [items, feature_dim], float32
         """
         used = MODALITIES[self._modality]
         images = torch.addcmul(self._shift, pixels.float(), self._scale) if "image" in used else None
         with self._autocast(pixels.device):
-            return clip_features(self._clip, images, tokens if "text" in used else None)
+            return dual_features(self._clip, images, tokens if "text" in used else None, mask)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         if self._autocast_dtype is None:
@@ -128,15 +109,14 @@ class ClipPeftEncoder(ItemEncoder):
         return torch.autocast(device.type, self._autocast_dtype)
 
     def attention(
-        self, pixels: torch.Tensor, tokens: torch.Tensor, end_of_text: int
+        self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Attention of the position that CLIP pools, in each tower's last layer, the mean over heads.
+        """Attention of the tokens that the towers pool, in each tower's last layer, the mean over heads.
 
         Args:
-            pixels, tokens: as in `forward`.
-            end_of_text: the token whose first occurrence is pooled.
+            pixels, tokens, mask: as in `forward`; the family's images have a class token.
         Returns:
-            the class token's attention to itself and the patches, [items, 1 + patches], and the end-of-text token's to all
+            the class token's attention to itself and the patches, [items, 1 + patches], and the title's pooled token's to all
             tokens, [items, length]; rows sum to 1; None for an unused tower
         """
         used = MODALITIES[self._modality]
@@ -146,9 +126,10 @@ class ClipPeftEncoder(ItemEncoder):
             layers = self._clip.vision_model(pixel_values=images, output_attentions=True).attentions
             of_images = layers[-1].mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]
         if "text" in used:
-            layers = self._clip.text_model(input_ids=tokens, output_attentions=True).attentions
-            place = (tokens == end_of_text).int().argmax(-1)  # [items]
-            of_titles = layers[-1].mean(1)[torch.arange(len(tokens)), place]  # [items, length]
+            masked = {} if mask is None else {"attention_mask": mask}
+            layers = self._clip.text_model(input_ids=tokens, output_attentions=True, **masked).attentions
+            places = pooled_places(self._clip.config, tokens)  # [items]
+            of_titles = layers[-1].mean(1)[torch.arange(len(tokens)), places]  # [items, length]
         return of_images, of_titles
 
     def clone_groups(self, num_groups: int) -> None:

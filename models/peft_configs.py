@@ -5,6 +5,8 @@ from typing import Any
 from peft import IA3Config, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from models.towers import Layers
+
 # peft's tuners that have target layers, but cannot be used here, and why
 UNSUITABLE = {
     "adalora": "peft allows one AdaLoRA adapter a model, whose ranks change with the number of steps; use lora or dora",
@@ -16,6 +18,8 @@ UNSUITABLE = {
 }
 # Settings that describe where a configuration came from, not the adapter.
 ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type")
+
+CLIP_LAYERS = Layers()
 
 
 def _tuners() -> dict[str, type[PeftConfig]]:
@@ -29,23 +33,28 @@ TUNERS = _tuners()
 PEFT_TYPES = ("lora", "ia3", "dora", *(name for name in TUNERS if name not in ("lora", "ia3")))  # what peft_config takes
 
 
-def lora_config(rank: int = 4, dropout: float = 0.1) -> LoraConfig:
+def lora_config(rank: int = 4, dropout: float = 0.1, layers: Layers = CLIP_LAYERS) -> LoraConfig:
     """LoRA on the query and value projections of both towers, alpha twice the rank (the paper's setting)."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, bias="none")
+    targets = [*layers.query, *layers.value]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=dropout, bias="none")
 
 
-def ia3_config() -> IA3Config:
+def ia3_config(layers: Layers = CLIP_LAYERS) -> IA3Config:
     """(IA)3 on keys, values and the first feed-forward layer of both towers (the paper's setting)."""
-    return IA3Config(target_modules=["k_proj", "v_proj", "fc1"], feedforward_modules=["fc1"])
+    targets = [*layers.key, *layers.value, *layers.feed_forward]
+    return IA3Config(target_modules=targets, feedforward_modules=list(layers.feed_forward))
 
 
-def peft_config(peft_type: str, rank: int | None = None, settings: dict[str, Any] | None = None) -> PeftConfig:
+def peft_config(
+    peft_type: str, rank: int | None = None, settings: dict[str, Any] | None = None, layers: Layers = CLIP_LAYERS
+) -> PeftConfig:
     """The configuration of one kind of adapter.
 
     Args:
         peft_type: one of PEFT_TYPES: lora and ia3 with the paper's settings, dora as lora with `use_dora`, the others with
             peft's defaults on the query and value projections.
         rank: of lora and dora; None for the paper's 4.
+        layers: names of the foundation model's layers; CLIP's by default.
         settings: as in peft's adapter_config.json, instead of those; target layers may be left out.
     Raises:
         ValueError: an unsuitable kind, or settings that it does not have or that do not go together.
@@ -55,9 +64,9 @@ def peft_config(peft_type: str, rank: int | None = None, settings: dict[str, Any
     if peft_type not in PEFT_TYPES:
         raise ValueError(f"{peft_type} is not one of this peft's tuners for linear layers: {', '.join(PEFT_TYPES)}")
     if settings is None and peft_type == "ia3":
-        return ia3_config()
+        return ia3_config(layers)
     if settings is None and peft_type in ("lora", "dora"):
-        config = lora_config(rank or 4)
+        config = lora_config(rank or 4, layers=layers)
         config.use_dora = peft_type == "dora"
         return config
     kind = TUNERS["lora" if peft_type == "dora" else peft_type]
@@ -66,7 +75,7 @@ def peft_config(peft_type: str, rank: int | None = None, settings: dict[str, Any
     if unknown:
         raise ValueError(f"{peft_type} has no setting {', '.join(unknown)}")
     if not chosen.get("target_modules"):
-        default = ia3_config() if peft_type == "ia3" else lora_config()
+        default = ia3_config(layers) if peft_type == "ia3" else lora_config(layers=layers)
         chosen["target_modules"] = default.target_modules
         if peft_type == "ia3":
             chosen["feedforward_modules"] = default.feedforward_modules

@@ -12,11 +12,12 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_iisan
+from models.towers import cached_layers, hidden_states
 from tests.conftest import NUM_ITEMS, iisan_arguments
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items.foundation import ensure_hidden_states, load_foundation
-from utils.items.hidden_states import HiddenStateStore, cached_layers, hidden_states, states_path
+from utils.items.hidden_states import HiddenStateStore, states_path
 
 CPU = torch.device("cpu")
 
@@ -84,7 +85,7 @@ def test_a_title_cut_at_77_tokens_is_read_at_its_end_of_text_token():
     body = torch.arange(1, 76)
     long = torch.cat([torch.tensor([97]), body, torch.tensor([98])])  # 77 tokens, the last one is end of text
     short = torch.cat([torch.tensor([97, 5, 98]), torch.full((74,), 98)])  # padded by the same token
-    _, states = hidden_states(clip, torch.zeros(2, 3, 8, 8), torch.stack([long, short]), end_of_text=98)
+    _, states = hidden_states(clip, torch.zeros(2, 3, 8, 8), torch.stack([long, short]))
     with torch.no_grad():
         for row, (tokens, place) in enumerate(((long, 76), (short[:3], 2))):
             output = clip.text_model(input_ids=tokens[None], output_hidden_states=True)

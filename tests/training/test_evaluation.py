@@ -13,7 +13,6 @@ from models.peft_configs import lora_config
 from utils.data.dataset import read_dataset
 from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import load_foundation
-from utils.items.store import ImageTitleStore
 from utils.training import evaluation
 from utils.training.evaluation import Evaluator, last_states, metrics_of, rank_targets
 
@@ -219,7 +218,7 @@ def test_last_states_are_read_in_portions_from_the_last_maxlen_items():
 def test_encoding_all_items_equals_encoding_them_one_by_one(tiny_dataset, tiny_clip):
     foundation = load_foundation(str(tiny_clip))
     dataset = read_dataset(tiny_dataset.train_dir, "tiny")
-    store = ImageTitleStore.open(dataset, foundation.image_processor, foundation.tokenizer, foundation.max_tokens)
+    store = foundation.store(dataset)
     torch.manual_seed(0)
     encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor)
     model = PerPEFT(encoder, MMProjector(encoder.feature_dim, 8), SASRec(30, 8, 4, 1, 2))

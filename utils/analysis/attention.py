@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from models import ClipPeftEncoder
 from models.peft_configs import PEFT_TYPES
+from models.towers import architecture, pooled_places
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import load_foundation
@@ -98,7 +99,7 @@ def _shares(attention: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def view_of(encoder: ClipPeftEncoder, inputs: tuple[torch.Tensor, ...], end_of_text: int, places: np.ndarray, label: str) -> View:
+def view_of(encoder: ClipPeftEncoder, inputs: tuple[torch.Tensor, ...], places: np.ndarray, label: str) -> View:
     """Attention to one item under an encoder's present adapter.
 
     It is the last layer's attention, the mean over heads, from the position that CLIP pools. Attention rollout, which follows
@@ -110,11 +111,10 @@ def view_of(encoder: ClipPeftEncoder, inputs: tuple[torch.Tensor, ...], end_of_t
     Args:
         encoder: in eval mode, on a CLIP with eager attention.
         inputs: of one item, from its source.
-        end_of_text: as in `ClipPeftEncoder.attention`.
         places: each token's word, from `words_of_tokens`, [tokens].
         label: whose adapter it is.
     """
-    of_image, of_title = encoder.attention(*inputs, end_of_text)
+    of_image, of_title = encoder.attention(*inputs)
     words = patches = None
     in_words = places >= 0
     if of_title is not None and in_words.any():
@@ -127,7 +127,7 @@ def view_of(encoder: ClipPeftEncoder, inputs: tuple[torch.Tensor, ...], end_of_t
 
 def central_crop(processor: BaseImageProcessor) -> float | None:
     """The share of an image's shortest edge that CLIP sees, a central square; None where it sees all, squeezed to a square."""
-    if processor.do_center_crop and "shortest_edge" in processor.size:
+    if getattr(processor, "do_center_crop", False) and "shortest_edge" in processor.size:
         return min(1.0, processor.crop_size["height"] / processor.size["shortest_edge"])
     return None
 
@@ -174,16 +174,24 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
         PerPEFTError: an adapter cannot be read.
     """
     foundation = load_foundation(clip_folder(options.clip_model, dataset), attention="eager")
-    tokenizer = foundation.tokenizer
+    tokenizer, family = foundation.tokenizer, architecture(foundation.clip.config)
+    if not (family.has_class_token and tokenizer.is_fast):
+        raise PerPEFTError(
+            f"attention cannot be shown for '{options.clip_model}': its image tower has no class token whose attention it pools"
+            if tokenizer.is_fast
+            else f"attention cannot be shown for '{options.clip_model}': its tokenizer does not say where tokens lie in a title"
+        )
     kind = EncoderKind(options.peft_type, options.rank, options.modality, peft_config=options.peft_config)
     encoder, source = encoder_and_source(kind, foundation, dataset, torch.device(options.device), options.missing_images)
     encoder.to(options.device).eval()
     words, places = [], []
     for item in items:
         title = dataset.titles[item - 1]
-        encoded = tokenizer(title, truncation=True, max_length=foundation.max_tokens, return_offsets_mapping=True)
-        pooled = encoded["input_ids"].index(tokenizer.eos_token_id)  # what follows the first end of text is never read
-        offsets = [span if place < pooled else (0, 0) for place, span in enumerate(encoded["offset_mapping"])]
+        encoded = tokenizer(title, truncation=True, max_length=foundation.title_form.max_length, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        if family.title_token == "end":  # what follows it is never read
+            pooled = int(pooled_places(foundation.clip.config, torch.tensor([encoded["input_ids"]]))[0])
+            offsets = [span if place < pooled else (0, 0) for place, span in enumerate(offsets)]
         found = words_of_tokens(title, offsets)
         words.append(found[0])
         places.append(found[1])
@@ -193,7 +201,7 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
         _load_adapter(encoder, where)
         for item, own, own_places in zip(items, views, places):
             inputs = source.fetch(np.array([item]), torch.device(options.device))
-            own.append(view_of(encoder, inputs, tokenizer.eos_token_id, own_places, label))
+            own.append(view_of(encoder, inputs, own_places, label))
     unread = "" if options.modality == "image" else "CLIP reads no word of this title, which begins with its end-of-text token."
     crop = central_crop(foundation.image_processor)
     return [Explanation(item, own, "" if own else unread, crop, seen) for item, own, seen in zip(items, words, views)]

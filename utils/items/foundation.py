@@ -1,41 +1,76 @@
 """Loading foundation models and what prepares their inputs."""
 import contextlib
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    CLIPConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from models.towers import ARCHITECTURES, architecture, pooled_places
 from utils.common.errors import PerPEFTError
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
 from utils.items.hidden_states import compute_hidden_states, save_hidden_states, states_path
-from utils.items.store import ImageTitleStore
+from utils.items.store import ImageTitleStore, TitleForm, output_size
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 
 
 @dataclass
 class Foundation:
-    """A CLIP with the processors that prepare its inputs."""
+    """A dual encoder with the processors that prepare its inputs."""
 
-    clip: CLIPModel
-    image_processor: object
-    tokenizer: object
+    clip: PreTrainedModel
+    image_processor: BaseImageProcessor
+    tokenizer: PreTrainedTokenizerBase
 
     @property
-    def max_tokens(self) -> int:
-        """The text tower's longest input."""
-        return self.clip.config.text_config.max_position_embeddings
+    def title_form(self) -> TitleForm:
+        """How the text tower reads titles."""
+        family, longest = architecture(self.clip.config), self.clip.config.text_config.max_position_embeddings
+        longest -= family.reserved_positions
+        return TitleForm(longest, family.pads_titles, family.masks_titles)
 
     def store(self, dataset: Dataset, missing_images: str = "error") -> ImageTitleStore:
-        """A data set's images and titles as this CLIP reads them."""
-        return ImageTitleStore.open(dataset, self.image_processor, self.tokenizer, self.max_tokens, missing_images)
+        """A data set's images and titles as this model reads them.
+
+        Raises:
+            PerPEFTError: its tokenizer does not end titles with the token that the model pools.
+        """
+        self._check_pooled_token(dataset.titles[0])
+        return ImageTitleStore.open(dataset, self.image_processor, self.tokenizer, self.title_form, missing_images)
+
+    def _check_pooled_token(self, title: str) -> None:
+        if architecture(self.clip.config).title_token != "end":
+            return
+        tokens = self.tokenizer([f"a {title}"[:40]], truncation=True, max_length=self.title_form.max_length)["input_ids"][0]
+        found = int(pooled_places(self.clip.config, torch.tensor([tokens]))[0])
+        first = tokens.index(self.tokenizer.eos_token_id) if self.tokenizer.eos_token_id in tokens else None
+        if found != first:
+            raise PerPEFTError(
+                f"the tokenizer of '{self.clip.config._name_or_path}' does not fit its model: it ends a title by token "
+                f"{tokens[-1]} (its eos_token_id is {self.tokenizer.eos_token_id}), but by eos_token_id "
+                f"{self.clip.config.text_config.eos_token_id} in config.json the model pools token {tokens[found]}; correct the "
+                "one that is wrong"
+            )
 
     def hidden_states(self, store: ImageTitleStore, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """All items' states for IISAN, as in `compute_hidden_states`."""
-        return compute_hidden_states(self.clip, self.image_processor, self.tokenizer, store, device)
+        return compute_hidden_states(self.clip, self.image_processor, store, device)
 
 
 @contextlib.contextmanager
@@ -49,14 +84,14 @@ def _quiet_transformers():
 
 
 def load_foundation(clip_model: str, attention: str | None = None) -> Foundation:
-    """Load a CLIPModel and its processors from a folder or the model hub.
+    """Load a dual encoder and its processors from a folder or the model hub.
 
     Args:
         clip_model: a folder as `save_pretrained` writes it, or a name on the hub.
-        attention: transformers' name of how attention is computed; "eager" for the one that tells its weights (default: the
+        attention: transformers' name of how attention is computed; "eager" for the one that returns its weights (default: the
             library's choice, the fastest).
     Raises:
-        PerPEFTError: it is neither, or not a CLIP.
+        PerPEFTError: it is neither, of another kind, or its parts do not fit together.
     """
     is_folder = Path(clip_model).is_dir()
     try:
@@ -64,36 +99,77 @@ def load_foundation(clip_model: str, attention: str | None = None) -> Foundation
             # No code from a model's folder is ever run, nor is it asked whether it should be.
             source = {"local_files_only": is_folder, "trust_remote_code": False}
             kind = AutoConfig.from_pretrained(clip_model, **source).model_type
-            if kind != "clip":
+            if kind not in ARCHITECTURES:
                 raise PerPEFTError(
-                    f"'{clip_model}' is a model of the kind '{kind}', which does not fit: --clip_model takes a CLIPModel of any "
-                    f"size, as {DEFAULT_CLIP}, openai/clip-vit-large-patch14 or laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+                    f"'{clip_model}' is a model of the kind '{kind}', which does not fit: --clip_model takes dual encoders of "
+                    f"the kinds {', '.join(ARCHITECTURES)}, as {DEFAULT_CLIP} or google/siglip-base-patch16-224"
                 )
-            clip, loading = CLIPModel.from_pretrained(
-                clip_model, local_files_only=is_folder, output_loading_info=True, attn_implementation=attention
+            model, loading = AutoModel.from_pretrained(
+                clip_model, output_loading_info=True, attn_implementation=attention, **source
             )
             absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
             if absent:  # the library would go on with random weights
                 raise ValueError(f"its weights lack {', '.join(absent[:3])}")
-            image_processor = AutoImageProcessor.from_pretrained(clip_model, use_fast=False, **source)
+            image_processor = _load_image_processor(clip_model, source)
             tokenizer = AutoTokenizer.from_pretrained(clip_model, **source)
     except PerPEFTError:
         raise
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "the folder is no complete CLIPModel folder" if is_folder else "there is no such folder and the hub gave none"
+        what = "the folder is no complete model folder" if is_folder else "there is no such folder and the hub gave none"
         raise PerPEFTError(
             f"CLIP weights '{clip_model}' cannot be loaded: {what} ({reason}). Run once with network access so that they are "
             "downloaded, or name a CLIPModel folder by --clip_model DIR, or train a small one on your data with "
             "python3 -m scripts.make_small_clip --dataset NAME and pass its folder."
         ) from error
-    return Foundation(clip, image_processor, tokenizer)
+    _check_parts(clip_model, model, image_processor, tokenizer)
+    return Foundation(model, image_processor, tokenizer)
 
 
-def known_config(clip_model: str) -> CLIPConfig | None:
-    """The configuration of a CLIP without its weights, from a folder or what the hub's client has kept; else None."""
+def _load_image_processor(clip_model: str, source: dict[str, bool]) -> BaseImageProcessor:
+    try:
+        return AutoImageProcessor.from_pretrained(clip_model, use_fast=False, **source)
+    except OSError:
+        # transformers 5 saves a processor's parts in one file, which transformers 4 does not read.
+        path = cached_file(clip_model, "processor_config.json", local_files_only=source["local_files_only"])
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))["image_processor"]
+    name = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings | {"image_processor_type": name}))
+        return AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)
+
+
+def _check_parts(
+    name: str, model: PreTrainedModel, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Check that the parts of a model folder go together.
+
+    Raises:
+        PerPEFTError: they do not; names the first that does not.
+    """
+    wrong = None
+    side, rows = model.config.vision_config.image_size, model.config.text_config.vocab_size
+    try:
+        size = output_size(image_processor)
+    except ValueError as error:
+        wrong = str(error)
+    else:
+        highest = max(tokenizer.get_vocab().values())
+        if size != (side, side):
+            wrong = f"its image processor makes images of {size[0]} x {size[1]} pixels, its image tower takes {side} x {side}"
+        elif highest >= rows:
+            wrong = f"its tokenizer has tokens up to number {highest}, its text tower {rows} token embeddings"
+        elif architecture(model.config).title_token == "end" and tokenizer.eos_token_id is None:
+            wrong = "its tokenizer has no end-of-text token (eos_token), which its text tower pools"
+    if wrong:
+        raise PerPEFTError(f"the parts of '{name}' do not fit together: {wrong}; save them again with the right settings")
+
+
+def known_config(clip_model: str) -> PretrainedConfig | None:
+    """The configuration of a model without its weights, from a folder or what the hub's client has kept; else None."""
     with _quiet_transformers(), contextlib.suppress(Exception):
-        return CLIPConfig.from_pretrained(clip_model, local_files_only=True)
+        config = AutoConfig.from_pretrained(clip_model, local_files_only=True, trust_remote_code=False)
+        return config if config.model_type in ARCHITECTURES else None
     return CLIPConfig() if clip_model == DEFAULT_CLIP else None  # the library's defaults are ViT-B/32
 
 

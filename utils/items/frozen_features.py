@@ -2,11 +2,12 @@
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from models.clip_peft import channel_statistics, clip_features
+from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
+from models.towers import dual_features, feature_width
 from utils.items.store import ImageTitleStore
 
 
@@ -37,7 +38,7 @@ class FeatureStore:
 
 @torch.no_grad()
 def compute_features(
-    clip: CLIPModel,
+    clip: PreTrainedModel,
     processor: BaseImageProcessor,
     store: ImageTitleStore,
     modality: str,
@@ -53,17 +54,17 @@ def compute_features(
         device: where to compute.
         items_at_once: items a forward pass.
     Returns:
-        [items, 2 * projection_dim], or [items, projection_dim] of one modality
+        [items, 2 * feature_width], or [items, feature_width] of one modality
     """
     clip = clip.eval().to(device)
     used = MODALITIES[modality]
-    features = torch.empty(store.num_items, len(used) * clip.config.projection_dim)
+    features = torch.empty(store.num_items, len(used) * feature_width(clip.config))
     scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
     order = store.reading_order()
     for start in tqdm(range(0, len(order), items_at_once), "frozen features", unit="batch", disable=None):
         items = order[start : start + items_at_once]
-        pixels, tokens = store.fetch(items, device)
+        pixels, tokens, *mask = store.fetch(items, device)
         images = torch.addcmul(shift, pixels.float(), scale) if "image" in used else None  # [items, 3, height, width]
-        found = clip_features(clip, images, tokens if "text" in used else None)  # [items, width]
+        found = dual_features(clip, images, tokens if "text" in used else None, *mask)  # [items, width]
         features[torch.from_numpy(items - 1)] = found.cpu()
     return features

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from models.clip_peft import channel_statistics
+from models.towers import hidden_states, state_shapes
 from utils.common.errors import PerPEFTError
 from utils.common.files import add_model_files, save_tensors, write_atomically, write_text_atomically
 from utils.common.pickles import refuse_damaged_tensors
@@ -21,77 +22,35 @@ PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
 ROWS_AT_ONCE = 4096
 
 
-def cached_layers(config: CLIPConfig) -> tuple[list[int], list[int]]:
-    """Which hidden states are cached, 0 being the embedding output: every second layer of the shallower tower, and as many
-    of the deeper one, evenly spaced. For ViT-B/32: 0, 2, ..., 12 of both.
-
-    Returns:
-        layers of the image tower, layers of the text tower, S each.
-    """
-    image_depth, text_depth = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
-    intervals = max(1, min(image_depth, text_depth) // 2)
-    return tuple([depth // intervals * step for step in range(intervals + 1)] for depth in (image_depth, text_depth))
-
-
-def state_shapes(config: CLIPConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-    """[S, width] of an item's image states and of its title states."""
-    image_layers, text_layers = cached_layers(config)
-    return (len(image_layers), config.vision_config.hidden_size), (len(text_layers), config.text_config.hidden_size)
-
-
-@torch.no_grad()
-def hidden_states(
-    clip: CLIPModel, images: torch.Tensor, tokens: torch.Tensor, end_of_text: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cached states of some items.
-
-    Args:
-        clip: in eval mode.
-        images: normalised, [items, 3, height, width].
-        tokens: titles, each with its end-of-text token, [items, length].
-        end_of_text: that token's id; the state is taken at its first place, as CLIP pools.
-    Returns:
-        image states (CLS) [items, S, image width], title states (end of text) [items, S, text width]
-    """
-    image_layers, text_layers = cached_layers(clip.config)
-    image = clip.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
-    title = clip.text_model(input_ids=tokens, output_hidden_states=True).hidden_states
-    place = (tokens == end_of_text).int().argmax(-1)  # [items]
-    rows = torch.arange(len(tokens), device=tokens.device)
-    image_states = torch.stack([image[layer][:, 0] for layer in image_layers], dim=1)  # [items, S, image width]
-    text_states = torch.stack([title[layer][rows, place] for layer in text_layers], dim=1)  # [items, S, text width]
-    return image_states.float(), text_states.float()
-
-
 def states_path(train_dir: str | Path, name: str) -> Path:
     """Where a data set's states lie."""
     return Path(train_dir) / f"{name}_preX.pt"
 
 
 def compute_hidden_states(
-    clip: CLIPModel, processor: Any, tokenizer: Any, store: ImageTitleStore, device: torch.device, items_at_once: int = 64
+    model: PreTrainedModel, processor: Any, store: ImageTitleStore, device: torch.device, items_at_once: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All items' states, row i of item i + 1.
 
     Args:
-        clip, processor, tokenizer: the foundation model and its processors.
+        model, processor: the foundation model and its image processor.
         store: the items' images and titles.
         device: where to compute.
         items_at_once: items a forward pass.
     Returns:
         image states [items, S, image width], title states [items, S, text width], on the CPU
     """
-    clip = clip.eval().to(device)
-    image_shape, text_shape = state_shapes(clip.config)
+    model = model.eval().to(device)
+    image_shape, text_shape = state_shapes(model.config)
     all_image_states = torch.empty(store.num_items, *image_shape)
     all_text_states = torch.empty(store.num_items, *text_shape)
     scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
     order = store.reading_order()
     for start in tqdm(range(0, len(order), items_at_once), "hidden states", unit="batch", disable=None):
         items = order[start : start + items_at_once]
-        pixels, tokens = store.fetch(items, device)
+        pixels, *titles = store.fetch(items, device)
         images = torch.addcmul(shift, pixels.float(), scale)  # [items, 3, height, width]
-        image_states, text_states = hidden_states(clip, images, tokens, tokenizer.eos_token_id)
+        image_states, text_states = hidden_states(model, images, *titles)
         rows = torch.from_numpy(items - 1)
         all_image_states[rows], all_text_states[rows] = image_states.cpu(), text_states.cpu()
     return all_image_states, all_text_states
@@ -195,7 +154,7 @@ class HiddenStateStore:
         self.num_items = len(rows)
 
     @classmethod
-    def open(cls, dataset: Dataset, config: CLIPConfig | None, clip_name: str | None = None) -> "HiddenStateStore":
+    def open(cls, dataset: Dataset, config: PretrainedConfig | None, clip_name: str | None = None) -> "HiddenStateStore":
         """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
 
         Args:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError
 from utils.common.files import build_once, folder_written_atomically
 from utils.data.dataset import Dataset
@@ -22,6 +23,21 @@ PLAIN_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")  # of transfo
 DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
 
 
+@dataclass(frozen=True)
+class TitleForm:
+    """How a text tower reads titles.
+
+    Attributes:
+        max_length: its longest input, in tokens.
+        padded: whether every title is padded to that.
+        masked: whether it takes an attention mask.
+    """
+
+    max_length: int
+    padded: bool = False
+    masked: bool = False
+
+
 def _resized_size(processor: BaseImageProcessor, width: int, height: int) -> tuple[int, int]:
     """Width and height after CLIP's resize of the shortest edge, which cuts the longer one to whole pixels."""
     edge = processor.size["shortest_edge"]
@@ -30,8 +46,26 @@ def _resized_size(processor: BaseImageProcessor, width: int, height: int) -> tup
     return int(edge * width / height), edge
 
 
+def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of what an image processor makes of any image.
+
+    Raises:
+        ValueError: they differ from image to image, or it fails.
+    """
+    found = set()
+    for width, height in ((60, 40), (40, 70)):
+        try:
+            options = {"return_tensors": "np", "input_data_format": "channels_last"}
+            found.add(processor(np.zeros((height, width, 3), dtype=np.uint8), **options)["pixel_values"].shape[1:])
+        except Exception as error:  # of a library's or of the model folder's own
+            raise ValueError(f"the image processor fails: {type(error).__name__}: {error}".splitlines()[0]) from error
+    if len(found) > 1 or len(shape := found.pop()) != 3 or shape[0] != 3:
+        raise ValueError("the image processor makes images of several sizes; set do_center_crop and crop_size in its settings")
+    return shape[1:]
+
+
 def _is_plain_clip(processor: BaseImageProcessor) -> bool:
-    if type(processor).__name__ not in PLAIN_PROCESSORS or "shortest_edge" not in processor.size:
+    if type(processor).__name__ not in PLAIN_PROCESSORS or "shortest_edge" not in dict(processor.size):
         return False
     crops_inside = max(dict(processor.crop_size).values()) <= processor.size["shortest_edge"]
     return processor.do_convert_rgb and processor.do_resize and processor.do_center_crop and crops_inside
@@ -70,7 +104,7 @@ def image_status(path: Path) -> os.stat_result | None:
         return None
 
 
-def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, form: TitleForm) -> str:
     """A hash of everything that the store's content follows from."""
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -78,7 +112,8 @@ def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTr
     # What the tokenizer was last asked for is part of its state, but not of what it makes of these titles.
     vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)
     digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
-    digest.update(f"{vocabulary} {tokenizer.pad_token_id} {max_length} {DECODING}".encode())
+    padded = " padded" if form.padded else ""
+    digest.update(f"{vocabulary} {tokenizer.pad_token_id} {form.max_length} {DECODING}{padded}".encode())
     for raw_id, title, path in zip(dataset.raw_ids, dataset.titles, dataset.image_paths):
         status = image_status(path)
         stamp = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
@@ -100,8 +135,7 @@ def _claim_room(path: Path, header: int) -> None:
 
 def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, missing_images: str) -> None:
     problems: list[str] = []
-    size = processor.crop_size if processor.do_center_crop else processor.size
-    shape = (dataset.num_items, 3, size["height"], size["width"])
+    shape = (dataset.num_items, 3, *output_size(processor))
     store = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     _claim_room(path, store.offset)
     images = on_all_cores(lambda path: read_image(path, processor), dataset.image_paths)
@@ -121,10 +155,16 @@ def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, m
         print(f"warning: data set '{dataset.name}':\n{found}", file=sys.stderr)
 
 
-def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    encoded = tokenizer(titles, truncation=True, max_length=max_length)["input_ids"]
+def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills short titles: where there is no token for it, end of text, after which CLIP reads nothing."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerBase, form: TitleForm) -> None:
+    padding = "max_length" if form.padded else False
+    encoded = tokenizer(titles, truncation=True, max_length=form.max_length, padding=padding)["input_ids"]
     lengths = np.array([len(tokens) for tokens in encoded])
-    table = np.full((len(titles), lengths.max()), tokenizer.pad_token_id, dtype=np.int32)
+    table = np.full((len(titles), lengths.max()), _padding_token(tokenizer), dtype=np.int32)
     for row, tokens in enumerate(encoded):
         table[row, : len(tokens)] = tokens
     np.savez(path, tokens=table, lengths=lengths)
@@ -132,17 +172,19 @@ def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerB
 
 @dataclass
 class ImageTitleStore:
-    """Images and titles of all items, ready for CLIP; array row i is item i + 1.
+    """Images and titles of all items, ready for the foundation model; array row i is item i + 1.
 
     Attributes:
         pixels: uint8 [items, 3, height, width], resized and cropped, not rescaled; a memory map.
         tokens: int32 [items, longest title], padded after the end-of-text token.
         lengths: tokens of each title, [items].
+        masked: whether `fetch` returns an attention mask too.
     """
 
     pixels: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
+    masked: bool = False
 
     def __post_init__(self):
         self.num_items = len(self.pixels)
@@ -154,7 +196,7 @@ class ImageTitleStore:
         dataset: Dataset,
         processor: BaseImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        form: TitleForm,
         missing_images: str = "error",
     ) -> "ImageTitleStore":
         """Open the store of a data set, building it first if it is not there.
@@ -164,26 +206,26 @@ class ImageTitleStore:
 
         Args:
             dataset: whose images and titles.
-            processor, tokenizer: CLIP's own.
-            max_length: the text tower's longest input, in tokens.
+            processor, tokenizer: the foundation model's own.
+            form: how it reads titles.
             missing_images: "error", or "blank" for black images in place of missing or unreadable ones.
         Raises:
             PerPEFTError: unreadable images, all of them named at once, or no room to write.
         """
-        key = _store_key(dataset, processor, tokenizer, max_length)
+        key = _store_key(dataset, processor, tokenizer, form)
         folder = dataset.folder / f"{dataset.name}_store" / (key if missing_images == "error" else f"{key}_blank")
         try:
             with build_once(folder) as missing:
                 if missing:
                     with folder_written_atomically(folder) as temporary:
-                        _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, max_length)
+                        _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, form)
                         _write_images(temporary / "images.npy", dataset, processor, missing_images)
         except OSError as error:
             raise PerPEFTError(f"the image store {folder} cannot be written ({error}); make room there") from error
         try:
             titles = np.load(folder / "titles.npz", allow_pickle=False)
             pixels = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-            return cls(pixels, titles["tokens"], titles["lengths"])
+            return cls(pixels, titles["tokens"], titles["lengths"], form.masked)
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
             reason = str(error) or type(error).__name__
             raise PerPEFTError(f"the image store {folder} is damaged ({reason}); delete it, it is then made anew") from error
@@ -194,26 +236,29 @@ class ImageTitleStore:
             return
         self._on_device = (torch.from_numpy(np.array(self.pixels)).to(device), torch.from_numpy(self.tokens).to(device))
 
-    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """What CLIP needs of some items.
+    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The encoder's inputs for some items.
 
         Args:
             items: item numbers from 1, [items].
             device: where the result goes.
         Returns:
-            pixels uint8 [items, 3, height, width], tokens int64 [items, longest title among them]
+            pixels uint8 [items, 3, height, width], tokens int64 [items, longest title among them], and a mask like the tokens,
+            1 at tokens and 0 at padding, where the text tower takes one
         """
         rows = items - 1
         length = self.lengths[rows].max(initial=1)
         if self._on_device is not None:
             pixels, tokens = self._on_device
             on_device = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
-            return pixels[on_device], tokens[on_device, :length].long()
-        pixels = torch.from_numpy(self.pixels[rows])
-        tokens = torch.from_numpy(self.tokens[rows, :length].astype(np.int64))
-        if device.type == "cuda":
-            return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in (pixels, tokens))
-        return pixels.to(device), tokens.to(device)
+            found = [pixels[on_device], tokens[on_device, :length].long()]
+        else:
+            tokens = self.tokens[rows, :length].astype(np.int64)
+            found = [to_device(self.pixels[rows], device), to_device(tokens, device)]
+        if self.masked:
+            mask = np.arange(length) < self.lengths[rows][:, None]  # [items, length]
+            found.append(to_device(mask.astype(np.int64), device))
+        return tuple(found)
 
     def reading_order(self) -> np.ndarray:
         """All items by title length, so that a batch of them holds little padding."""

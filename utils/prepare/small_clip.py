@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
-from models.clip_peft import channel_statistics, clip_features
+from models.clip_peft import channel_statistics
+from models.towers import dual_features
 from utils.common.errors import PerPEFTError
 from utils.common.files import build_once, folder_written_atomically
 from utils.data.images import on_all_cores
@@ -279,8 +280,8 @@ def _rate_share(step: int, steps: int) -> float:
 def _similarity(model: CLIPModel, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cosine of every image [p, 3, size, size] with every title [t, length]: [p, t]."""
     scale, shift = channel_statistics(image_processor())
-    image = clip_features(model, images.float() * scale + shift, None)  # [p, projection]
-    title = clip_features(model, None, tokens)  # [t, projection]
+    image = dual_features(model, images.float() * scale + shift, None)  # [p, projection]
+    title = dual_features(model, None, tokens)  # [t, projection]
     return image @ title.T
 
 

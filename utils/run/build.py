@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel
+from transformers import AutoModel, PretrainedConfig
 
 from models import IISAN, ClipPeftEncoder, FrozenEncoder, IISANEncoder, ItemEncoder
 from models.peft_configs import peft_config
+from models.towers import architecture
 from utils.common.devices import PRECISIONS
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
@@ -99,7 +100,7 @@ def encoder_and_source(
         size = sum(parameter.numel() for parameter in clip.parameters())
         return FrozenEncoder(features.shape[1], size), FeatureStore(features)
     try:
-        config = peft_config(kind.peft_type, kind.rank, kind.peft_config)
+        config = peft_config(kind.peft_type, kind.rank, kind.peft_config, architecture(clip.config).layers)
         encoder = ClipPeftEncoder(
             clip, config, foundation.image_processor, kind.gradient_checkpointing, kind.modality, PRECISIONS.get(kind.precision)
         )
@@ -109,10 +110,10 @@ def encoder_and_source(
     return encoder, store
 
 
-def _iisan_encoder(store: HiddenStateStore, config: CLIPConfig | None, modality: str) -> tuple[ItemEncoder, ItemSource]:
+def _iisan_encoder(store: HiddenStateStore, config: PretrainedConfig | None, modality: str) -> tuple[ItemEncoder, ItemSource]:
     _, num_states, image_dim = store.image_states.shape
     with torch.device("meta"):  # counts parameters without making them
-        size = sum(parameter.numel() for parameter in CLIPModel(config).parameters()) if config else None
+        size = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters()) if config else None
     return IISANEncoder(IISAN(image_dim, store.text_states.shape[2], num_states, modality=modality), size), store
 
 
