@@ -1,14 +1,12 @@
-"""Other CLIPs by --clip_model: sizes come from their own settings; what is no CLIP is refused in a sentence."""
+"""CLIPs of other sizes by --clip_model: sizes come from their own settings."""
 import json
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_iisan
 from tests.conftest import iisan_arguments, run_script, tiny_arguments, tiny_titles
-from utils.common.errors import PerPEFTError
-from utils.items.foundation import load_foundation
 from utils.prepare.small_clip import train_tokenizer
 
 
@@ -53,12 +51,3 @@ def test_iisan_takes_its_sizes_from_the_clip(large_clip, tiny_dataset, tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     projector = torch.load(folder / "global" / "projector.pth", weights_only=True)
     assert projector["projector.0.weight"].shape == (64, 32 + 48 + 32)
-
-
-def test_siglip_is_refused_in_a_sentence(tmp_path):
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = SiglipConfig(text_config=tower | {"vocab_size": 50}, vision_config=tower | {"image_size": 32, "patch_size": 16})
-    SiglipModel(config).save_pretrained(tmp_path / "siglip")
-    with pytest.raises(PerPEFTError) as error:
-        load_foundation(str(tmp_path / "siglip"))
-    assert "a model of the kind 'siglip', which does not fit" in str(error.value) and "\n" not in str(error.value)
