@@ -1,4 +1,4 @@
-"""What goes wrong is told in a sentence, with what was saved and what to do; afterwards the same command ends the same."""
+"""Every failure is reported in a sentence, with what was saved and what to do; then the same command has the same result."""
 import argparse
 import collections
 import errno
@@ -40,7 +40,7 @@ NUMERIC = {
     name: action
     for action in build_parser("", ("lora", "ia3"))._actions
     for name in action.option_strings
-    if action.type is not None
+    if action.type is not None and name not in ("--peft_type", "--peft_config")
 }
 
 
@@ -56,7 +56,7 @@ def zygote():
 
 @pytest.fixture
 def run(tiny_dataset, tiny_clip, tmp_path):
-    """A tiny run that has not begun: its arguments and its folder."""
+    """A tiny run that has not started: its arguments and its folder."""
     arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", save_every=1)
     return SimpleNamespace(arguments=[str(part) for part in arguments], folder=tmp_path / "runs" / RUN)
 
@@ -73,7 +73,7 @@ def expected(tiny_dataset, tiny_clip, tmp_path_factory):
 
 @pytest.fixture
 def end(monkeypatch, capsys):
-    """Run the script as a process would, up to its end; gives the exit code (0 without one) and what it said on stderr."""
+    """Run the script as a process would, up to its end; returns the exit code (0 without one) and its stderr."""
 
     def run_to_the_end(arguments, *more):
         arguments = [*arguments, *more]
@@ -118,8 +118,8 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def check_told_and_whole(end, folder):
-    """A full disk was told, without a traceback, and no file is half-written."""
+def check_reported_and_whole(end, folder):
+    """A full disk was reported without a traceback, and no file is half-written."""
     assert end.code == 1, end.output
     assert "Traceback" not in end.output and "No space left on device: '" in end.output
     assert "Free some space on that disk" in end.output and f"{folder}" in end.output
@@ -128,7 +128,7 @@ def check_told_and_whole(end, folder):
         torch.load(path, weights_only=True)
 
 
-def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(zygote, tiny_dataset, tiny_clip, small_disk, expected):
+def test_full_disk_is_reported_and_the_run_goes_on_when_there_is_room(zygote, tiny_dataset, tiny_clip, small_disk, expected):
     """One run meets a full disk again and again, with more room each time."""
     disk = small_disk(8 * 2**20)
     if disk is None:
@@ -140,7 +140,7 @@ def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(zygote, tiny_d
         (disk / "ballast").write_bytes(b"0" * (free - room))
         end = zygote.run(arguments)
         full_at.append(end.events[-1])
-        check_told_and_whole(end, disk / RUN)
+        check_reported_and_whole(end, disk / RUN)
         (disk / "ballast").unlink()
     assert {place.split(":")[0] for place in full_at} >= {"global/state", "personalized/state"}, full_at
     assert zygote.run(arguments).code == 0
@@ -148,7 +148,7 @@ def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(zygote, tiny_d
 
 
 @pytest.mark.slow
-def test_disk_that_is_full_at_any_write_is_told_and_the_run_goes_on(zygote, tiny_dataset, tiny_clip, tmp_path, expected):
+def test_disk_that_is_full_at_any_write_is_reported_and_the_run_goes_on(zygote, tiny_dataset, tiny_clip, tmp_path, expected):
     """Every part of a run that writes fails once, at a write drawn from a seeded generator."""
     through = zygote.run(tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "through", save_every=1))
     writes, counts = {}, collections.Counter()
@@ -167,7 +167,7 @@ def test_disk_that_is_full_at_any_write_is_told_and_the_run_goes_on(zygote, tiny
             if end.code == 0:  # the failure before had left fewer events of this part: let it fail in a run of its own
                 folder = tmp_path / f"{number}_{part.replace('/', '_').replace(' ', '_')}"
                 end = zygote.run(tiny_arguments(tiny_dataset, tiny_clip, folder, save_every=1), full_at=full_at)
-            check_told_and_whole(end, folder / RUN)
+            check_reported_and_whole(end, folder / RUN)
         assert zygote.run(tiny_arguments(tiny_dataset, tiny_clip, folder, save_every=1)).code == 0
         assert outcome(folder / RUN) == expected
 
@@ -187,7 +187,7 @@ def test_full_disk_while_the_store_is_built_leaves_no_half_of_it(zygote, tiny_da
     assert [path.name for path in (data.train_dir / "tiny_store").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_failing_write_of_tensors_is_told_as_the_oserror_it_is(small_disk, tmp_path):
+def test_failing_write_of_tensors_is_reported_as_the_oserror_it_is(small_disk, tmp_path):
     disk = small_disk(100_000)
     path = (disk or tmp_path) / "tensors.pt"
     target = path if disk else Path("/dev/full")  # a file that no byte can be written to
@@ -207,7 +207,7 @@ def test_adapters_that_do_not_fit_on_the_disk_are_an_oserror(tiny_clip, tmp_path
         save_adapter(encoder, tmp_path, 0)
 
 
-def test_folder_that_turns_read_only_is_told(run, end, expected, monkeypatch):
+def test_folder_that_turns_read_only_is_reported(run, end, expected, monkeypatch):
     def replace(source, target):
         if next(count) == 6:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
@@ -216,25 +216,25 @@ def test_folder_that_turns_read_only_is_told(run, end, expected, monkeypatch):
     original, count = os.replace, iter(range(10**6))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        code, told = end(run.arguments)
-    assert code == 1 and "Read-only file system" in told and "--output_dir" in told
-    assert f"{run.folder} is saved up to global epoch " in told and "the same command continues from there" in told
+        code, message = end(run.arguments)
+    assert code == 1 and "Read-only file system" in message and "--output_dir" in message
+    assert f"{run.folder} is saved up to global epoch " in message and "the same command continues from there" in message
     assert not leftovers(run.folder)
     assert end(run.arguments)[0] == 0
     assert outcome(run.folder) == expected
 
 
-def test_output_dir_that_is_a_file_is_told(run, end, tmp_path):
+def test_output_dir_that_is_a_file_is_reported(run, end, tmp_path):
     (tmp_path / "file").write_text("")
     for output_dir in (tmp_path / "file", tmp_path / "file" / "below"):
-        code, told = end(run.arguments, "--output_dir", str(output_dir))
-        assert code == 2 and "--output_dir" in told and str(output_dir) in told
+        code, message = end(run.arguments, "--output_dir", str(output_dir))
+        assert code == 2 and "--output_dir" in message and str(output_dir) in message
 
 
-def test_train_dir_that_is_a_file_is_told(run, end, tmp_path):
+def test_train_dir_that_is_a_file_is_reported(run, end, tmp_path):
     (tmp_path / "file").write_text("")
-    code, told = end(run.arguments, "--train_dir", str(tmp_path / "file"))
-    assert code == 2 and "'tiny' is not in" in told
+    code, message = end(run.arguments, "--train_dir", str(tmp_path / "file"))
+    assert code == 2 and "'tiny' is not in" in message
 
 
 # ---------------------------------------------------------------- memory
@@ -257,13 +257,13 @@ def cublas_error(*_):
 
 
 @pytest.mark.parametrize("fail", [real_cpu_error, real_numpy_error, cuda_error, cublas_error])
-def test_full_memory_is_told_with_what_is_saved_and_what_to_try(run, end, expected, monkeypatch, fail):
+def test_full_memory_is_reported_with_what_is_saved_and_what_to_try(run, end, expected, monkeypatch, fail):
     with monkeypatch.context() as patch:
         at_step(patch, 3, fail)
-        code, told = end(run.arguments)
-    assert code == 1 and told.count("\n") <= 4, told
-    assert "memory is full" in told and "--gradient_checkpointing" in told and "--batch_size" in told
-    assert f"{run.folder} is saved up to global epoch 1, step 2; the same command continues from there" in told
+        code, message = end(run.arguments)
+    assert code == 1 and message.count("\n") <= 4, message
+    assert "memory is full" in message and "--gradient_checkpointing" in message and "--batch_size" in message
+    assert f"{run.folder} is saved up to global epoch 1, step 2; the same command continues from there" in message
     if fail is cuda_error:  # the advice holds: the run goes on with the option, to the same end
         assert end(run.arguments, "--gradient_checkpointing")[0] == 0
         assert outcome(run.folder) == expected
@@ -339,7 +339,7 @@ def test_gradient_checkpointing_is_an_option_of_the_clip_adapters_alone():
 
 
 def spoil_loss(monkeypatch, number, value=float("nan")):
-    """Make the loss of the `number`-th step from now on not finite; gives the list that its batch is put into."""
+    """Make the loss of the `number`-th step from now on not finite; returns the list that its batch is put into."""
     original, count, batches = Trainer.loss, iter(range(1, 10**6)), []
 
     def loss(self, batch):
@@ -359,11 +359,11 @@ def spoil_loss(monkeypatch, number, value=float("nan")):
 def test_loss_that_is_not_finite_stops_with_step_group_and_items(run, end, expected, monkeypatch, value, number, place, saved):
     with monkeypatch.context() as patch:
         batches = spoil_loss(patch, number, value)
-        code, told = end(run.arguments)
+        code, message = end(run.arguments)
     batch = batches[0]
-    assert code == 2 and f"the loss is {value} at {place}, in a batch of group {batch.group} " in told
-    assert ", ".join(map(str, batch.items[1:11])) in told and "--lr" in told
-    assert f"saved up to {place.split(',')[0]}, step {saved}" in told
+    assert code == 2 and f"the loss is {value} at {place}, in a batch of group {batch.group} " in message
+    assert ", ".join(map(str, batch.items[1:11])) in message and "--lr" in message
+    assert f"saved up to {place.split(',')[0]}, step {saved}" in message
     assert end(run.arguments)[0] == 0  # what was saved is good
     assert outcome(run.folder) == expected
 
@@ -373,8 +373,8 @@ def test_where_losses_are_read_late_no_state_is_saved_after_a_bad_one(run, end, 
     with monkeypatch.context() as patch:
         patch.setattr(progress_module, "STEPS_BETWEEN_READS", {})  # as on a GPU
         spoil_loss(patch, 2)
-        code, told = end(run.arguments, "--save_every", str(save_every))
-    assert code == 2 and "at global epoch 1, step 2, in a batch" in told
+        code, message = end(run.arguments, "--save_every", str(save_every))
+    assert code == 2 and "at global epoch 1, step 2, in a batch" in message
     state = run.folder / "resume" / "global.pt"
     assert state.is_file() == (saved is not None)
     if saved:
@@ -392,10 +392,10 @@ def test_weights_that_are_not_finite_after_a_finite_loss_are_never_saved(run, en
         tensor[3, 1] = value
 
     with monkeypatch.context() as patch:
-        at_step(patch, 3, spoil)  # the last step of the epoch: no later loss would tell before the evaluation
-        code, told = end(run.arguments)
-    assert code == 2 and "infinite or NaN at global epoch 1, step 3, in a batch of group 0 with items " in told
-    assert "saved up to global epoch 1, step 2" in told
+        at_step(patch, 3, spoil)  # the last step of the epoch: no later loss would show it before the evaluation
+        code, message = end(run.arguments)
+    assert code == 2 and "infinite or NaN at global epoch 1, step 3, in a batch of group 0 with items " in message
+    assert "saved up to global epoch 1, step 2" in message
     assert end(run.arguments)[0] == 0
     assert outcome(run.folder) == expected
 
@@ -404,8 +404,8 @@ def test_metrics_that_are_not_finite_stop_the_run(run, end, expected, monkeypatc
     original = Ranks.metrics
     with monkeypatch.context() as patch:
         patch.setattr(Ranks, "metrics", lambda self: {**original(self), "test_HR@10": float("nan")})
-        code, told = end(run.arguments)
-    assert code == 2 and "metrics of global epoch 1 are not finite" in told
+        code, message = end(run.arguments)
+    assert code == 2 and "metrics of global epoch 1 are not finite" in message
     assert not (run.folder / "metrics.csv").exists() and not (run.folder / "global").exists()
     assert end(run.arguments)[0] == 0
     assert outcome(run.folder) == expected
@@ -487,8 +487,8 @@ def test_no_number_option_takes_nonsense(option, value, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_options("", ("lora", "ia3"), ["--dataset", "x", f"{option}={value}"])
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert f"argument {option}: " in told and len(told.splitlines()[-1]) < 200
+    message = capsys.readouterr().err
+    assert f"argument {option}: " in message and len(message.splitlines()[-1]) < 200
 
 
 def test_zero_is_refused_where_it_means_nothing(capsys):
@@ -535,11 +535,11 @@ def test_data_set_name_is_no_path(name, capsys):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", "cuda:99", "cpu:5", "meta", "", "mps:1", "cuda:99999999999"])
 def test_bad_device_is_named(run, end, device):
-    code, told = end(run.arguments, f"--device={device}")
-    assert code == 2 and f"--device {device}" in told and len(told.splitlines()) == 1
+    code, message = end(run.arguments, f"--device={device}")
+    assert code == 2 and f"--device {device}" in message and len(message.splitlines()) == 1
 
 
-def test_bad_rate_in_the_hyperparameter_file_is_told(monkeypatch, capsys):
+def test_bad_rate_in_the_hyperparameter_file_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(options_module, "read_hyperparameters", lambda *_: {"lr": -1.0, "wdecay": 1e-4})
     with pytest.raises(SystemExit, match="2"):
         parse_options("", ("lora", "ia3"), ["--dataset", "arts"])
@@ -557,7 +557,7 @@ def test_bad_rate_in_the_hyperparameter_file_is_told(monkeypatch, capsys):
         {"train_dir": "/nowhere"},
     ],
 )
-def test_mistakes_are_told_in_a_sentence_and_shown_in_full_with_debug(zygote, run, mistake):
+def test_mistakes_are_reported_in_a_sentence_and_shown_in_full_with_debug(zygote, run, mistake):
     arguments = [*run.arguments, *(part for name, value in mistake.items() for part in (f"--{name}", str(value)))]
     plain = zygote.run(arguments)
     assert plain.code in (1, 2) and "error: " in plain.output and "Traceback" not in plain.output

@@ -363,7 +363,7 @@ def test_started_run_refuses_other_settings_and_names_them(started, name, value,
     assert outcome(started.folder) == before
 
 
-def add_purchase(run, tiny_clip):
+def add_interaction(run, tiny_clip):
     path = run.train_dir / "tiny_final.txt"
     path.write_text(path.read_text() + "2 5\n")
 
@@ -387,7 +387,7 @@ def retrain_clip(run, tiny_clip):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (add_purchase, "dataset_fingerprint.*interactions or raw ids have changed"),
+        (add_interaction, "dataset_fingerprint.*interactions or raw ids have changed"),
         (change_title, "contents_fingerprint.*titles or images"),
         (change_image, "contents_fingerprint.*titles or images"),
         (retrain_clip, "contents_fingerprint.*files of the foundation model"),

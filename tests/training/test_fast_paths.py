@@ -24,7 +24,7 @@ def encode_one_by_one(evaluator, model, group):
         return model.sasrec.item_inputs(torch.stack([rows[0][0], *(row[1] for row in rows)]))
 
 
-def bought_by_lists(self, users, items):
+def contained_by_lists(self, users, items):
     """InteractionIndex.contains, by a search through each user's history."""
     pairs = zip(np.ravel(users).tolist(), np.ravel(items).tolist())
     found = [item in self.items_of(user).tolist() for user, item in pairs]
@@ -76,7 +76,7 @@ def test_a_lora_run_without_the_short_cut(path, tiny_run, tiny_dataset, tiny_cli
     where, name, plain = {
         "encoding": (evaluation.Evaluator, "item_table", encode_one_by_one),
         "ranking": (evaluation, "rank_targets", lambda *arguments: torch.from_numpy(plain_ranking_loop(*arguments))),
-        "negatives": (sampling.InteractionIndex, "contains", bought_by_lists),
+        "negatives": (sampling.InteractionIndex, "contains", contained_by_lists),
         "store": (ImageTitleStore, "fetch", decoded_in_every_step(tiny_dataset, tiny_clip)),
     }[path]
 

@@ -225,7 +225,7 @@ def test_plan_meets_every_user_with_a_transition_once(drawn, epoch):
 
 @checked
 @given(samplers(), st.integers(1, 3), st.data())
-def test_batch_holds_the_last_transitions_and_what_was_never_bought(drawn, epoch, data):
+def test_batch_holds_the_last_transitions_and_items_outside_the_history(drawn, epoch, data):
     make, lists, _, candidates, _, maxlen = drawn
     sampler = make()
     step = data.draw(st.integers(0, sampler.num_batches - 1))

@@ -141,7 +141,7 @@ def test_any_batch_holds_its_users_transitions_and_each_distinct_item_once(histo
 
 
 @pytest.mark.parametrize("left", [1, 2])
-def test_user_who_bought_nearly_all_of_the_groups_items_gets_what_is_left(left):
+def test_user_with_nearly_all_of_the_groups_items_gets_the_others(left):
     everything = list(range(1, 201))
     histories = [everything[: 200 - left], everything[200 - left :]]
     sampler = make_sampler(histories, [0, 0], 500)
@@ -149,7 +149,7 @@ def test_user_who_bought_nearly_all_of_the_groups_items_gets_what_is_left(left):
     assert set(drawn.tolist()) == set(everything[200 - left :])
 
 
-def test_user_who_bought_all_of_the_groups_items_gets_others_that_they_did_not_buy():
+def test_user_with_all_of_the_groups_items_gets_others_outside_the_history():
     sampler = make_sampler([[1, 2, 3], [3, 2], [8, 9]], [0, 0, 1], 10)
     drawn = sampler.negatives(np.zeros(200, dtype=np.int64), 0, np.random.default_rng(0))
     assert set(drawn.tolist()) == {4, 5, 6, 7, 8, 9, 10}

@@ -13,7 +13,7 @@ class Report:
     """What `check_dataset` found; its text is for people.
 
     Attributes:
-        usable: whether training would begin.
+        usable: whether training would start.
         text: counts, remarks, problems, and the verdict.
     """
 
@@ -40,7 +40,7 @@ def check_dataset(train_dir: str | Path, name: str, num_groups: int, missing_ima
     states = _check_states(found)
     counts = {**_counts(found, unreadable), "hidden states": states}
     lines = [f"data set '{name}' in {found.dataset.folder}"]
-    lines += [f"  {what:<28}{_told(count):>12}" for what, count in counts.items()]
+    lines += [f"  {what:<28}{_format_count(count):>12}" for what, count in counts.items()]
     if found.remarks:
         lines += ["worth knowing:", str(found.remarks)]
     if found.problems:
@@ -63,14 +63,14 @@ def _counts(found: Inspection, unreadable: list[int]) -> dict[str, int | float]:
     }
 
 
-def _told(count: int | float | str) -> str:
+def _format_count(count: int | float | str) -> str:
     if isinstance(count, str):
         return count
     return f"{count:,.2f}" if isinstance(count, float) else f"{count:,}"
 
 
 def _check_states(found: Inspection) -> str:
-    """Look at the hidden states of IISAN, if they are there; they may stay away, being made on first use."""
+    """Check IISAN's hidden states, if they exist; missing ones are computed on first use."""
     dataset = found.dataset
     if not states_path(dataset.folder, dataset.name).is_file():
         return "none yet"

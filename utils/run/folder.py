@@ -1,4 +1,4 @@
-"""The run folder: locked while a run trains in it, and either new, begun or finished."""
+"""The run folder: locked while a run trains in it, and either new, started or finished."""
 import contextlib
 import json
 import shutil
@@ -61,11 +61,11 @@ class RunFolder:
 
     @property
     def has_state(self) -> bool:
-        """Whether a run was begun here and has a state to continue from."""
+        """Whether a run was started here and has a state to continue from."""
         return self._config.is_file() and any(self._resume.glob("*.pt"))
 
     def saved_settings(self) -> dict[str, Any] | None:
-        """The settings of the run that is here, finished or begun; None where there is nothing to continue.
+        """The settings of the run that is here, finished or started; None where there is nothing to continue.
 
         Raises:
             PerPEFTError: they are damaged.
@@ -85,7 +85,7 @@ class RunFolder:
             check_same_settings(saved, settings, self.path)
 
     def begin(self, settings: dict[str, Any], restart: bool) -> None:
-        """Prepare the folder: continue the run that is here, or clear it and begin."""
+        """Prepare the folder: continue the run that is here, or clear it for a new one."""
         remove_leftovers(self.path)
         if self.has_state and not restart:
             print(f"continuing {self.path}", flush=True)

@@ -40,7 +40,7 @@ class Evaluator:
     Args:
         split: histories and held-out items.
         source: the items' inputs.
-        device: where the model lies.
+        device: of the model.
         accelerator: the ranks that share the work; every rank gets every result.
         items_at_once: items encoded in a forward pass.
     """

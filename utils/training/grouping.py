@@ -1,4 +1,4 @@
-"""Stage 2: users with like tastes into C groups, by k-means on the global model's user vectors; or at random."""
+"""Stage 2: users with similar interests into C groups, by k-means on the global model's user vectors; or at random."""
 import warnings
 
 import numpy as np
@@ -23,7 +23,7 @@ def kmeans_groups(user_vectors: np.ndarray, num_groups: int, seed: int) -> np.nd
     """
     _refuse_few_users(len(user_vectors), num_groups)
     kmeans = KMeans(num_groups, max_iter=100, n_init=10, random_state=seed)
-    # One thread: several add up in the order in which they finish, and the last bits would differ from run to run.
+    # One thread: several sum in the order in which they finish, so the last bits would differ from run to run.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct users than groups: some groups stay empty
         return kmeans.fit_predict(user_vectors.astype(np.float64)).astype(np.int64)

@@ -34,7 +34,7 @@ class Progress:
         stage: "global" or "personalized".
         epochs: how many are trained.
         steps: of an epoch.
-        device: where the losses lie.
+        device: of the losses.
         accelerator: the ranks, each of which has the loss of its own shard.
     Attributes:
         rows: one for each finished epoch: stage, epoch, train_loss, seconds, metrics, skipped_steps.
@@ -67,7 +67,7 @@ class Progress:
                 yield self.epoch
 
     def add(self, step: int, batch: Batch, loss: torch.Tensor) -> None:
-        """Note a finished step (from 1); losses are read at intervals, so that the host seldom waits for the device.
+        """Note a finished step (from 1); losses are read at intervals, so that the host rarely waits for the device.
 
         Raises:
             PerPEFTError: one of the losses that are read is not finite.

@@ -51,14 +51,14 @@ class Batch:
 
 
 class InteractionIndex:
-    """Answers "has this user bought this item?" for whole arrays, by one binary search in sorted keys."""
+    """Answers "does this user's history hold this item?" for whole arrays, by one binary search in sorted keys."""
 
     def __init__(self, histories: Histories, num_items: int):
         self._width = num_items + 1
         self._keys = sorted_distinct(histories.users * self._width + histories.items)
 
     def contains(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether user row users[i] bought items[i]; both of one shape, which the answer has too."""
+        """Whether items[i] is in the history of user row users[i]; arguments and result have one shape."""
         keys = users * self._width + items
         if not len(self._keys):
             return np.zeros(keys.shape, dtype=bool)
@@ -101,7 +101,7 @@ class Sampler:
         mixed: bool = False,
     ):
         self._train = train
-        self._bought = InteractionIndex(train, num_items)
+        self._history = InteractionIndex(train, num_items)
         self._num_items = num_items
         self._candidates = candidates
         self._batch_size = batch_size
@@ -148,22 +148,22 @@ class Sampler:
     def _draw(self, users: np.ndarray, candidates: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Uniform draws from the candidates that each user does not have in training, [len(users)]."""
         drawn = candidates[random.integers(len(candidates), size=users.shape)]
-        open_positions = np.flatnonzero(self._bought.contains(users, drawn))
-        for _ in range(20):  # with half of the candidates bought, one draw in a million is still open after this
+        open_positions = np.flatnonzero(self._history.contains(users, drawn))
+        for _ in range(20):  # with half of the candidates in the history, one draw in a million is still open after this
             if not len(open_positions):
                 return drawn
             drawn[open_positions] = candidates[random.integers(len(candidates), size=len(open_positions))]
-            still_bought = self._bought.contains(users[open_positions], drawn[open_positions])
-            open_positions = open_positions[still_bought]
-        for position in open_positions:  # users who have nearly all: draw from what is left
+            still_in_history = self._history.contains(users[open_positions], drawn[open_positions])
+            open_positions = open_positions[still_in_history]
+        for position in open_positions:  # users with nearly all items: draw from the others
             drawn[position] = random.choice(self._left_over(users[position], candidates))
         return drawn
 
     def _left_over(self, user: int, candidates: np.ndarray) -> np.ndarray:
-        bought = self._bought.items_of(user)
-        left = np.setdiff1d(candidates, bought)
+        history = self._history.items_of(user)
+        left = np.setdiff1d(candidates, history)
         if not len(left):  # the user has all items of the group: any other item will do
-            left = np.setdiff1d(np.arange(1, self._num_items + 1), bought)
+            left = np.setdiff1d(np.arange(1, self._num_items + 1), history)
         return left
 
     def batch(self, epoch: int, step: int) -> Batch:

@@ -41,7 +41,7 @@ def transition_loss(
 class Trainer:
     """Trains one model, alone or as one of several ranks.
 
-    A step gives gradients to the batch's adapter and projector and to SASRec; AdamW leaves parameters without a gradient as
+    In a step, the batch's adapter and projector and SASRec get gradients; AdamW leaves parameters without a gradient as
     they are, weight decay included. Each rank takes a shard of the batch; DDP averages the gradients.
 
     Args:
@@ -49,7 +49,7 @@ class Trainer:
         source: where the items' inputs come from.
         settings: of optimizer and loss.
         accelerator: ranks and gradient scaling.
-        device: where the model lies.
+        device: of the model.
     """
 
     def __init__(
