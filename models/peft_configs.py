@@ -14,6 +14,7 @@ UNSUITABLE = {
     "ln_tuning": "it trains layer norms, which have no target layers here",
     "osf": "it changes the foundation model's own weights, which all groups share",
     "poly": "it needs a task number with every input",
+    "shadow": "it adds a small copy of a language model",
     "trainable_tokens": "it trains token embeddings, which have no target layers here",
 }
 # Settings that describe where a configuration came from, not the adapter.

@@ -19,7 +19,7 @@ from utils.common.files import write_text_atomically
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import Foundation, load_foundation
 from utils.prepare.demo import make_demo
-from utils.prepare.small_clip import train_tokenizer
+from utils.prepare.small_tokenizer import train_tokenizer
 from utils.run.build import EncoderKind, clip_folder, encoder_and_source
 
 RANDOM_CLIP = "random-vit-b32"

@@ -7,6 +7,7 @@ from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.prepare import small_clip
 from utils.prepare.demo import make_demo
+from utils.prepare.demo_clip import demo_pairs
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     small_clip.check_sizes(**sizes)  # now rather than after minutes of reading
     if options.dataset == "demo":
         make_demo(options.train_dir)
-        images, titles = small_clip.demo_pairs(options.image_size, options.seed)
+        images, titles = demo_pairs(options.image_size, options.seed)
     else:
         dataset = read_dataset(options.train_dir, options.dataset)
         images, titles = small_clip.read_images(dataset.image_paths, options.image_size), dataset.titles

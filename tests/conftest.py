@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_lora_ia3
-from utils.prepare.small_clip import train_tokenizer
+from utils.prepare.small_tokenizer import train_tokenizer
 from utils.run.options import parse_options
 from utils.training.trainer import Trainer, TrainerSettings
 

@@ -91,7 +91,7 @@ class Reader:
 
         from tests.conftest import draw_image, write_dataset
         from utils.common.errors import PerPEFTError
-        from utils.prepare.small_clip import train_tokenizer
+        from utils.prepare.small_tokenizer import train_tokenizer
 
         torch.set_num_threads(1)
         os.fsync = lambda _: None  # what counts here is not that it lasts

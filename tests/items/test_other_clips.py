@@ -7,7 +7,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_iisan
 from tests.conftest import iisan_arguments, run_script, tiny_arguments, tiny_titles
-from utils.prepare.small_clip import train_tokenizer
+from utils.prepare.small_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

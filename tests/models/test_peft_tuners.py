@@ -14,7 +14,7 @@ from utils.training.adapters import load_adapter, save_adapter
 
 # what the defaults do not fit, on layers 32 wide
 SMALL = {
-    "c3a": {"block_size": 8}, "fourierft": {"n_frequency": 64}, "road": {"group_size": 8}, "shira": {"r": 4},
+    "c3a": {"block_size": 8}, "fourierft": {"n_frequency": 64}, "miss": {"r": 8}, "road": {"group_size": 8}, "shira": {"r": 4},
     "vblora": {"num_vectors": 16, "vector_length": 8, "topk": 2}, "waveft": {"n_frequency": 64},
 }  # fmt: skip
 

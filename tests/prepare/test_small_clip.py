@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProce
 from scripts import make_small_clip
 from utils.common.console import run_main
 from utils.common.errors import PerPEFTError
-from utils.prepare import small_clip
-from utils.prepare.small_clip import contrastive_loss, read_images, retrieval, train_small_clip, train_tokenizer
+from utils.prepare import demo_clip, small_clip
+from utils.prepare.small_clip import contrastive_loss, read_images, retrieval, train_small_clip
+from utils.prepare.small_tokenizer import train_tokenizer
 
 SIZES = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2}
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240), "black": (10, 10, 10)}
@@ -114,11 +115,20 @@ def test_training_lowers_the_loss_and_finds_unseen_pairs(clip_folder):
 
 
 def test_drawn_items_are_learnt_above_chance(tmp_path):
-    images, captions = small_clip.demo_pairs(num=500)
+    images, captions = demo_clip.demo_pairs(num=500)
     assert (images.shape, images.dtype) == ((500, 3, small_clip.IMAGE_SIZE, small_clip.IMAGE_SIZE), torch.uint8)
     result = train_small_clip(images, captions, tmp_path / "clip", steps=60, batch_size=64, vary=False, progress=False)
     assert result["last_loss"] < result["first_loss"] - 0.2
     assert (result["title_to_image"] + result["image_to_title"]) / 2 > 2 * result["chance"]
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.1, True), (0.3, False)])
+def test_retrieval_near_chance_is_warned_of(share, warned, tmp_path, monkeypatch, capsys):
+    found = {"image_to_title": share, "title_to_image": 0.05, "chance": 0.05}
+    monkeypatch.setattr(small_clip, "retrieval", lambda similarity, numbers: dict(found))
+    images, titles = coloured_pairs(40)
+    train_small_clip(images, titles, tmp_path / "clip", **SIZES, steps=1, progress=False)
+    assert ("learned nothing from these images: use a pretrained one" in capsys.readouterr().err) == warned
 
 
 def test_same_seed_same_weights_and_the_callers_random_numbers_go_on(tmp_path):
@@ -232,12 +242,12 @@ def test_demo_clip_is_made_once(tmp_path, monkeypatch):
         made.append((len(captions), options["seed"]))
         folder.mkdir(parents=True)
 
-    monkeypatch.setattr(small_clip, "demo_pairs", lambda seed: coloured_pairs(25, seed))
-    monkeypatch.setattr(small_clip, "train_small_clip", train)
-    folder = small_clip.demo_clip(tmp_path / "cache")
+    monkeypatch.setattr(demo_clip, "demo_pairs", lambda seed: coloured_pairs(25, seed))
+    monkeypatch.setattr(demo_clip, "train_small_clip", train)
+    folder = demo_clip.demo_clip(tmp_path / "cache")
     assert folder == tmp_path / "cache" / "demo_small_clip"
-    assert small_clip.demo_clip(tmp_path / "cache") == folder
-    assert small_clip.demo_clip(tmp_path / "cache", seed=3) != folder
+    assert demo_clip.demo_clip(tmp_path / "cache") == folder
+    assert demo_clip.demo_clip(tmp_path / "cache", seed=3) != folder
     assert made == [(25, 0), (25, 3)]
 
 

@@ -1,6 +1,5 @@
-"""A small CLIP of one's own: trained on images and titles in about a minute, saved as an ordinary CLIPModel folder."""
-import json
-import tempfile
+"""Train a small CLIP on images and titles in about a minute and save it as an ordinary CLIPModel folder."""
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,19 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from models.clip_peft import channel_statistics
 from models.towers import dual_features
 from utils.common.errors import PerPEFTError
-from utils.common.files import build_once, folder_written_atomically
+from utils.common.files import folder_written_atomically
 from utils.data.images import on_all_cores
 from utils.data.problems import Problems, format_image_problem
 from utils.items.store import read_image
-from utils.prepare.demo import draw_caption_pairs
+from utils.prepare.small_tokenizer import train_tokenizer
 
 IMAGE_SIZE = 48  # pixels a side; in patches of 16 these are 9, so that an image costs about as much as its title
 PATCH_SIZE = 16
@@ -28,8 +25,6 @@ WIDTH = 64  # of both towers; with 2 layers a LoRA step over 170 items is about 
 LAYERS = 2  # for no clear gain in retrieval after as many steps
 HEADS = 4
 PROJECTION_DIM = 64
-MAX_TITLE_TOKENS = 32  # longer titles are cut; a batch is padded only to its longest title, so short ones stay cheap
-VOCAB_SIZE = 4096  # at most; a few hundred titles make far fewer
 STEPS = 1000  # about a minute on 2 CPU cores
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # a model this small stands a high rate, and in so few steps needs it
@@ -39,52 +34,8 @@ LARGEST_SHIFT = 0.08  # of an image's side, for images that are varied
 LARGEST_GRADIENT = 1.0  # norm; without it, one bad step at such a rate can end in a plateau
 LARGEST_LOGIT_SCALE = 4.6052  # ln 100, as in CLIP: beyond it the loss becomes unstable
 HELD_OUT = 100  # pairs kept from training to measure retrieval (a tenth, of fewer than 1,000)
+NEAR_CHANCE = 2  # times as often as by guessing, or less: such a model has learned nothing
 FEWEST_PAIRS = 20  # of which 2 are held out
-DEMO_PAIRS = 8000  # drawn images with captions that the demo's CLIP learns from
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # CLIP's own; EOS also pads, as in CLIP
-
-
-# ---------------------------------------------------------------- what goes in: titles as tokens, images as pixels
-
-
-def train_tokenizer(titles: Sequence[str], vocab_size: int = VOCAB_SIZE, max_tokens: int = MAX_TITLE_TOKENS) -> CLIPTokenizerFast:
-    """Train CLIP's kind of tokenizer (lower case, byte-level BPE, words end in `</w>`) on titles.
-
-    Every byte is in the vocabulary, so no text is unknown to it. BOS and EOS come last, as in CLIP.
-
-    Args:
-        titles: the texts to learn merges from.
-        vocab_size: the most tokens there may be; 514 are the bytes, BOS and EOS.
-        max_tokens: the tokenizer's model_max_length.
-    Returns:
-        The tokenizer; the same titles give the same one.
-    """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    last_letters = [letter + "</w>" for letter in letters]
-    untrained = _clip_tokenizer([*letters, *last_letters, BOS, EOS], [], max_tokens).backend_tokenizer
-    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,
-        initial_alphabet=letters,
-        special_tokens=last_letters,  # numbered beforehand: numbered as met, their chance order would decide between merges
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(titles, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    merged = dict.fromkeys("".join(pair) for pair in merges)  # without repeats, in order
-    return _clip_tokenizer([*letters, *last_letters, *merged, BOS, EOS], merges, max_tokens)
-
-
-def _clip_tokenizer(tokens: list[str], merges: list[tuple[str, str]], max_tokens: int) -> CLIPTokenizerFast:
-    """CLIP's tokenizer from its two files, which is the one way in that sets up all of its text handling."""
-    with tempfile.TemporaryDirectory() as folder:
-        vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocab_file.write_text(json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8")
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-        merges_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return CLIPTokenizerFast(str(vocab_file), str(merges_file), model_max_length=max_tokens)
 
 
 def image_processor(image_size: int = IMAGE_SIZE) -> CLIPImageProcessor:
@@ -208,6 +159,8 @@ def train_small_clip(
             f" it finds the title of {result['image_to_title']:.0%} of the images and the image of"
             f" {result['title_to_image']:.0%} of the titles (chance {result['chance']:.0%}); saved in {folder}"
         )
+    if max(result["image_to_title"], result["title_to_image"]) <= NEAR_CHANCE * result["chance"]:
+        print("warning: this CLIP has learned nothing from these images: use a pretrained one", file=sys.stderr)
     return result
 
 
@@ -325,32 +278,3 @@ def retrieval(similarity: torch.Tensor, title_numbers: torch.Tensor) -> dict[str
         "title_to_image": same.gather(1, similarity.T.argmax(1, keepdim=True)).mean().item(),
         "chance": same.mean().item(),
     }
-
-
-# ---------------------------------------------------------------- the demo's CLIP
-
-
-def demo_pairs(image_size: int = IMAGE_SIZE, seed: int = 0, num: int = DEMO_PAIRS) -> tuple[torch.Tensor, list[str]]:
-    """Draw what the demo's CLIP learns from: uint8 [num, 3, image_size, image_size] and as many captions."""
-    images, captions = draw_caption_pairs(num, seed)  # [num, 3, drawn size, drawn size]
-    resample = image_processor().resample
-    small = [Image.fromarray(image.transpose(1, 2, 0)).resize((image_size, image_size), resample) for image in images]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in small]).transpose(0, 3, 1, 2).copy()), captions
-
-
-def demo_clip(cache_folder: str | Path, seed: int = 0) -> Path:
-    """Give the folder of the demo's CLIP; on first use it is trained, which takes a minute or two.
-
-    Args:
-        cache_folder: where it lies, or is to lie.
-        seed: of its training data and its training.
-    Returns:
-        `cache_folder/demo_small_clip`, or `demo_small_clip_seed{seed}` for a seed other than 0.
-    """
-    folder = Path(cache_folder) / ("demo_small_clip" if seed == 0 else f"demo_small_clip_seed{seed}")
-    with build_once(folder) as missing:
-        if missing:
-            print("Making the demo's CLIP: drawing images with captions and training on them, a minute or two on 2 CPU cores")
-            images, captions = demo_pairs(seed=seed)
-            train_small_clip(images, captions, folder, seed=seed, vary=False)  # its signs are too small to be shifted
-    return folder

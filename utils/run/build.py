@@ -17,7 +17,7 @@ from utils.items.foundation import Foundation, ensure_hidden_states, known_confi
 from utils.items.frozen_features import FeatureStore, compute_features
 from utils.items.hidden_states import HiddenStateStore, states_path
 from utils.items.source import ItemSource
-from utils.prepare.small_clip import demo_clip
+from utils.prepare.demo_clip import demo_clip
 
 
 @dataclasses.dataclass(frozen=True)
