@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.prepare import demo
-from utils.prepare.demo import GROUPS, Item, choose_purchases, draw_caption_pairs, draw_image, draw_items, make_demo, shop_title
+from utils.prepare.demo import GROUPS, Item, choose_histories, draw_caption_pairs, draw_image, draw_items, make_demo, shop_title
 
 NUM_USERS, NUM_ITEMS = 200, 60
 
@@ -34,11 +34,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def purchases():
-    """Purchases at the demo's real size: items, histories, groups."""
+def drawn():
+    """Histories at the demo's real size: items, histories, groups."""
     rng = np.random.default_rng(5)
     items = draw_items(400, rng)
-    return items, *choose_purchases(items, 1200, rng)
+    return items, *choose_histories(items, 1200, rng)
 
 
 def test_files_are_those_of_any_data_set(folder):
@@ -50,18 +50,18 @@ def test_files_are_those_of_any_data_set(folder):
     assert not [path for path in folder.iterdir() if path.suffix in (".tmp", ".old")]
 
 
-def test_every_item_is_bought_and_no_user_buys_one_twice(folder):
+def test_every_item_occurs_and_in_no_history_twice(folder):
     histories = read_dataset(folder, "demo").histories
     assert set(histories.items) == set(range(1, NUM_ITEMS + 1))
     for user in range(NUM_USERS):
-        bought = histories[user].tolist()
-        assert len(bought) >= demo.SHORTEST
-        assert len(set(bought)) == len(bought)
+        history = histories[user].tolist()
+        assert len(history) >= demo.SHORTEST
+        assert len(set(history)) == len(history)
 
 
-def test_items_nobody_would_choose_are_bought_all_the_same():
+def test_items_nobody_would_choose_occur_all_the_same():
     rng = np.random.default_rng(0)
-    histories, groups = choose_purchases(draw_items(300, rng), 8, rng)
+    histories, groups = choose_histories(draw_items(300, rng), 8, rng)
     assert {item for history in histories for item in history} == set(range(1, 301))
     assert sorted(groups) == [0, 0, 1, 1, 2, 2, 3, 3]
 
@@ -132,11 +132,11 @@ def test_titles_tell_brand_material_category_and_nothing_that_only_the_image_sho
         assert not words_of(title) & hidden
 
 
-def test_each_group_chooses_by_its_own_aspect(purchases):
-    items, histories, groups = purchases
+def test_each_group_chooses_by_its_own_aspect(drawn):
+    items, histories, groups = drawn
     for group, (own, _) in enumerate(GROUPS):
         mine = [history for history, other in zip(histories, groups) if other == group]
-        # the share of a user's purchases that show the user's two commonest values of an aspect, beside that of any 9 items
+        # the share of a user's interactions that show the user's two commonest values of an aspect, beside that of any 9 items
         shares = {}
         for aspect in ("shape", "colour", "brand", "material"):
             values = [[getattr(items[item - 1], aspect) for item in history] for history in mine]
@@ -146,21 +146,21 @@ def test_each_group_chooses_by_its_own_aspect(purchases):
         assert shares[own] > others + 0.2
 
 
-def test_groups_lean_to_their_categories_and_buy_elsewhere_too(purchases):
-    items, histories, groups = purchases
+def test_groups_lean_to_their_categories_and_have_items_elsewhere_too(drawn):
+    items, histories, groups = drawn
     for group, (_, home) in enumerate(GROUPS):
-        bought = [items[item - 1].category for history, other in zip(histories, groups) if other == group for item in history]
-        assert demo.HOME_SHARE < np.mean([category in home for category in bought]) < demo.HOME_SHARE + 0.12
-        assert set(bought) == set(demo.CATEGORIES)
-    buyers = {item: set() for item in range(1, len(items) + 1)}
+        chosen = [items[item - 1].category for history, other in zip(histories, groups) if other == group for item in history]
+        assert demo.HOME_SHARE < np.mean([category in home for category in chosen]) < demo.HOME_SHARE + 0.12
+        assert set(chosen) == set(demo.CATEGORIES)
+    groups_of = {item: set() for item in range(1, len(items) + 1)}
     for history, group in zip(histories, groups):
         for item in history:
-            buyers[item].add(group)
-    assert np.mean([len(found) >= 3 for found in buyers.values()]) > 0.8
+            groups_of[item].add(group)
+    assert np.mean([len(found) >= 3 for found in groups_of.values()]) > 0.8
 
 
-def test_groups_can_be_found_from_purchases(purchases):
-    items, histories, groups = purchases
+def test_groups_can_be_found_from_histories(drawn):
+    items, histories, groups = drawn
     at_home = {category: group for group, (_, home) in enumerate(GROUPS) for category in home}
     shares = np.zeros((len(histories), len(GROUPS)))  # [users, departments]
     for user, history in enumerate(histories):

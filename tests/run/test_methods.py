@@ -340,7 +340,7 @@ def test_init_from_nothing_several_or_another_shape_is_one_clear_error(tiny_run,
     theirs = authors_files(tiny_run.folder, tmp_path / "pretrained_models")
     authors_files(tiny_run.folder, theirs, "lora_tiny_20_0.001_0.0001")
     message = run(init_from=theirs)
-    assert "name one of them" in message and "sasrec_lora_tiny_20_0.001_0.0001.pth" in message
+    assert "choose one of them" in message and "sasrec_lora_tiny_20_0.001_0.0001.pth" in message
     assert "do not fit" in run(init_from=tiny_run.folder, rank=2, output_dir=tmp_path / "other")
     assert "do not fit" in run(init_from=tiny_run.folder, hidden_units=16, output_dir=tmp_path / "narrow")
     shutil.rmtree(theirs / "clip_encoder_lora_tiny_20_0.001_0.0001")

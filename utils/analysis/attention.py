@@ -146,7 +146,7 @@ def _adapter_folders(folder: Path, with_groups: bool) -> list[tuple[str, Path]]:
 def _load_adapter(encoder: ClipPeftEncoder, folder: Path) -> None:
     try:
         load_adapter(encoder, folder, 0)
-    except Exception as error:  # a damaged file raises whatever its format's library raises
+    except Exception as error:  # a damaged file raises errors of its format's library
         raise PerPEFTError(f"the adapter in {folder} cannot be read ({error})") from error
 
 

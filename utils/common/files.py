@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever happens on the way."""
+"""Files and folders that appear whole or not at all, also after a crash."""
 import contextlib
 import hashlib
 import os

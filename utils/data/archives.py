@@ -165,7 +165,7 @@ def _refuse_cut_off(zipped: zipfile.ZipFile) -> None:
 
 
 def _destination(parts: list[str], shared: int, archive_name: str) -> str:
-    """The path below the target of a file of the archive, whatever folders it was packed under."""
+    """The path below the target of a file of the archive, regardless of the folders it was packed under."""
     if re.fullmatch(r".+_images\.zip", archive_name):
         return f"{archive_name.removesuffix('.zip')}/{parts[-1]}"
     for folder in parts[:-1]:

@@ -11,7 +11,7 @@ BLANK_IMAGES = "missing or unreadable images, replaced by black ones"
 
 
 def format_value(value: object) -> str:
-    """A value from a data file in few characters, whatever it is: the repr of a nested list could fill the memory."""
+    """A value from a data file in few characters: the repr of a nested list could fill the memory."""
     if isinstance(value, str):
         return repr(value[:60])
     if value is None or (isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER):

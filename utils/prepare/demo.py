@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from utils.common.files import build_once, folder_written_atomically, write_atomically, write_text_atomically
 
-# --- The items: every item has one value of each aspect, drawn independently, so that no aspect gives another away.
+# --- The items: every item has one value of each aspect, drawn independently, so that no aspect predicts another.
 CATEGORIES = ("bag", "clock", "cushion", "kite", "lamp", "mirror", "mug", "planter")  # shown by handles, hands, leaves, ...
 SHAPES = ("round", "square", "triangular", "hexagonal", "star", "heart")  # the outline of the body
 COLOURS = {  # hue of the body, as a share of the colour circle
@@ -37,19 +37,19 @@ BRANDS = ("Norvik", "Halden", "Solis", "Kumo", "Tarro", "Velia", "Lumo", "Brisk"
 STYLES = ("classic", "everyday", "compact", "deluxe", "handmade", "modern", "gift", "studio")  # words that mean nothing here
 
 # --- The users: what each group chooses by, and the categories it mostly shops in. Two aspects are seen only in images
-# (colour, shape) and two are also read in titles (brand, material), so that both towers of CLIP have something to tell.
+# (colour, shape) and two are also read in titles (brand, material), so that both towers of CLIP matter.
 GROUPS = (
     ("colour", ("cushion", "kite")),
     ("brand", ("bag", "mug")),
     ("shape", ("clock", "mirror")),
     ("material", ("lamp", "planter")),
 )
-LIKED_SHARE = 0.8  # of a user's purchases show a value the user likes; the rest is chance, as in any shop
-# This share of them is in the group's own categories, which makes the groups recoverable from purchases (with 0.55 k-means
-# finds them badly); the rest is anywhere, so that every item is bought by several groups, for different reasons.
+LIKED_SHARE = 0.8  # of a user's interactions show a value the user likes; the rest is chance, as in any shop
+# This share of them is in the group's own categories, which makes the groups recoverable from histories (with 0.55 k-means
+# finds them badly); the rest is anywhere, so that every item occurs in several groups, for different reasons.
 HOME_SHARE = 0.7
 TWO_LIKES_SHARE = 0.5  # of the users like two values of their aspect, the others one
-SHORTEST, LONGEST = 5, 14  # purchases of a user: the least a 5-core data set has, and a little beyond the usual maxlen 10
+SHORTEST, LONGEST = 5, 14  # interactions of a user: the least a 5-core data set has, and a little beyond the usual maxlen 10
 POPULARITY_SPREAD = 0.6  # standard deviation of log popularity: some items sell several times better than others
 
 IMAGE_SIZE = 96  # pixels a side: enough for the rim and the brand mark to be seen, and 400 of them are drawn in seconds
@@ -65,7 +65,7 @@ _CANVAS = IMAGE_SIZE * _SCALE
 
 
 class Item(NamedTuple):
-    """What there is to know about one item: one word for each aspect."""
+    """One item: one word for each aspect."""
 
     category: str
     shape: str
@@ -129,7 +129,7 @@ def draw_image(item: Item, rng: np.random.Generator) -> Image.Image:
 
     Args:
         item: its aspects.
-        rng: where the variation comes from.
+        rng: of the variation.
     Returns:
         An RGB image of IMAGE_SIZE x IMAGE_SIZE pixels.
     """
@@ -173,7 +173,7 @@ def _outline(shape: str, tilt: float) -> np.ndarray:
     if shape == "star":
         points[1::2] *= 0.55  # every other corner lies inside
     if shape == "triangular":
-        points[:, 1] += 0.22  # its middle lies low
+        points[:, 1] += 0.22  # its middle is low
     rotation = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
     return points @ rotation.T
 
@@ -266,7 +266,7 @@ def _material_texture(material: str, rng: np.random.Generator) -> Image.Image:
 
 
 def _draw_fittings(pen: ImageDraw.ImageDraw, category: str, centre: np.ndarray, radius: float, rng: np.random.Generator) -> None:
-    """Draw what sticks out from behind the body and tells the category."""
+    """Draw what sticks out from behind the body and shows the category."""
     x, y = centre
     dark = _hsv(rng.uniform(0, 1), 0.15, 0.35)
     if category == "bag":  # a handle above
@@ -306,7 +306,7 @@ def _draw_fittings(pen: ImageDraw.ImageDraw, category: str, centre: np.ndarray, 
 
 
 def _draw_front(pen: ImageDraw.ImageDraw, category: str, centre: np.ndarray, radius: float) -> None:
-    """Draw what lies on the face of a clock (hands) or a mirror (a shine)."""
+    """Draw what is on the face of a clock (hands) or a mirror (a shine)."""
     x, y = centre
     if category == "clock":
         pen.line([(x, y - radius * 0.5), (x, y), (x + radius * 0.35, y + radius * 0.15)], fill=_grey(30), width=6)
@@ -345,18 +345,18 @@ def _draw_brand_mark(pen: ImageDraw.ImageDraw, brand: str, rng: np.random.Genera
         pen.line((left, low, right, top), fill=white, width=9)
 
 
-# ---------------------------------------------------------------- purchases
+# ---------------------------------------------------------------- histories
 
 
-def choose_purchases(items: list[Item], num_users: int, rng: np.random.Generator) -> tuple[list[list[int]], list[int]]:
-    """Let users buy: mostly what shows a value they like of their group's aspect, mostly in their group's categories.
+def choose_histories(items: list[Item], num_users: int, rng: np.random.Generator) -> tuple[list[list[int]], list[int]]:
+    """Draw histories: mostly items with a value that the user likes of the group's aspect, mostly in the group's categories.
 
     Args:
         items: aspects of item 1, 2, ...
         num_users: how many users; the groups are as equal in size as can be.
-        rng: where chance comes from.
+        rng: of all draws.
     Returns:
-        The histories (of each user, item numbers from 1 in the order bought, none twice; together every item occurs) and
+        The histories (of each user, item numbers from 1 in time order, none twice; together every item occurs) and
         the group of each user, 0 to len(GROUPS) - 1.
     """
     groups = rng.permutation(np.arange(num_users) % len(GROUPS)).tolist()
@@ -367,12 +367,12 @@ def choose_purchases(items: list[Item], num_users: int, rng: np.random.Generator
 
     histories = []
     for liked, group in zip(likings, groups):
-        free = np.ones(len(items), dtype=bool)  # not yet bought
+        free = np.ones(len(items), dtype=bool)  # not yet in the history
         history = []
         for _ in range(min(int(rng.integers(SHORTEST, LONGEST + 1)), len(items))):
-            wanted = liked if rng.random() < LIKED_SHARE else free
+            preferred = liked if rng.random() < LIKED_SHARE else free
             where = homes[group] if rng.random() < HOME_SHARE else free
-            candidates = next(c for c in (free & wanted & where, free & wanted, free) if c.any())
+            candidates = next(c for c in (free & preferred & where, free & preferred, free) if c.any())
             weights = popularity * candidates
             item = int(rng.choice(len(items), p=weights / weights.sum()))
             free[item] = False
@@ -408,7 +408,7 @@ def make_demo(train_dir: str | Path, num_users: int = 1200, num_items: int = 400
         train_dir: the folder; made if missing.
         num_users: users, numbered from 1.
         num_items: items, numbered from 1.
-        seed: the same seed gives the same files.
+        seed: the same seed makes the same files.
     Raises:
         ValueError: there is not one user a group, or not one item.
     """
@@ -424,7 +424,7 @@ def _write_demo(train_dir: Path, num_users: int, num_items: int, rng: np.random.
     items = draw_items(num_items, rng)
     raw_ids = [f"D{number:04d}" for number in range(1, num_items + 1)]
     titles = {raw_id: shop_title(item, rng) for raw_id, item in zip(raw_ids, items)}
-    histories, groups = choose_purchases(items, num_users, rng)
+    histories, groups = choose_histories(items, num_users, rng)
 
     with folder_written_atomically(train_dir / "demo_images") as folder:
         for raw_id, item in zip(tqdm(raw_ids, "Drawing the demo's items", unit="item", leave=False, disable=None), items):
@@ -434,8 +434,8 @@ def _write_demo(train_dir: Path, num_users: int, num_items: int, rng: np.random.
     _write_lines(train_dir / "demo_true_groups.csv", ["user,group", *(f"{user},{group}" for user, group in enumerate(groups, 1))])
     _write_pickle(train_dir / "demo_item2id_final.pickle", dict(enumerate(raw_ids, start=1)))
     _write_pickle(train_dir / "demo_texts_final.pickle", titles)
-    purchases = [f"{user} {item}" for user, history in enumerate(histories, start=1) for item in history]
-    _write_lines(train_dir / "demo_final.txt", purchases)
+    interactions = [f"{user} {item}" for user, history in enumerate(histories, start=1) for item in history]
+    _write_lines(train_dir / "demo_final.txt", interactions)
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
@@ -451,7 +451,7 @@ def draw_caption_pairs(num: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
 
     Args:
         num: how many.
-        seed: the same seed gives the same pairs.
+        seed: the same seed makes the same pairs.
     Returns:
         Images, uint8 [num, 3, IMAGE_SIZE, IMAGE_SIZE], and as many captions.
     """

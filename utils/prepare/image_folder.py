@@ -1,4 +1,4 @@
-"""A data set's folder of images filled by many threads: what is there stays, only whole images get their names."""
+"""A data set's folder of images filled by many threads: existing images stay, only whole images get their names."""
 import contextlib
 import os
 import threading
@@ -61,11 +61,11 @@ def keep_image(content: bytes, path: Path) -> None:
 
 @dataclass
 class Filling:
-    """What became of a folder's images.
+    """The outcome of filling a folder.
 
     Attributes:
         kept: how many were there already.
-        fetched: how many came new.
+        fetched: how many are new.
         failed: raw id to why there is none.
     """
 
@@ -87,7 +87,7 @@ def fill_folder(
     Args:
         folder: made where it is missing. One process at a time may fill it.
         sources: raw id to what `get` is asked for.
-        get: gives a source's content or raises ImageError.
+        get: returns a source's content or raises ImageError.
         workers: how many threads fetch.
         stop: makes running calls of `get` end soon; called when this function is interrupted or fails.
         give_up: after so many images in a row of which each failed in a way that may pass; 0 is never.
@@ -124,7 +124,7 @@ def fill_folder(
             if give_up and in_a_row == give_up:
                 raise PerPEFTError(
                     f"{give_up} images in a row could not be fetched (the last: {outcome}). Is there a connection? The same "
-                    f"command goes on with the images that are missing in {folder}; --give_up 0 never gives up"
+                    f"command continues with the images that are missing in {folder}; --give_up 0 never gives up"
                 )
     return filling
 

@@ -1,4 +1,4 @@
-"""What a run's data is recognised by, so that a run continues only on the data that it began with."""
+"""What a run's data is recognised by, so that a run continues only on the data that it started with."""
 import argparse
 import hashlib
 from pathlib import Path

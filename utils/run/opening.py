@@ -64,7 +64,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     folder = RunFolder(Path(options.output_dir) / run_name(options))
     writes = not options.inference_only
     restart = options.restart and writes
-    if options.precision is None:  # a run continues in the precision that it began with
+    if options.precision is None:  # a run continues in the precision that it started with
         saved = None if restart else folder.saved_settings()
         options.precision = (saved or {}).get("precision") or default_precision(options.device)
     check_precision(options.precision, options.device)
@@ -79,7 +79,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
             stack.enter_context(folder.locked())
         if not restart:
             folder.check_settings(settings)
-        finished, begun = folder.is_finished and not restart, folder.has_state and not restart
+        finished, started = folder.is_finished and not restart, folder.has_state and not restart
         accelerator.wait_for_everyone()  # every rank has looked before rank 0 changes anything
         if options.inference_only and not finished:
             raise PerPEFTError(f"{folder.path} holds no finished run; train it first, without --inference_only")
@@ -89,7 +89,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
             yield None
             return
         run = Run(options, dataset, *build_model(options, dataset), folder.path, settings, accelerator)
-        if options.init_from and writes and not begun:
+        if options.init_from and writes and not started:
             run.read_initial_global()
         accelerator.wait_for_everyone()
         if writes and accelerator.is_main_process:  # only now that nothing is missing may a restart discard anything

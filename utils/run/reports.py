@@ -76,7 +76,7 @@ def read_ranks(path: Path) -> dict[str, np.ndarray]:
         table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
         return dict(zip(("users", "valid", "test"), table.reshape(-1, 3).T))
     except (OSError, ValueError) as error:
-        raise PerPEFTError(f"{path} cannot be read ({error}); train this run anew with --restart") from error
+        raise PerPEFTError(f"{path} cannot be read ({error}); train this run again with --restart") from error
 
 
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

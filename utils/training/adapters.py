@@ -37,7 +37,7 @@ def load_adapter(encoder: ItemEncoder, folder: Path, group: int) -> None:
 
     Raises:
         ValueError: the weights are of another kind of adapter or another model, or act at another strength.
-        Exception: a damaged file raises whatever its format's library raises.
+        Exception: a damaged file raises errors of its format's library.
     """
     if encoder.adapter_config is None:
         if encoder.group_state(group):

@@ -56,7 +56,7 @@ def _load_group(model: PerPEFT, folder: Path, group: int) -> None:
         load_adapter(model.encoder, folder, group)
     except PerPEFTError:
         raise
-    except Exception as error:  # a damaged file raises what its format's library likes
+    except Exception as error:  # a damaged file raises errors of its format's library
         raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
 
 
@@ -102,14 +102,14 @@ def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: st
     """
     own = [folder for folder in (where / "global", where) if (folder / "sasrec.pth").is_file()]
     if (where / "resume").is_dir():
-        raise PerPEFTError(f"--init_from {where} is a run that has not ended; let it end first, by the command that began it")
+        raise PerPEFTError(f"--init_from {where} is a run that has not ended; finish it first, with its own command")
     if own:
         load_global(model, own[0])
         return
     prefix = f"sasrec_{peft_type}_{dataset}_"
     found = [where] if where.is_file() else sorted(where.glob(f"{glob.escape(prefix)}*.pth"))
     if len(found) != 1:
-        several = f"there are several, name one of them: {', '.join(path.name for path in found[:5])}"
+        several = f"there are several, choose one of them: {', '.join(path.name for path in found[:5])}"
         raise PerPEFTError(
             f"--init_from {where}: "
             + (several if found else f"neither a run folder with global/sasrec.pth nor a folder with {prefix}...pth is there")
@@ -119,7 +119,7 @@ def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: st
     parts = {
         f"projector_{ending}.pth": "projector.pth", f"clip_encoder_{ending}": "adapter", f"encoder_{ending}.pth": "iisan.pth",
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as temporary:  # the same files under the names that this project gives them
+    with tempfile.TemporaryDirectory() as temporary:  # the same files under this project's names
         (Path(temporary) / "sasrec.pth").symlink_to(found[0].resolve())
         for theirs, ours in parts.items():
             if (folder / theirs).exists():
