@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from utils.common.devices import is_out_of_memory
 from utils.common.errors import PerPEFTError
 
 # How long another rank keeps its error to itself: rank 0 meets most errors too and reports them, and the launcher then ends all.
@@ -56,6 +55,8 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the sentence that a script ends with; None for what needs a traceback."""
+    from utils.common.devices import is_out_of_memory  # only here: scripts that prepare data need no torch
+
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
         return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"

@@ -12,10 +12,15 @@ from utils.common.errors import PerPEFTError
 from utils.prepare.text_tables import CELL, NEWLINE, TextFile, is_plain, open_text, write_rows
 
 ZSTD = b"\x28\xb5\x2f\xfd"  # what such a file begins with
-BLANK, TOO_MANY, TOO_FEW, NO_OBJECT = "blank", "more values than columns", "fewer values than columns", "not a JSON object"
+BLANK, TOO_MANY, TOO_FEW, NO_OBJECT = (
+    "blank",
+    "more values than columns",
+    "fewer values than columns",
+    "not a JSON object with these fields",
+)
 PROBLEMS = (BLANK, TOO_MANY, TOO_FEW, NO_OBJECT)
 FILE_BITS = 40  # a row's place is its file's number shifted by so many bits, plus its line
-LONGEST_LINE = 2**26  # bytes of a line, of which DuckDB holds a few at once
+LONGEST_LINE = 2**24  # bytes of a line, of which DuckDB holds a few at once
 NAMES = {  # usual names of each column, lower case, without "_", " ", "-"; the first that is there is chosen
     "user": ("user", "userid", "reviewerid", "customer", "customerid", "visitorid", "sessionid", "uid"),
     "item": ("item", "itemid", "parentasin", "asin", "movieid", "product", "productid", "articleid", "sku", "iid", "id"),
@@ -168,7 +173,7 @@ def _open_rows(con: duckdb.DuckDBPyConnection, path: Path, options: TableOptions
     if start.startswith(b"PK"):
         raise PerPEFTError(f"{path} is a zip or Excel file; unpack it, or save the sheet as CSV")
     if start[:1] == b"{" or path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".ndjson", ".json")):
-        sample = f"SELECT json FROM {json_objects(path)} LIMIT 1000"
+        sample = f"SELECT json FROM {_read_json(path)} LIMIT 1000"
         keys = con.execute(f"SELECT unnest(json_keys(json)) AS key FROM ({sample}) WHERE json_type(json) = 'OBJECT'").fetchall()
         return _Rows(path, "json", list(dict.fromkeys(key for (key,) in keys)))
     if start == ZSTD:
@@ -187,11 +192,11 @@ def _compression(path: Path) -> str:
     return "'gzip'" if start.startswith(b"\x1f\x8b") else "'zstd'" if start == ZSTD else "'none'"
 
 
-def json_objects(path: Path) -> str:
-    """The objects of a JSON or JSON lines file as a table of one column `json`, NULL for what is not JSON."""
+def _read_json(path: Path, function: str = "read_json_objects", more: str = "") -> str:
+    """A JSON or JSON lines file as a table; NULL for lines that are no objects."""
     return (
-        f"read_json_objects({quote(path)}, format='auto', ignore_errors=true, maximum_object_size={LONGEST_LINE}, "
-        f"compression={_compression(path)})"
+        f"{function}({quote(path)}, format='auto', ignore_errors=true, maximum_object_size={LONGEST_LINE}, "
+        f"compression={_compression(path)}{more})"
     )
 
 
@@ -200,7 +205,7 @@ def _lines(path: Path) -> str:
     return (
         f"read_csv({quote(path)}, header=false, auto_detect=false, compression={_compression(path)}, "
         f"delim='\x01', quote='', escape='', comment='', nullstr='\x02', "
-        f"columns={{'line': 'VARCHAR'}}, max_line_size={LONGEST_LINE}, buffer_size={4 * LONGEST_LINE})"
+        f"columns={{'line': 'VARCHAR'}}, max_line_size={LONGEST_LINE}, buffer_size={2 * LONGEST_LINE})"
     )
 
 
@@ -241,29 +246,26 @@ def _select(rows: _Rows, number: int, columns: dict[str, str | None], needed: li
     return f"SELECT {number << FILE_BITS} + line AS place, {problem} AS problem, {', '.join(roles)} FROM ({source})"
 
 
-def _json_path(key: str) -> str:
-    return quote(f'$."{key}"')
-
-
 def select_json(path: Path, number: int, keys: dict[str, tuple[str, ...]]) -> str:
-    """A SELECT of place, problem and each role of a JSON lines file.
+    """A SELECT of place, problem and each role of a JSON lines file; only the named keys are read.
 
     Args:
+        path, number: of the file.
         keys: by role, the keys of which the first with a value counts; all values of the role "image" become one JSON list.
     """
-    names = [name for role, alternatives in keys.items() if role != "image" for name in alternatives]
-    paths = ", ".join(map(_json_path, names))
+    names = {name: "JSON" if role == "image" else "VARCHAR" for role, alternatives in keys.items() for name in alternatives}
+    quoted = {name: '"' + name.replace('"', '""') + '"' for name in names}
     roles = []
     for role, alternatives in keys.items():
         if role == "image":
-            found = [f"json_extract(json, {_json_path(name)})" for name in alternatives]
-            value = f"json_array({', '.join(found)})::VARCHAR" if found else "NULL"
+            value = f"json_array({', '.join(quoted[name] for name in alternatives)})::VARCHAR" if alternatives else "NULL"
         else:
-            found = [f"nullif(trim(cells[{names.index(name) + 1}]), '')" for name in alternatives]
-            value = f"coalesce({', '.join(found)})" if found else "NULL"
+            value = ", ".join(f"nullif(trim({quoted[name]}), '')" for name in alternatives)
+            value = f"coalesce({value})" if value else "NULL"
         roles.append(f"{value} AS {role}")
-    problem = f"CASE WHEN json IS NULL OR json_type(json) <> 'OBJECT' THEN '{NO_OBJECT}' END"
-    source = f"SELECT row_number() OVER () AS line, json, json_extract_string(json, [{paths}]) AS cells FROM {json_objects(path)}"
+    problem = f"CASE WHEN coalesce({', '.join(f'{name}::VARCHAR' for name in quoted.values())}) IS NULL THEN '{NO_OBJECT}' END"
+    columns = ", ".join(f"{quoted[name]}: '{kind}'" for name, kind in names.items())
+    source = f"SELECT row_number() OVER () AS line, * FROM {_read_json(path, 'read_json', f', columns={{{columns}}}')}"
     return f"SELECT {number << FILE_BITS} + line AS place, {problem} AS problem, {', '.join(roles)} FROM ({source})"
 
 
