@@ -86,7 +86,8 @@ def test_by_hand(category, run, monkeypatch, tmp_path, capsys):
     assert "usable" in str(check_dataset(tmp_path / "data", "lamps", 3))
     assert [line.split()[-1] for line in told.splitlines() if line.startswith("interactions read")] == ["16"]
     assert counts_of(told) == {
-        "no title": 1, "item with a line break": 2, "listed again": 1, "not a JSON object with these fields": 1, "item unknown or left out": 2,
+        "no title": 1, "item with a line break": 2, "listed again": 1, "not a JSON object with these fields": 1,
+        "item unknown or left out": 2,
         "not the user's first of the item": 1, "outside the 3-core": 3, "fetched": 3, "already there": 0, "failed": 0,
         "users": 3, "items": 3, "interactions": 9,
     }  # fmt: skip
@@ -215,7 +216,7 @@ def test_files_of_no_use_are_one_sentence(category, run, monkeypatch, tmp_path, 
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "has no item with an id, a title and an image (not a JSON object with these fields: 72" in told(items=[{"a": 1}] * 72, images=False)
+    assert "image (not a JSON object with these fields: 72" in told(items=[{"a": 1}] * 72, images=False)
     assert "no interaction can be used (user missing: 6 (line 1, line 2, line 3, ...))" in told(reviews=items, images=False)
     assert "no interaction can be used (it has no rows)" in told(reviews=[])
     assert "(no title: 6 (" in told(items=[meta(f"B{i}", "") for i in range(6)])

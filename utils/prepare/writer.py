@@ -83,7 +83,9 @@ def add_image_options(parser: argparse.ArgumentParser, images_help: str) -> None
     images.add_argument("--images", type=Path, default=None, help=images_help)
     images.add_argument("--workers", type=number(int, 1, 256), default=16, help="images fetched at once")
     images.add_argument("--retries", type=number(int, 0, 20), default=3, help="further attempts where one may help")
-    images.add_argument("--timeout", type=number(float, 0, 3600, above=True), default=30, help="seconds an attempt may take")
+    images.add_argument("--timeout", type=number(float, 0, 3600, above=True), default=30, help="seconds without an answer")
+    seconds = number(float, 0, 86400, above=True)
+    images.add_argument("--deadline", type=seconds, default=120, help="seconds an image may take with all attempts")
     images.add_argument("--max_image_bytes", type=number(int, 1, 2**30), default=10 * 2**20, help="largest image taken")
     images.add_argument(
         "--give_up", type=number(int, 0), default=100, help="stop after so many images in a row without a usable answer; 0: never"
@@ -92,7 +94,7 @@ def add_image_options(parser: argparse.ArgumentParser, images_help: str) -> None
 
 def image_getter(options: argparse.Namespace) -> tuple[Callable[[str], bytes], Callable[[], None]]:
     """What returns the content of a path or an address, and what stops it."""
-    web = Downloader(options.retries, options.timeout, options.max_image_bytes)
+    web = Downloader(options.retries, options.timeout, options.deadline, options.max_image_bytes)
     return lambda source: web.get(source) if source.lower().startswith(WEB) else read_image(source), web.stop
 
 
