@@ -45,10 +45,12 @@ def check_precision(precision: str, device: str) -> None:
         raise PerPEFTError(f"--precision fp16 needs a CUDA device, not {device}; use --precision bf16 or fp32")
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor on a device; the host does not wait for the copy."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An array or a tensor as a tensor on a device; the host does not wait for the copy to a GPU."""
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
 from models.towers import dual_features, feature_width
+from utils.common.devices import to_device
 from utils.items.store import ImageTitleStore
 
 
@@ -28,8 +29,8 @@ class FeatureStore:
 
     def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor]:
         """Features of some items (numbers from 1), [items, width]."""
-        rows = torch.from_numpy(items - 1).to(self.features.device)
-        return (self.features.index_select(0, rows).to(device),)
+        rows = to_device(items - 1, self.features.device)
+        return (to_device(self.features.index_select(0, rows), device),)
 
     def reading_order(self) -> np.ndarray:
         """All items."""

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from models.clip_peft import channel_statistics
 from models.towers import hidden_states, state_shapes
+from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError
 from utils.common.files import add_model_files, save_tensors, write_atomically, write_text_atomically
 from utils.common.pickles import refuse_damaged_tensors
@@ -151,6 +152,7 @@ class HiddenStateStore:
         self.text_states = text_states
         rows = np.arange(len(image_states)) if rows is None else rows
         self._rows = torch.from_numpy(rows)  # [num_items], where item i + 1 lies
+        self._order = np.argsort(rows, kind="stable") + 1
         self.num_items = len(rows)
 
     @classmethod
@@ -197,10 +199,10 @@ class HiddenStateStore:
 
     def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """States of some items (numbers from 1): [items, S, image width] and [items, S, text width], float32."""
-        rows = self._rows[torch.from_numpy(items - 1).to(self._rows.device)]
+        rows = self._rows[to_device(items - 1, self._rows.device)]
         image_states, text_states = self.image_states.index_select(0, rows), self.text_states.index_select(0, rows)
-        return image_states.to(device).float(), text_states.to(device).float()
+        return to_device(image_states, device).float(), to_device(text_states, device).float()
 
     def reading_order(self) -> np.ndarray:
         """All items, in the order of the file."""
-        return torch.argsort(self._rows).cpu().numpy() + 1
+        return self._order

@@ -250,7 +250,7 @@ class ImageTitleStore:
         length = self.lengths[rows].max(initial=1)
         if self._on_device is not None:
             pixels, tokens = self._on_device
-            on_device = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+            on_device = to_device(rows, device)
             found = [pixels[on_device], tokens[on_device, :length].long()]
         else:
             tokens = self.tokens[rows, :length].astype(np.int64)

@@ -1,0 +1,171 @@
+"""`python -m tests.fake_cuda.run BACKEND FOLDER`: runs on the pretended cuda:0; the last line of the output is what was seen."""
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from tests.fake_cuda.device import pretended_cuda  # before anything that imports torch
+
+import torch  # isort: skip
+from accelerate.state import AcceleratorState
+
+import perpeft_iisan
+import perpeft_lora_ia3
+from tests.conftest import iisan_arguments, save_tiny_clip, tiny_arguments, tiny_histories, tiny_titles, write_dataset
+from utils.run import opening
+from utils.training import evaluation
+from utils.training.trainer import Trainer
+
+
+class Watch:
+    """What happens during a run on the pretended device: phases, modules under autocast, and what each step changed."""
+
+    def __init__(self, mode):
+        self.mode = mode
+        self.autocast = {}  # module class: whether autocast was on in its forward passes
+        self.steps = []  # of each: by how many the count of skipped steps rose, and how many parameters changed
+
+    def phase(self, name, function):
+        """`function`, during which the mode is in the phase so named."""
+
+        def wrapped(*args, **kwargs):
+            outer, self.mode.phase = self.mode.phase, name
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.mode.phase = outer
+
+        return wrapped
+
+    def forward(self, module, _inputs):
+        """Note whether autocast is on in a module's forward pass."""
+        self.autocast.setdefault(type(module).__name__, set()).add(torch.is_autocast_enabled())
+
+    def update(self, function):
+        """`Trainer.update`, after which the step is noted in `steps`."""
+
+        def wrapped(trainer, loss):
+            before = [parameter.detach().clone() for parameter in trainer._parameters]
+            skipped = trainer.skipped_steps
+            self.phase("step", function)(trainer, loss)
+            changed = sum(not torch.equal(old, new) for old, new in zip(before, trainer._parameters))
+            self.steps.append((trainer.skipped_steps - skipped, changed))
+
+        return wrapped
+
+    @contextlib.contextmanager
+    def watching(self):
+        """Record during a block."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(Trainer, "update", self.update(Trainer.update)))
+            stack.enter_context(mock.patch.object(Trainer, "loss", self.phase("step", Trainer.loss)))
+            item_table = self.phase("encoding", evaluation.Evaluator.item_table)
+            stack.enter_context(mock.patch.object(evaluation.Evaluator, "item_table", item_table))
+            for name in ("rank_targets", "last_states"):
+                stack.enter_context(mock.patch.object(evaluation, name, self.phase("ranking", getattr(evaluation, name))))
+            hook = torch.nn.modules.module.register_module_forward_pre_hook(self.forward)
+            stack.callback(hook.remove)
+            yield
+
+
+@contextlib.contextmanager
+def first_scale(scale):
+    """Let the gradients' scale begin there."""
+    original = opening.make_accelerator
+
+    def make_accelerator(*args):
+        accelerator = original(*args)
+        if accelerator.scaler:
+            accelerator.scaler._init_scale = scale
+        return accelerator
+
+    with mock.patch.object(opening, "make_accelerator", make_accelerator):
+        yield
+
+
+@contextlib.contextmanager
+def interrupted(step):
+    """Let the run get SIGTERM in that step."""
+    update, updated = Trainer.update, []
+
+    def counted(trainer, loss):
+        update(trainer, loss)
+        updated.append(trainer)
+        if len(updated) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(Trainer, "update", counted):
+        try:
+            yield
+        except KeyboardInterrupt:
+            return
+    raise AssertionError("the run was not interrupted")
+
+
+def watched_run(train, free_memory):
+    """What is seen of a run on the pretended device; the scale begins so high that its first steps overflow in fp16."""
+    with pretended_cuda(free_memory) as mode:
+        watch = Watch(mode)
+        with watch.watching(), first_scale(2.0**28):
+            train("cuda:0", "watched")
+    autocast = {name: sorted(on) for name, on in watch.autocast.items()}
+    return {"waits": mode.waits, "device_files": mode.device_files, "autocast": autocast, "steps": watch.steps}
+
+
+def resumed_run(train):
+    """Train two steps on the CPU, two on the device, and the rest on the CPU again."""
+    settings = {"precision": "fp32", "save_every": 1, "method": "global", "global_epochs": 1, "num_epochs": 1}
+    with pretended_cuda():
+        for device in ("cpu", "cuda:0"):
+            with interrupted(2):
+                train(device, "resumed", **settings)
+        train("cpu", "resumed", **settings)
+    return True
+
+
+def own_rules():
+    """Whether the pretended device refuses and records what it should."""
+    with pretended_cuda() as mode:
+        mode.phase = "rules"
+        table, rows = torch.ones(3, device="cuda:0"), torch.tensor([0, 2])
+        refused = 0
+        for operation in (lambda: table + torch.ones(3), lambda: torch.ones(3)[rows.to("cuda:0")], table.numpy):
+            try:
+                operation()
+            except (RuntimeError, TypeError):
+                refused += 1
+        before = sum(mode.waits["rules"].values())
+        table[table > 0], table[rows], table.sum().item(), table.cpu(), rows.to("cuda:0", non_blocking=True)
+        rows.pin_memory().to("cuda:0", non_blocking=True)
+    return {"refused": refused, "waits": sum(mode.waits["rules"].values()) - before}
+
+
+def main():
+    """Run all in an empty folder."""
+    folder = Path(sys.argv[2])
+    dataset = SimpleNamespace(train_dir=write_dataset(folder / "dataset", "tiny", tiny_histories(), tiny_titles()), name="tiny")
+    clip = save_tiny_clip(folder / "clip", tiny_titles())
+
+    def train_lora(device, name, **changes):
+        AcceleratorState._reset_state(True)
+        perpeft_lora_ia3.main(tiny_arguments(dataset, clip, folder / name, device=device, **changes))
+
+    def train_iisan(device, name, **changes):
+        AcceleratorState._reset_state(True)
+        perpeft_iisan.main(iisan_arguments(dataset, clip, folder / name, device=device, **changes))
+
+    seen = {
+        "rules": own_rules(),
+        "lora": watched_run(train_lora, free_memory=2**36),
+        "iisan": watched_run(train_iisan, free_memory=0),  # the states are copied in every step
+        "resumed": resumed_run(train_lora),
+    }
+    print("\n" + json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
