@@ -85,7 +85,11 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
             metavar="FILE.json",
             help="the adapter's settings, as peft's adapter_config.json has them (default: the paper's, or peft's)",
         )
-    adapters.add_argument("--clip_model", default=None, help=f"folder or hub name of a CLIP, SigLIP, Chinese-CLIP or AltCLIP (default: {DEFAULT_CLIP})")
+    adapters.add_argument(
+        "--clip_model",
+        default=None,
+        help=f"folder or hub name of a CLIP, SigLIP, Chinese-CLIP or AltCLIP (default: {DEFAULT_CLIP})",
+    )
     if "lora" in peft_types:
         adapters.add_argument("--rank", type=SIZE, default=4, help="rank of lora and dora")
         adapters.add_argument(
