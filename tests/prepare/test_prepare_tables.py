@@ -13,6 +13,8 @@ from scripts import prepare_tables
 from tests.conftest import draw_image
 from tests.prepare.conftest import counts_of, histories_of
 from tests.prepare.test_downloads import server  # noqa: F401
+from utils.data.dataset import read_dataset
+from utils.items.data_check import check_dataset
 
 ITEMS = [f"A-{number}" for number in range(6)]
 DRAWN = random.Random(1)
@@ -142,4 +144,139 @@ def test_other_formats(kind, shop, tmp_path):
         contents = [json.dumps(all_rows) if kind == "json" else "\n".join(map(json.dumps, all_rows)) for all_rows in rows]
     code, printed = shop(*contents, names=(f"buys.{kind}", f"items.{kind}"))
     assert code == 0, printed.err
+    assert histories_of(tmp_path / "data", "mine") == histories()
+
+
+PLAIN_BUYS, PLAIN_GOODS = table(USER, BUYS), table(ITEM, GOODS)
+
+
+@pytest.mark.parametrize("title, separator", [
+    ('"Unclosed', ","), ('"Unclosed', "\t"), ('5" pipe', ","), ('a "word" inside', ";"), ('"A" and "B"', "\t"), ('ends"', ","),
+])  # fmt: skip
+def test_a_quotation_mark_that_is_a_character_swallows_no_row(shop, tmp_path, title, separator):
+    lines = [separator.join(row) for row in [ITEM, *GOODS]]
+    lines[2] = lines[2].replace("Thing A-1", title)
+    lines[4] = lines[4].replace("Thing A-3", '"Quoted"')
+    code, printed = shop(PLAIN_BUYS, "\n".join(lines))
+    assert code == 0, printed.err
+    assert histories_of(tmp_path / "data", "mine") == histories()
+    titles = dict(zip(read_dataset(tmp_path / "data", "mine").raw_ids, read_dataset(tmp_path / "data", "mine").titles))
+    assert titles["A-1"] == title and titles["A-3"] == "Quoted" and titles["A-4"] == "Thing A-4"
+
+
+def test_quoted_cells_hold_separators_line_breaks_and_marks(shop, tmp_path):
+    goods = [("A-0", 'a, "b"\nc', GOODS[0][2]), *GOODS[1:]]
+    code, printed = shop(PLAIN_BUYS, table(ITEM, goods) + "gone,,\n")
+    assert code == 0 and read_dataset(tmp_path / "data", "mine").titles[0] == 'a, "b" c'
+    assert "no title" in printed.out and "line 9" in printed.out  # lines of the file, not rows, are counted
+
+
+def test_ids_are_text(shop, tmp_path):
+    names = ["007", "7", "a/b", "..", "a b", "A", "ä" * 150, "x" * 300, "con.txt", "id%"]
+    goods = [(name, f"Thing {number}", "img/A-0.png") for number, name in enumerate(names)]
+    buys = [(user, name, time) for user in "ab" for time, name in enumerate(names)]
+    code, printed = shop(table(USER, buys), table(ITEM, goods))
+    assert code == 0, printed.err
+    assert histories_of(tmp_path / "data", "mine") == [names, names]
+    assert check_dataset(tmp_path / "data", "mine", 2).usable
+
+
+def test_equal_times_keep_the_order_of_the_file_and_missing_ones_are_counted(shop, tmp_path):
+    rows = [("A-5", 1), ("A-1", 1), ("A-3", 0), ("A-0", ""), ("A-2", 1), ("A-4", "soon"), ("A-0", 1)]
+    buys = [("a", *row) for row in rows]
+    code, printed = shop(table(USER, buys), PLAIN_GOODS)
+    assert code == 0 and histories_of(tmp_path / "data", "mine") == [["A-3", "A-5", "A-1", "A-2", "A-0"]]
+    assert counts_of(printed.out)["time missing"] == 1 and counts_of(printed.out)["time not readable"] == 1
+    assert "line 5" in printed.out and "line 7" in printed.out
+
+
+def test_several_files_by_a_pattern(shop, tmp_path):
+    folder = tmp_path / "shop"
+    (folder / "part-1.csv").write_text(table(USER, BUYS[:9]))
+    (folder / "part-2.csv").write_text(table(USER[::-1], [row[::-1] for row in BUYS[9:]], ";") + ";;\n;x;y\n")
+    code, printed = shop("", PLAIN_GOODS, "--interactions", folder / "part-*.csv")
+    assert code == 0, printed.err
+    assert histories_of(tmp_path / "data", "mine") == histories()
+    assert "part-2.csv line 22" in printed.out
+
+
+def test_images_of_all_kinds_in_one_table(shop, tmp_path, server):  # noqa: F811
+    web = server.url + "/a.jpg"
+    cells = [
+        web, str(tmp_path / "shop" / "img" / "A-1.png"), "img/A-2.png", json.dumps([web]),
+        str({"hi_res": [None, "no"], "large": [web, "other"], "thumb": ["t", "t"], "variant": ["MAIN", "PT01"]}),
+        json.dumps([{"variant": "PT01", "large": "x"}, {"variant": "MAIN", "large": None, "thumb": web}]),
+    ]  # fmt: skip
+    code, printed = shop(PLAIN_BUYS, table(ITEM, [(*good[:2], cell) for good, cell in zip(GOODS, cells)]))
+    assert code == 0 and counts_of(printed.out)["fetched"] == 6, printed
+    assert server.asked == {"/a.jpg": 4}
+
+
+def test_a_folder_of_images_named_by_the_id(shop, tmp_path):
+    code, printed = shop(PLAIN_BUYS, table(ITEM[:2], [good[:2] for good in GOODS]), "--images", tmp_path / "shop" / "img")
+    assert code == 0 and counts_of(printed.out)["fetched"] == 6
+    code, printed = shop(PLAIN_BUYS, table(ITEM, [(*good[:2], "/A-1.png") for good in GOODS]), "--restart")
+    assert code == 2 and "(image file not found: 6 (line 2, line 3, line 4, ...))" in printed.err
+
+
+def test_min_rating(shop, tmp_path):
+    rows = [(*buy, 5 if buy[1] != "A-2" else 2.5) for buy in BUYS]
+    code, printed = shop(table((*USER, "Rating"), rows), PLAIN_GOODS, "--min_rating", 3)
+    assert code == 0 and histories_of(tmp_path / "data", "mine") == histories(items=[item for item in ITEMS if item != "A-2"])
+    assert counts_of(printed.out)["rating below --min_rating"] == sum(buy[1] == "A-2" for buy in BUYS)
+
+
+def test_without_a_header_columns_have_numbers(shop, tmp_path):
+    buys = table((), [(u, i, 3, t) for u, i, t in BUYS], "\t").lstrip()
+    code, printed = shop(buys, PLAIN_GOODS, "--user_column", 1, "--item_column", 2, "--time_column", 4)
+    assert code == 0 and histories_of(tmp_path / "data", "mine") == histories(), printed
+
+
+def test_a_dry_run_writes_nothing(shop, tmp_path):
+    code, printed = shop(PLAIN_BUYS, PLAIN_GOODS, "--dry_run")
+    assert code == 0 and not (tmp_path / "data").exists()
+    assert "(user = user, item = item, time = time)" in printed.out and "A-0 | Thing A-0 | img/A-0.png" in printed.out
+    assert counts_of(printed.out) == {"users": 7, "items": 6, "interactions": 28}
+
+
+def test_latin_1_needs_its_name_and_then_is_read(shop, tmp_path):
+    goods = PLAIN_GOODS.replace("Thing A-2", "Größe").encode("latin-1")
+    code, printed = shop(PLAIN_BUYS, goods)
+    assert code == 2 and "items.csv, line 4: not utf-8" in printed.err and "--encoding" in printed.err
+    code, printed = shop(PLAIN_BUYS, goods, "--encoding", "latin-1")
+    assert code == 0 and read_dataset(tmp_path / "data", "mine").titles[2] == "Größe"
+
+
+@pytest.mark.parametrize("buys, goods, options, message", [
+    ("user,time\na,1\n", PLAIN_GOODS, "", "has no column of the item; name it by --item_column (its columns are user, time)"),
+    ("", PLAIN_GOODS, "", "buys.csv is empty"),
+    ("user,item,time\n", PLAIN_GOODS, "", "no interaction can be used (it has no rows)"),
+    (PLAIN_BUYS, "item,title,image\n", "", "has no item with an id, a title and an image (it has no rows)"),
+    ("user,item,time,time\na,A-1,1,2\n", PLAIN_GOODS, "", "line 1: the columns 'time', 'time' could be the time"),
+    ("user_id,userId,item,time\n", PLAIN_GOODS, "", "rename or remove all but one, or choose one by --user_column"),
+    (PLAIN_BUYS, PLAIN_GOODS, "--time_column when", "buys.csv has no column 'when' (--time_column)"),
+    (PLAIN_BUYS, PLAIN_GOODS + "A-2,Other,img/A-2.png\n", "", "two rows of item 'A-2' differ: line 4 ('Thing A-2', "),
+    (PLAIN_BUYS + "a,A-1,2024-01-01\nb,A-1,5\n", PLAIN_GOODS, "", "the time is a date in line 30 and a number in line 31"),
+    (PLAIN_BUYS + "a,A-1,soon\n", PLAIN_GOODS, "--strict", "(--strict): time not readable: 1 (line 30)"),
+    (PLAIN_BUYS, PLAIN_GOODS + "A-9,No image\n", "--strict", "(--strict): fewer values than columns: 1 (line 8)"),
+    (PLAIN_BUYS, PLAIN_GOODS + 'A-9,"a b\n', "", "items.csv, line 8: a quotation mark opens a value and none ends it"),
+    ("user,item,time\na,1.0,3\n", "item,title,image\n1,t,img/A-1.png\n", "", "write '1.0' and '1' alike"),
+    ("user,item,time\na,b,3\n", PLAIN_GOODS, "", "['b'], those of items.csv ['A-0', 'A-1', 'A-2']; do both files fit"),
+    ("user,item,time\na,A-1,31.12.1999\n", PLAIN_GOODS, "", "write the form of times such as '31.12.1999' as --time_format"),
+    (b"PK\x03\x04", PLAIN_GOODS, "", "is a zip or Excel file"),
+    (b"\0\0\0b" * 9, PLAIN_GOODS, "", "buys.csv is not a text file"),
+    (PLAIN_BUYS, PLAIN_GOODS, "--encoding klingon", "--encoding klingon: no such encoding"),
+])  # fmt: skip
+def test_errors_are_one_sentence_and_leave_nothing(shop, tmp_path, buys, goods, options, message):
+    code, printed = shop(buys, goods, *options.split())
+    assert code == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert message in printed.err
+    assert not [path for path in (tmp_path / "data").glob("*mine*") if path.suffix != ".lock"]
+    assert not list((tmp_path / "data").glob(".prepare_*"))
+
+
+def test_rows_of_another_width_are_counted(shop, tmp_path):
+    code, printed = shop(PLAIN_BUYS + "a,A-1\nb,A-1,5,6\n", PLAIN_GOODS + "A-9,a, b,img/A-1.png\n")
+    counts = counts_of(printed.out)
+    assert code == 0 and (counts["fewer values than columns"], counts["more values than columns"]) == (1, 1)
     assert histories_of(tmp_path / "data", "mine") == histories()

@@ -140,7 +140,7 @@ class Shop:
             parts.append(format_columns(heading, table))
             roles = ", ".join(role for role, name in table.columns.items() if name)
             for row in con.execute(f"SELECT {roles} FROM ({table.relation}) LIMIT {FIRST_ROWS}").fetchall():
-                parts.append("  " + " | ".join("" if cell is None else " ".join(cell.split())[:60] for cell in row))
+                parts.append("| " + " | ".join("" if cell is None else " ".join(cell.split())[:60] for cell in row))
         return "\n".join(parts)
 
 

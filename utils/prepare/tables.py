@@ -143,7 +143,7 @@ def open_table(
     table = Table(files_of(pattern), {}, "")
     parts = []
     for number, path in enumerate(table.files):
-        rows = _open_rows(con, path, options, scratch)
+        rows = _open_rows(con, path, required, options, scratch)
         columns = _recognise(path, rows.header, required, optional, options)
         table.columns = table.columns or columns
         needed = [columns[role] for role in required]
@@ -163,7 +163,9 @@ class _Rows:
     nested: frozenset[str] = frozenset()  # columns of lists and structures
 
 
-def _open_rows(con: duckdb.DuckDBPyConnection, path: Path, options: TableOptions, scratch: Path) -> _Rows:
+def _open_rows(
+    con: duckdb.DuckDBPyConnection, path: Path, required: tuple[str, ...], options: TableOptions, scratch: Path
+) -> _Rows:
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PAR1":
@@ -181,7 +183,7 @@ def _open_rows(con: duckdb.DuckDBPyConnection, path: Path, options: TableOptions
         lines = f"SELECT line FROM {_lines(path)}"
         con.execute(f"COPY ({lines}) TO {quote(unpacked)} (FORMAT csv, HEADER false, QUOTE '', ESCAPE '', DELIMITER '\x01')")
         path = unpacked
-    numbered = bool(options.columns) and all(name.isdecimal() for name in options.columns.values())
+    numbered = all(options.columns.get(role, "").isdecimal() for role in required)
     text = open_text(path, options.separator, options.encoding, has_header=not numbered)
     return _Rows(path, "text", text.header, text)
 
@@ -281,16 +283,15 @@ def _recognise(
     chosen: dict[str, str | None] = {}
     shown = ", ".join(header[:20])[:300] or "none"
     for role in (*required, *optional):
-        if role in options.columns:
-            wanted = options.columns[role]
-            found = [name for name in header if name == wanted] or [name for name in header if name.lower() == wanted.lower()]
-            if not found:
-                raise PerPEFTError(f"{path} has no column '{wanted}' (--{role}_column); its columns are {shown}")
-        else:
-            by_name = {usual: [name for name in header if _plain_name(name) == usual] for usual in NAMES[role]}
-            found = next((names for names in by_name.values() if names), [])
-            if not found and role in required:
-                raise PerPEFTError(f"{path} has no column of the {role}; name it by --{role}_column (its columns are {shown})")
+        named = options.columns.get(role)
+        found = [name for name in header if name == named] or [name for name in header if name.lower() == (named or "").lower()]
+        if named is not None and not found and role != "item":  # which both tables have, maybe under two names
+            raise PerPEFTError(f"{path} has no column '{named}' (--{role}_column); its columns are {shown}")
+        if not found:
+            by_name = ([name for name in header if _plain_name(name) == usual] for usual in NAMES[role])
+            found = next((names for names in by_name if names), [])
+        if not found and role in required:
+            raise PerPEFTError(f"{path} has no column of the {role}; name it by --{role}_column (its columns are {shown})")
         if len(found) > 1:
             raise PerPEFTError(
                 f"{path}, line 1: the columns {', '.join(map(repr, found))} could be the {role}; rename or remove all but one"

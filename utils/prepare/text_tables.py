@@ -131,7 +131,7 @@ def _encoding_of(path: Path) -> str:
         if start.startswith(mark):
             return encoding
     for place, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if start[place::2].count(0) > len(start) // 5:
+        if start[place::2].count(0) > len(start) // 8 and not start[1 - place :: 2].count(0):
             return encoding
     if b"\0" in start:
         raise PerPEFTError(f"{path} is not a text file; use CSV, TSV, JSON lines or Parquet")
