@@ -172,7 +172,7 @@ def _split(line: str, separator: str) -> list[str]:
 
 def _bare(cell: str) -> str:
     cell = cell.strip()
-    if len(cell) > 1 and cell[0] == cell[-1] == '"':
+    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', ""):
         cell = cell[1:-1].replace('""', '"').strip()
     return cell
 
