@@ -15,26 +15,6 @@ def _side_block(width: int, bottleneck: int) -> nn.Sequential:
     return block
 
 
-class _LayerwiseProduct(torch.autograd.Function):
-    """[S, items, in] times [S, out, in] transposed, plus [S, out].
-
-    The weights' gradient comes out in the weights' own layout, where bmm's backward gives its transpose and a copy follows;
-    the cached states need no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, states, weight, bias):
-        ctx.save_for_backward(states)
-        ctx.weight_dtype = weight.dtype
-        return torch.baddbmm(bias.unsqueeze(1), states, weight.transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (states,) = ctx.saved_tensors
-        weight_gradient = torch.bmm(gradient.transpose(1, 2), states.to(gradient.dtype))  # fp16 under autocast
-        return None, weight_gradient.to(ctx.weight_dtype), gradient.sum(1).to(ctx.weight_dtype)
-
-
 class _LayerwiseLinear(nn.Module):
     """S linear layers as one batched product; saved and loaded as `{i}.0.weight` and `{i}.0.bias`, like a list of layers."""
 
@@ -46,7 +26,7 @@ class _LayerwiseLinear(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[S, items, in] -> [S, items, out], layer i by the i-th weights."""
-        return _LayerwiseProduct.apply(states, self.weight, self.bias)
+        return torch.baddbmm(self.bias.unsqueeze(1), states, self.weight.transpose(1, 2))
 
     def _named_slices(self, prefix: str) -> dict[str, torch.Tensor]:
         names = {"weight": self.weight, "bias": self.bias}
