@@ -258,3 +258,17 @@ def test_own_images_of_any_kind(category, run, monkeypatch, tmp_path, capsys):
         assert list(pickle.load(file).values()) == ["B1", "B3", "B4", "B5", "B6", "B7"]
     told = capsys.readouterr().out
     assert counts_of(told)["no image"] == 1
+
+
+@pytest.mark.parametrize("image", [
+    lambda url: {"images": {"hi_res": [None, "x"], "large": [url, "y"], "thumb": ["z", "z"], "variant": ["MAIN", "PT01"]}},
+    lambda url: {"images": [{"thumb": url, "large": None, "variant": "MAIN"}, {"large": "x", "variant": "PT01"}]},
+    lambda url: {"images": None, "imageURLHighRes": [url, "x"]},
+    lambda url: {"images": [], "imageURL": [], "imUrl": url},
+])  # fmt: skip
+def test_the_fields_of_all_releases(category, run, tmp_path, server, image):  # noqa: F811
+    reviews = [{"reviewerID": f"u{u}", "asin": f"B{i}", "unixReviewTime": 1_400_000_000 + i} for u in range(5) for i in (2, 0, 1)]
+    items = [{"asin": f"B{i}", "title": f"lamp {i}", **image(f"{server.url}/B{i}")} for i in range(3)]
+    assert run(prepare_amazon.main, *category(reviews, items, images=False), "--core", 3) == 0
+    assert histories_of(tmp_path / "data", "lamps") == [["B0", "B1", "B2"]] * 5
+    assert server.asked == {f"/B{i}": 1 for i in range(3)}

@@ -280,3 +280,18 @@ def test_rows_of_another_width_are_counted(shop, tmp_path):
     counts = counts_of(printed.out)
     assert code == 0 and (counts["fewer values than columns"], counts["more values than columns"]) == (1, 1)
     assert histories_of(tmp_path / "data", "mine") == histories()
+
+
+def test_movielens_as_the_documentation_says(tmp_path, run):
+    (tmp_path / "posters").mkdir()
+    for number in range(1, 7):
+        draw_image(number).save(tmp_path / "posters" / f"{number}.jpg")
+    ratings = [(user, movie, 4.5, 900_000_000 + movie) for user in range(1, 9) for movie in range(1, 7)] + [(9, 1, 0.5, 1)]
+    movies = [(number, f"American President, The ({1990 + number})", "Comedy|Drama") for number in range(1, 7)]
+    (tmp_path / "ratings.csv").write_text(table(("userId", "movieId", "rating", "timestamp"), ratings, end="\r\n"))
+    (tmp_path / "movies.csv").write_text(table(("movieId", "title", "genres"), movies, end="\r\n"))
+    paths = ["--interactions", tmp_path / "ratings.csv", "--items", tmp_path / "movies.csv", "--images", tmp_path / "posters"]
+    options = ["--name", "movielens", "--min_rating", 4, "--train_dir", tmp_path / "data"]
+    assert run(prepare_tables.main, *paths, *options) == 0
+    assert histories_of(tmp_path / "data", "movielens") == [list("123456")] * 8
+    assert read_dataset(tmp_path / "data", "movielens").titles[0] == "American President, The (1991)"
