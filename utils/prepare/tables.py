@@ -252,7 +252,6 @@ def select_json(path: Path, number: int, keys: dict[str, tuple[str, ...]]) -> st
     """A SELECT of place, problem and each role of a JSON lines file; only the named keys are read.
 
     Args:
-        path, number: of the file.
         keys: by role, the keys of which the first with a value counts; all values of the role "image" become one JSON list.
     """
     names = {name: "JSON" if role == "image" else "VARCHAR" for role, alternatives in keys.items() for name in alternatives}
