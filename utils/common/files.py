@@ -140,6 +140,3 @@ def build_once(path: str | Path) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_hidden(path, ".lock")):
         yield not path.exists()
-
-
-made_by_one = build_once  # until its callers use the new name

@@ -143,7 +143,7 @@ def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, m
     for row, image in enumerate(progress):
         if isinstance(image, np.ndarray):
             store[row] = image
-        elif missing_images == "error" or not isinstance(image, FileNotFoundError):  # missing ones are told already
+        elif missing_images == "error" or not isinstance(image, FileNotFoundError):  # missing ones are reported already
             problems.append(format_image_problem(dataset.image_paths[row], row + 1, image))
     store.flush()
     found = Problems()
