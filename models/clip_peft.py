@@ -8,13 +8,15 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from models.item_encoder import MODALITIES, ItemEncoder
-from models.towers import dual_features, feature_width, pooled_places
+from models.towers import dual_features, feature_width, pool_states
 
-UNUSED_TOWER = {"image": "text_model", "text": "vision_model"}  # by the modality that is used
+TOWERS = {"image": "vision_model", "text": "text_model"}
 
 
-def channel_statistics(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+def channel_statistics(processor: BaseImageProcessor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift, [1, 3, 1, 1] each: pixel * scale + shift equals an image processor's rescaling and normalisation."""
+    if processor is None:  # of a text encoder alone
+        return torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
     mean, std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
@@ -24,7 +26,7 @@ def channel_statistics(processor: BaseImageProcessor) -> tuple[torch.Tensor, tor
 class ClipPeftEncoder(ItemEncoder):
     """A frozen dual encoder whose towers carry one peft adapter a group.
 
-    Item features are its L2-normalised image and title embeddings side by side, [items, 2 * feature_width], or one of
+    Item features are its L2-normalised image and title embeddings side by side, or one of
     them alone; the other tower is then unused and carries no adapter.
 
     peft holds one adapter, "default"; every group has its own parameters for it, which `use_group` puts in place. So any
@@ -46,7 +48,7 @@ class ClipPeftEncoder(ItemEncoder):
         self,
         clip: PreTrainedModel,
         config: PeftConfig,
-        processor: BaseImageProcessor,
+        processor: BaseImageProcessor | None,
         gradient_checkpointing: bool = False,
         modality: str = "both",
         autocast_dtype: torch.dtype | None = None,
@@ -55,9 +57,10 @@ class ClipPeftEncoder(ItemEncoder):
         self.foundation_parameters = sum(parameter.numel() for parameter in clip.parameters())
         self._modality = modality
         self._autocast_dtype = autocast_dtype
-        self.feature_dim = len(MODALITIES[modality]) * feature_width(clip.config)
+        self.feature_dim = feature_width(clip.config, modality)
         if modality != "both":
-            config.exclude_modules = rf"{UNUSED_TOWER[modality]}\..*"
+            unused = TOWERS["text" if modality == "image" else "image"]
+            config.exclude_modules = rf"{unused}\..*"
         config.base_model_name_or_path = clip.config._name_or_path or None
         self.adapter_config = config
         # Before the model that they act in, so that parameters() lists them in the same order whichever group is active.
@@ -67,6 +70,9 @@ class ClipPeftEncoder(ItemEncoder):
         if gradient_checkpointing:  # non-reentrant: the first layer's input needs no gradient, its adapter does
             clip.gradient_checkpointing_enable({"use_reentrant": False})
         self._slots = self._adapter_slots()
+        for part in MODALITIES[modality]:
+            if not any(f".{TOWERS[part]}." in name for name in self._slots):
+                raise ValueError(f"none of the target layers {config.target_modules} is in the {part} encoder")
         self._groups.append(nn.ParameterList(owners[0][0]._parameters[owners[0][1]] for owners in self._slots.values()))
         self._active = 0
         scale, shift = channel_statistics(processor)
@@ -128,8 +134,7 @@ class ClipPeftEncoder(ItemEncoder):
         if "text" in used:
             masked = {} if mask is None else {"attention_mask": mask}
             layers = self._clip.text_model(input_ids=tokens, output_attentions=True, **masked).attentions
-            places = pooled_places(self._clip.config, tokens)  # [items]
-            of_titles = layers[-1].mean(1)[torch.arange(len(tokens)), places]  # [items, length]
+            of_titles = pool_states(self._clip.config, layers[-1].mean(1), tokens, mask)  # [items, length]
         return of_images, of_titles
 
     def clone_groups(self, num_groups: int) -> None:

@@ -17,7 +17,7 @@ from models.towers import architecture, pooled_places
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import load_foundation
-from utils.run.build import EncoderKind, clip_folder, encoder_and_source
+from utils.run.build import EncoderKind, clip_folder, encoder_and_source, foundation_name
 from utils.run.reports import read_groups
 from utils.run.settings import has_groups
 from utils.training.adapters import load_adapter
@@ -173,13 +173,14 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
     Raises:
         PerPEFTError: an adapter cannot be read.
     """
-    foundation = load_foundation(clip_folder(options.clip_model, dataset), attention="eager")
+    name = foundation_name(options)
+    foundation = load_foundation(clip_folder(name, dataset), attention="eager")
     tokenizer, family = foundation.tokenizer, architecture(foundation.clip.config)
     if not (family.has_class_token and tokenizer.is_fast):
         raise PerPEFTError(
-            f"attention cannot be shown for '{options.clip_model}': its image tower has no class token whose attention it pools"
+            f"attention cannot be shown for '{name}': its image tower has no class token whose attention it pools"
             if tokenizer.is_fast
-            else f"attention cannot be shown for '{options.clip_model}': its tokenizer does not say where tokens lie in a title"
+            else f"attention cannot be shown for '{name}': its tokenizer does not say where tokens lie in a title"
         )
     kind = EncoderKind(options.peft_type, options.rank, options.modality, peft_config=options.peft_config)
     encoder, source = encoder_and_source(kind, foundation, dataset, torch.device(options.device), options.missing_images)

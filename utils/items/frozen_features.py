@@ -55,11 +55,11 @@ def compute_features(
         device: where to compute.
         items_at_once: items a forward pass.
     Returns:
-        [items, 2 * feature_width], or [items, feature_width] of one modality
+        [items, feature_width]
     """
     clip = clip.eval().to(device)
     used = MODALITIES[modality]
-    features = torch.empty(store.num_items, len(used) * feature_width(clip.config))
+    features = torch.empty(store.num_items, feature_width(clip.config, modality))
     scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
     order = store.reading_order()
     for start in tqdm(range(0, len(order), items_at_once), "frozen features", unit="batch", disable=None):

@@ -1,6 +1,7 @@
 """CLIP's cached hidden states for IISAN: computed once, kept in `{name}_preX.pt`, read by item number."""
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,20 @@ def compute_hidden_states(
 
 
 def save_hidden_states(
-    path: Path, image_states: torch.Tensor, text_states: torch.Tensor, raw_ids: list[str], clip_name: str
+    path: Path, image_states: torch.Tensor, text_states: torch.Tensor, raw_ids: list[str], model: str, folders: Sequence[str]
 ) -> None:
-    """Save states as they are published, and beside them, in `{name}_preX.json`, which CLIP they came from.
+    """Save states as they are published, and beside them, in `{name}_preX.json`, which model they came from.
 
+    Args:
+        path: the file.
+        image_states, text_states, raw_ids: of all items.
+        model: the foundation model's name.
+        folders: where its files lie, or names on the hub.
     Raises:
         PerPEFTError: no room or right to write there.
     """
     try:
-        note = {"clip_model": clip_name, "clip_files": _files_hash(clip_name)}
+        note = {"clip_model": model, "clip_files": _files_hash(folders)}
         write_text_atomically(path.with_suffix(".json"), json.dumps(note) + "\n")
         write_atomically(path, lambda temporary: save_tensors((image_states, text_states, list(raw_ids)), temporary))
     except OSError as error:
@@ -78,6 +84,8 @@ def _is_dense(states: Any) -> bool:
     if type(states) not in (torch.Tensor, torch.nn.Parameter) or states.dim() != 3 or not states.is_floating_point():
         return False
     # A tensor may repeat one number any number of times: to look at it would fill the memory.
+    if states.shape[2] == 0:  # image states of a text encoder alone
+        return True
     return 0 < states.numel() * states.element_size() <= states.untyped_storage().nbytes()
 
 
@@ -105,26 +113,27 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
     return image_states.detach(), text_states.detach(), list(ids)
 
 
-def _files_hash(clip_name: str) -> str | None:
-    """What a CLIP's folder is known by; None for a name on the hub."""
-    if not Path(clip_name).is_dir():
+def _files_hash(folders: Sequence[str]) -> str | None:
+    """What a model's folders are known by; None for names on the hub."""
+    if not all(Path(folder).is_dir() for folder in folders):
         return None
     digest = hashlib.sha256()
-    add_model_files(digest, clip_name)
+    for folder in folders:
+        add_model_files(digest, folder)
     return digest.hexdigest()[:16]
 
 
-def _refuse_other_clip(note: Path, clip_name: str) -> None:
-    """Raise a PerPEFTError unless the states beside a note come from this CLIP, whatever its folder is called now."""
+def _refuse_other_model(note: Path, model: str, folders: Sequence[str]) -> None:
+    """Raise a PerPEFTError unless the states beside a note come from this model, whatever its folder is called now."""
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
         made_by, files = str(content["clip_model"])[:200], content.get("clip_files")
     except (AttributeError, ValueError, LookupError, TypeError, RecursionError, OSError) as error:
-        raise PerPEFTError(f"{note} does not say which CLIP made the states beside it; delete both and start again") from error
-    own = _files_hash(clip_name)
-    if files != own if files and own else made_by != clip_name:
+        raise PerPEFTError(f"{note} does not say which model made the states beside it; delete both and start again") from error
+    own = _files_hash(folders)
+    if files != own if files and own else made_by != model:
         raise PerPEFTError(
-            f"{note.with_suffix('.pt')} was computed by CLIP '{made_by}', not '{clip_name}'; pass --clip_model {made_by}, or "
+            f"{note.with_suffix('.pt')} was computed by CLIP '{made_by}', not '{model}'; pass --clip_model {made_by}, or "
             "delete it and start again to compute it anew"
         )
 
@@ -156,26 +165,29 @@ class HiddenStateStore:
         self.num_items = len(rows)
 
     @classmethod
-    def open(cls, dataset: Dataset, config: PretrainedConfig | None, clip_name: str | None = None) -> "HiddenStateStore":
+    def open(
+        cls, dataset: Dataset, config: PretrainedConfig | None, model: str | None = None, folders: Sequence[str] = ()
+    ) -> "HiddenStateStore":
         """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
 
         Args:
             dataset: whose items.
-            config: of the CLIP that the states must come from; None where it is not known.
-            clip_name: as on the command line.
+            config: of the model that the states must come from; None where it is not known.
+            model: its name; None not to compare it.
+            folders: where its files lie, or names on the hub.
         Raises:
             PerPEFTError: unreadable, of another CLIP, items missing, or states that are not finite, with their ids.
         """
         path = states_path(dataset.folder, dataset.name)
         image_states, text_states, ids = _read(path)
         note = path.with_suffix(".json")
-        if clip_name is not None and note.is_file():
-            _refuse_other_clip(note, clip_name)
+        if model is not None and note.is_file():
+            _refuse_other_model(note, model, folders)
         if config is not None:
             found = (tuple(image_states.shape[1:]), tuple(text_states.shape[1:]))
             if found != state_shapes(config):
                 raise PerPEFTError(
-                    f"{path} holds states of another CLIP: layers and widths {found}, where {clip_name or 'this one'} has "
+                    f"{path} holds states of another CLIP: layers and widths {found}, where {model or 'this one'} has "
                     f"{state_shapes(config)}; pass the right --clip_model, or delete the file and start again to compute it anew"
                 )
         place = {raw_id: row for row, raw_id in enumerate(ids)}

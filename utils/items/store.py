@@ -104,14 +104,16 @@ def image_status(path: Path) -> os.stat_result | None:
         return None
 
 
-def _store_key(dataset: Dataset, processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, form: TitleForm) -> str:
+def _store_key(
+    dataset: Dataset, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase, form: TitleForm
+) -> str:
     """A hash of everything that the store's content follows from."""
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     # What the tokenizer was last asked for is part of its state, but not of what it makes of these titles.
     vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)
-    digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
+    digest.update(json.dumps(processor.to_dict() if processor else None, sort_keys=True, default=str).encode())
     padded = " padded" if form.padded else ""
     digest.update(f"{vocabulary} {tokenizer.pad_token_id} {form.max_length} {DECODING}{padded}".encode())
     for raw_id, title, path in zip(dataset.raw_ids, dataset.titles, dataset.image_paths):
@@ -194,7 +196,7 @@ class ImageTitleStore:
     def open(
         cls,
         dataset: Dataset,
-        processor: BaseImageProcessor,
+        processor: BaseImageProcessor | None,
         tokenizer: PreTrainedTokenizerBase,
         form: TitleForm,
         missing_images: str = "error",
@@ -206,7 +208,8 @@ class ImageTitleStore:
 
         Args:
             dataset: whose images and titles.
-            processor, tokenizer: the foundation model's own.
+            processor, tokenizer: the foundation model's own; without an image processor, images are left out and every item has
+                one black pixel.
             form: how it reads titles.
             missing_images: "error", or "blank" for black images in place of missing or unreadable ones.
         Raises:
@@ -219,7 +222,10 @@ class ImageTitleStore:
                 if missing:
                     with folder_written_atomically(folder) as temporary:
                         _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, form)
-                        _write_images(temporary / "images.npy", dataset, processor, missing_images)
+                        if processor is None:
+                            np.save(temporary / "images.npy", np.zeros((dataset.num_items, 3, 1, 1), dtype=np.uint8))
+                        else:
+                            _write_images(temporary / "images.npy", dataset, processor, missing_images)
         except OSError as error:
             raise PerPEFTError(f"the image store {folder} cannot be written ({error}); make room there") from error
         try:

@@ -5,15 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, PretrainedConfig
+from transformers import PretrainedConfig
 
 from models import IISAN, ClipPeftEncoder, FrozenEncoder, IISANEncoder, ItemEncoder
 from models.peft_configs import peft_config
-from models.towers import architecture
+from models.towers import architecture, count_parameters
 from utils.common.devices import PRECISIONS
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
-from utils.items.foundation import Foundation, ensure_hidden_states, known_config, load_foundation
+from utils.items.foundation import (
+    Foundation,
+    FoundationName,
+    PairName,
+    ensure_hidden_states,
+    known_config,
+    load_foundation,
+    model_names,
+)
 from utils.items.frozen_features import FeatureStore, compute_features
 from utils.items.hidden_states import HiddenStateStore, states_path
 from utils.items.source import ItemSource
@@ -52,13 +60,20 @@ def needs_contents(peft_type: str, train_dir: str | Path, name: str) -> bool:
     return peft_type != "none" and (peft_type != "iisan" or not states_path(train_dir, name).is_file())
 
 
-def clip_folder(clip_model: str, dataset: Dataset) -> str:
-    """The folder or hub name of a CLIP; "demo" is the demo's own, which is trained on first use."""
+def foundation_name(options: argparse.Namespace) -> FoundationName | None:
+    """The foundation model that a run's options name; None where none is used."""
+    if options.text_model:
+        return PairName(options.image_model, options.text_model, options.text_pooling)
+    return options.clip_model
+
+
+def clip_folder(clip_model: FoundationName, dataset: Dataset) -> FoundationName:
+    """The name of a foundation model; "demo" is the demo's own, which is trained on first use."""
     return str(demo_clip(dataset.folder)) if clip_model == "demo" else clip_model
 
 
 def build_encoder(
-    kind: EncoderKind, dataset: Dataset, clip_model: str | None, device: torch.device, missing_images: str = "error"
+    kind: EncoderKind, dataset: Dataset, clip_model: FoundationName | None, device: torch.device, missing_images: str = "error"
 ) -> tuple[ItemEncoder, ItemSource]:
     """An item encoder and the source of its inputs; IISAN's hidden states are kept on disk.
 
@@ -74,7 +89,8 @@ def build_encoder(
             ensure_hidden_states(dataset, clip_model, device, missing_images)
     if kind.peft_type == "iisan":
         config = known_config(clip_model)
-        return _iisan_encoder(HiddenStateStore.open(dataset, config, clip_model), config, kind.modality)
+        store = HiddenStateStore.open(dataset, config, str(clip_model), model_names(clip_model))
+        return _iisan_encoder(store, config, kind.modality)
     return encoder_and_source(kind, load_foundation(clip_model), dataset, device, missing_images)
 
 
@@ -112,8 +128,7 @@ def encoder_and_source(
 
 def _iisan_encoder(store: HiddenStateStore, config: PretrainedConfig | None, modality: str) -> tuple[ItemEncoder, ItemSource]:
     _, num_states, image_dim = store.image_states.shape
-    with torch.device("meta"):  # counts parameters without making them
-        size = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters()) if config else None
+    size = count_parameters(config) if config else None
     return IISANEncoder(IISAN(image_dim, store.text_states.shape[2], num_states, modality=modality), size), store
 
 

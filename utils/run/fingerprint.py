@@ -1,13 +1,16 @@
 """What a run's data is recognised by, so that a run continues only on the data that it started with."""
 import argparse
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from utils.common.files import add_model_files
 from utils.data.dataset import Dataset
+from utils.items.foundation import model_names
 from utils.items.store import image_status
+from utils.run.build import foundation_name
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
@@ -19,11 +22,11 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | None) -> str | None:
-    """A hash of what the encoder reads beside the histories: titles, sizes of images, and the files of a CLIP folder.
+def contents_fingerprint(peft_type: str, dataset: Dataset, models: Sequence[str]) -> str | None:
+    """A hash of what the encoder reads beside the histories: titles, sizes of images, and the files of model folders.
 
-    None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A CLIP from the hub (or
-    None) adds nothing.
+    None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A model from the hub adds
+    nothing.
     """
     if peft_type in ("iisan", "none"):
         return None
@@ -31,14 +34,16 @@ def contents_fingerprint(peft_type: str, dataset: Dataset, clip_model: str | Non
     for title, path in zip(dataset.titles, dataset.image_paths):
         status = image_status(path)
         digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
-    if clip_model and Path(clip_model).is_dir():
-        add_model_files(digest, clip_model)
+    for model in models:
+        if Path(model).is_dir():
+            add_model_files(digest, model)
     return digest.hexdigest()[:16]
 
 
 def fingerprints(options: argparse.Namespace, dataset: Dataset) -> dict[str, str | None]:
     """Hashes of histories and raw ids, and of what the encoder reads beside them."""
+    name = foundation_name(options)
     return {
         "dataset_fingerprint": dataset_fingerprint(dataset),
-        "contents_fingerprint": contents_fingerprint(options.peft_type, dataset, options.clip_model),
+        "contents_fingerprint": contents_fingerprint(options.peft_type, dataset, model_names(name) if name else []),
     }

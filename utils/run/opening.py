@@ -15,7 +15,7 @@ from utils.data.dataset import Dataset, read_dataset, require_dataset
 from utils.items.source import ItemSource
 from utils.prepare.demo import make_demo
 from utils.run import reports
-from utils.run.build import EncoderKind, build_encoder, needs_contents
+from utils.run.build import EncoderKind, build_encoder, foundation_name, needs_contents
 from utils.run.distributed import choose_launched_device, make_accelerator
 from utils.run.fingerprint import fingerprints
 from utils.run.folder import RunFolder
@@ -111,7 +111,7 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
     """The model with one group, on its device, and the source of its item inputs."""
     device = torch.device(options.device)
     seed_everything(options.trial)
-    encoder, source = build_encoder(EncoderKind.of(options), dataset, options.clip_model, device, options.missing_images)
+    encoder, source = build_encoder(EncoderKind.of(options), dataset, foundation_name(options), device, options.missing_images)
     projector = (MMProjector if encoder.feature_dim else NoProjector)(encoder.feature_dim, options.hidden_units)
     sasrec = SASRec(
         dataset.num_items,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from models.item_encoder import MODALITIES
+from models.pair import TEXT_POOLINGS
 from models.peft_configs import ORIGIN, peft_config
 from utils.common.console import HelpFormatter, number
 from utils.common.devices import PRECISIONS
@@ -85,11 +86,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
             metavar="FILE.json",
             help="the adapter's settings, as peft's adapter_config.json has them (default: the paper's, or peft's)",
         )
-    adapters.add_argument(
-        "--clip_model",
-        default=None,
-        help=f"folder or hub name of a CLIP, SigLIP, Chinese-CLIP or AltCLIP (default: {DEFAULT_CLIP})",
-    )
+    add_model_options(adapters)
     if "lora" in peft_types:
         adapters.add_argument("--rank", type=SIZE, default=4, help="rank of lora and dora")
         adapters.add_argument(
@@ -134,6 +131,40 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     return parser
 
 
+def add_model_options(parser: argparse._ActionsContainer) -> None:
+    """The options that name the foundation model."""
+    parser.add_argument(
+        "--clip_model",
+        default=None,
+        help=f"folder or hub name of a CLIP, SigLIP, Chinese-CLIP or AltCLIP (default: {DEFAULT_CLIP})",
+    )
+    parser.add_argument("--image_model", default=None, help="instead: an image encoder, as ViT or DINOv2, with --text_model")
+    parser.add_argument("--text_model", default=None, help="and a text encoder, as BERT, MiniLM or E5")
+    parser.add_argument(
+        "--text_pooling", choices=tuple(TEXT_POOLINGS), default=None, help="what the text encoder pools (default: mean)"
+    )
+
+
+def resolve_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Check which options of the foundation model go together, and fill in the defaults.
+
+    A text encoder alone reads no images, so none need be there.
+    """
+    if options.text_model:
+        if options.clip_model:
+            parser.error("--clip_model and --text_model exclude each other: a dual encoder, or a pair of encoders")
+        if not options.image_model and getattr(options, "modality", "text") != "text":
+            parser.error("--text_model alone reads titles only; add --modality text, or an --image_model")
+        options.text_pooling = options.text_pooling or "mean"
+        if not options.image_model:
+            options.missing_images = "blank"
+        return
+    for name in ("image_model", "text_pooling"):
+        if getattr(options, name):
+            parser.error(f"--{name} needs --text_model")
+    options.clip_model = options.clip_model or ("demo" if options.dataset == "demo" else DEFAULT_CLIP)
+
+
 def _resolve_adapter(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Fill in the kind of adapter, and check the settings that a file has for it."""
     settings = options.peft_config
@@ -170,7 +201,7 @@ def _check_method(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if method in ("frozen", "none"):
         options.peft_type, options.rank, options.gradient_checkpointing, options.precision = method, None, False, "fp32"
     if method == "none":
-        options.clip_model = None
+        options.clip_model = options.image_model = options.text_model = options.text_pooling = None
 
 
 def parse_options(description: str, peft_types: tuple[str, ...], arguments: list[str] | None = None) -> argparse.Namespace:
@@ -188,7 +219,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
         parser.error(f"--dataset {options.dataset}: expected a name, not a path; pass its folder as --train_dir")
     is_demo = options.dataset == "demo"
     options.C = options.C or (4 if is_demo else 8)
-    options.clip_model = options.clip_model or ("demo" if is_demo else DEFAULT_CLIP)
+    resolve_model(parser, options)
     _resolve_adapter(parser, options)
     _check_method(parser, options)
     known = demo_hyperparameters(options.peft_type) if is_demo else read_hyperparameters(options.dataset, options.peft_type)
