@@ -58,8 +58,8 @@ class ClipPeftEncoder(ItemEncoder):
         self._modality = modality
         self._autocast_dtype = autocast_dtype
         self.feature_dim = feature_width(clip.config, modality)
-        if modality != "both":
-            unused = TOWERS["text" if modality == "image" else "image"]
+        unused = TOWERS["text" if modality == "image" else "image"]
+        if modality != "both" and hasattr(clip, unused):
             config.exclude_modules = rf"{unused}\..*"
         config.base_model_name_or_path = clip.config._name_or_path or None
         self.adapter_config = config

@@ -164,7 +164,7 @@ def inspect_dataset(
     images = folder / f"{name}_images"
     if contents:
         titles = read_titles(folder / f"{name}_texts_final.pickle", list(raw_ids.values()), problems, remarks)
-        present = find_images(images, raw_ids, missing_images, problems, remarks)
+        present = {} if missing_images == "unused" else find_images(images, raw_ids, missing_images, problems, remarks)
     dataset = Dataset(
         name=name,
         folder=folder,
@@ -193,7 +193,7 @@ def read_dataset(
         train_dir: the folder of all data sets.
         name: the data set.
         contents: whether titles and images are needed; if not, they may be missing.
-        missing_images: "error", or "blank" to accept items without an image file.
+        missing_images: "error", "blank" to accept items without an image file, or "unused" to look for none.
         num_groups: how many groups the users will be put into (--C).
     Raises:
         PerPEFTError: all that is wrong with the files, the first ten of each kind and the counts.

@@ -28,6 +28,7 @@ from utils.common.errors import PerPEFTError
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
 from utils.items.hidden_states import compute_hidden_states, save_hidden_states, states_path
+from utils.items.model_name import FoundationName, PairName, model_folders
 from utils.items.store import ImageTitleStore, TitleForm, output_size
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
@@ -84,32 +85,6 @@ def _quiet_transformers():
         yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-@dataclass(frozen=True)
-class PairName:
-    """Names of two single encoders in place of a dual encoder's, each a folder or a name on the hub.
-
-    Attributes:
-        image_model: None for titles alone.
-        text_model: a text encoder.
-        text_pooling: "cls" or "mean".
-    """
-
-    image_model: str | None
-    text_model: str
-    text_pooling: str = "mean"
-
-    def __str__(self) -> str:
-        return " + ".join([*([self.image_model] if self.image_model else []), f"{self.text_model} ({self.text_pooling})"])
-
-
-FoundationName = str | PairName
-
-
-def model_names(name: FoundationName) -> list[str]:
-    """The folders or hub names that a foundation model's files lie in."""
-    return [name] if isinstance(name, str) else [part for part in (name.image_model, name.text_model) if part]
 
 
 def load_foundation(name: FoundationName, attention: str | None = None) -> Foundation:
@@ -225,7 +200,7 @@ def _wrong_image_size(config: PretrainedConfig, image_processor: BaseImageProces
 def known_config(name: FoundationName) -> PretrainedConfig | PairConfig | None:
     """The configuration of a model without its weights, from a folder or what the hub's client has kept; else None."""
     with _quiet_transformers(), contextlib.suppress(Exception):
-        found = [AutoConfig.from_pretrained(part, local_files_only=True, trust_remote_code=False) for part in model_names(name)]
+        found = [AutoConfig.from_pretrained(part, local_files_only=True, trust_remote_code=False) for part in model_folders(name)]
         if isinstance(name, PairName):
             return PairConfig(found[0] if name.image_model else None, found[-1], name.text_pooling)
         return found[0] if found[0].model_type in ARCHITECTURES else None
@@ -241,5 +216,5 @@ def ensure_hidden_states(
         if missing or anew:
             foundation = load_foundation(name)
             states = foundation.hidden_states(foundation.store(dataset, missing_images), device)
-            save_hidden_states(path, *states, dataset.raw_ids, str(name), model_names(name))
+            save_hidden_states(path, *states, dataset.raw_ids, name)
     return path

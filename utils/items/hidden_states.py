@@ -1,7 +1,5 @@
 """CLIP's cached hidden states for IISAN: computed once, kept in `{name}_preX.pt`, read by item number."""
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,15 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from models.clip_peft import channel_statistics
+from models.pair import PairConfig
 from models.towers import hidden_states, state_shapes
 from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError
-from utils.common.files import add_model_files, save_tensors, write_atomically, write_text_atomically
+from utils.common.files import save_tensors, write_atomically, write_text_atomically
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
 from utils.data.problems import Problems
+from utils.items.model_name import FoundationName, model_hash
 from utils.items.store import DEVICE_SHARE, ImageTitleStore
 
 PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
@@ -59,20 +59,19 @@ def compute_hidden_states(
 
 
 def save_hidden_states(
-    path: Path, image_states: torch.Tensor, text_states: torch.Tensor, raw_ids: list[str], model: str, folders: Sequence[str]
+    path: Path, image_states: torch.Tensor, text_states: torch.Tensor, raw_ids: list[str], model: FoundationName
 ) -> None:
     """Save states as they are published, and beside them, in `{name}_preX.json`, which model they came from.
 
     Args:
         path: the file.
         image_states, text_states, raw_ids: of all items.
-        model: the foundation model's name.
-        folders: where its files lie, or names on the hub.
+        model: the foundation model.
     Raises:
         PerPEFTError: no room or right to write there.
     """
     try:
-        note = {"clip_model": model, "clip_files": _files_hash(folders)}
+        note = {"clip_model": str(model), "clip_files": model_hash(model)}
         write_text_atomically(path.with_suffix(".json"), json.dumps(note) + "\n")
         write_atomically(path, lambda temporary: save_tensors((image_states, text_states, list(raw_ids)), temporary))
     except OSError as error:
@@ -113,25 +112,15 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
     return image_states.detach(), text_states.detach(), list(ids)
 
 
-def _files_hash(folders: Sequence[str]) -> str | None:
-    """What a model's folders are known by; None for names on the hub."""
-    if not all(Path(folder).is_dir() for folder in folders):
-        return None
-    digest = hashlib.sha256()
-    for folder in folders:
-        add_model_files(digest, folder)
-    return digest.hexdigest()[:16]
-
-
-def _refuse_other_model(note: Path, model: str, folders: Sequence[str]) -> None:
+def _refuse_other_model(note: Path, model: FoundationName) -> None:
     """Raise a PerPEFTError unless the states beside a note come from this model, whatever its folder is called now."""
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
         made_by, files = str(content["clip_model"])[:200], content.get("clip_files")
     except (AttributeError, ValueError, LookupError, TypeError, RecursionError, OSError) as error:
         raise PerPEFTError(f"{note} does not say which model made the states beside it; delete both and start again") from error
-    own = _files_hash(folders)
-    if files != own if files and own else made_by != model:
+    own = model_hash(model)
+    if files != own if files and own else made_by != str(model):
         raise PerPEFTError(
             f"{note.with_suffix('.pt')} was computed by CLIP '{made_by}', not '{model}'; pass --clip_model {made_by}, or "
             "delete it and start again to compute it anew"
@@ -166,15 +155,14 @@ class HiddenStateStore:
 
     @classmethod
     def open(
-        cls, dataset: Dataset, config: PretrainedConfig | None, model: str | None = None, folders: Sequence[str] = ()
+        cls, dataset: Dataset, config: PretrainedConfig | PairConfig | None, model: FoundationName | None = None
     ) -> "HiddenStateStore":
         """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
 
         Args:
             dataset: whose items.
             config: of the model that the states must come from; None where it is not known.
-            model: its name; None not to compare it.
-            folders: where its files lie, or names on the hub.
+            model: as on the command line.
         Raises:
             PerPEFTError: unreadable, of another CLIP, items missing, or states that are not finite, with their ids.
         """
@@ -182,7 +170,7 @@ class HiddenStateStore:
         image_states, text_states, ids = _read(path)
         note = path.with_suffix(".json")
         if model is not None and note.is_file():
-            _refuse_other_model(note, model, folders)
+            _refuse_other_model(note, model)
         if config is not None:
             found = (tuple(image_states.shape[1:]), tuple(text_states.shape[1:]))
             if found != state_shapes(config):

@@ -13,17 +13,10 @@ from models.towers import architecture, count_parameters
 from utils.common.devices import PRECISIONS
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
-from utils.items.foundation import (
-    Foundation,
-    FoundationName,
-    PairName,
-    ensure_hidden_states,
-    known_config,
-    load_foundation,
-    model_names,
-)
+from utils.items.foundation import Foundation, ensure_hidden_states, known_config, load_foundation
 from utils.items.frozen_features import FeatureStore, compute_features
 from utils.items.hidden_states import HiddenStateStore, states_path
+from utils.items.model_name import FoundationName, PairName
 from utils.items.source import ItemSource
 from utils.prepare.demo_clip import demo_clip
 
@@ -89,7 +82,7 @@ def build_encoder(
             ensure_hidden_states(dataset, clip_model, device, missing_images)
     if kind.peft_type == "iisan":
         config = known_config(clip_model)
-        store = HiddenStateStore.open(dataset, config, str(clip_model), model_names(clip_model))
+        store = HiddenStateStore.open(dataset, config, clip_model)
         return _iisan_encoder(store, config, kind.modality)
     return encoder_and_source(kind, load_foundation(clip_model), dataset, device, missing_images)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from utils.common.files import add_model_files
 from utils.data.dataset import Dataset
-from utils.items.foundation import model_names
+from utils.items.model_name import model_folders
 from utils.items.store import image_status
 from utils.run.build import foundation_name
 
@@ -45,5 +45,5 @@ def fingerprints(options: argparse.Namespace, dataset: Dataset) -> dict[str, str
     name = foundation_name(options)
     return {
         "dataset_fingerprint": dataset_fingerprint(dataset),
-        "contents_fingerprint": contents_fingerprint(options.peft_type, dataset, model_names(name) if name else []),
+        "contents_fingerprint": contents_fingerprint(options.peft_type, dataset, model_folders(name) if name else []),
     }

@@ -7,7 +7,7 @@ import numpy as np
 from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
-from utils.items.foundation import model_names
+from utils.items.model_name import model_folders
 from utils.run.build import foundation_name, needs_contents
 from utils.run.distributed import make_accelerator
 from utils.run.fingerprint import contents_fingerprint, dataset_fingerprint
@@ -60,7 +60,7 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
     dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", minimum_users(options))
     if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
         raise _other_data(name, "dataset_fingerprint", "")
-    models = model_names(model) if (model := foundation_name(options)) else []
+    models = model_folders(model) if (model := foundation_name(options)) else []
     # A CLIP from the hub left no trace in the fingerprint; a copy of it in a folder may be named now.
     possible = [contents_fingerprint(options.peft_type, dataset, where) for where in (models, [])]
     if expected["contents_fingerprint"] not in possible:

@@ -157,7 +157,7 @@ def resolve_model(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             parser.error("--text_model alone reads titles only; add --modality text, or an --image_model")
         options.text_pooling = options.text_pooling or "mean"
         if not options.image_model:
-            options.missing_images = "blank"
+            options.missing_images = "unused"
         return
     for name in ("image_model", "text_pooling"):
         if getattr(options, name):
