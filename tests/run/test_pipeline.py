@@ -286,8 +286,9 @@ def test_negatives_are_drawn_from_all_items_first_and_then_from_the_groups_train
     samplers = []
 
     class Remembering(Sampler):
-        def __init__(self, train, num_items, groups, candidates, batch_size, maxlen, seed):
+        def __init__(self, train, num_items, groups, candidates, batch_size, maxlen, seed, mixed):
             samplers.append((groups.tolist(), [items.tolist() for items in candidates], batch_size, maxlen))
+            assert not mixed
             super().__init__(train, num_items, groups, candidates, batch_size, maxlen, seed)
 
     monkeypatch.setattr("utils.run.run.Sampler", Remembering)
