@@ -65,6 +65,8 @@ class EncoderPair(nn.Module):
         text_pooling: "cls" or "mean".
     """
 
+    base_model_prefix = ""  # peft 0.21 asks for it
+
     def __init__(self, vision_model: PreTrainedModel | None, text_model: PreTrainedModel, text_pooling: str = "mean"):
         super().__init__()
         if vision_model is not None:

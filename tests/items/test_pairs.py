@@ -134,7 +134,9 @@ def test_adapters_sit_in_both_encoders_and_open_with_peft(kind, folders, tiny_da
     features = encoder(pixels, tokens, mask)
     save_adapter(encoder, tmp_path, 1)
     pair = {"vision_model": AutoModel.from_pretrained(name.image_model), "text_model": AutoModel.from_pretrained(name.text_model)}
-    opened = PeftModel.from_pretrained(nn.ModuleDict(pair), tmp_path / "adapter").eval().base_model.model
+    pair = nn.ModuleDict(pair)
+    pair.base_model_prefix = ""  # peft 0.21 asks for it
+    opened = PeftModel.from_pretrained(pair, tmp_path / "adapter").eval().base_model.model
     states = opened["text_model"](input_ids=tokens, attention_mask=mask).last_hidden_state
     titles = torch.stack([pooled(row[None, : int(length)], "mean") for row, length in zip(states, mask.sum(1))])
     images = opened["vision_model"](encoder._shift + pixels.float() * encoder._scale).last_hidden_state[:, 0]
