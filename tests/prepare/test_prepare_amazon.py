@@ -232,10 +232,10 @@ def test_cut_and_missing_files(category, run, monkeypatch, tmp_path, capsys):
     options = category(*many())
     for place in (1, 3):
         whole = options[place].read_bytes()
-        for content in (whole[:-20], whole[:40] + b"\xff" * 20 + whole[60:]):
+        for content in (whole[:-20], whole[:-8] + b"\0" * 8, whole[:40] + b"\xff" * 20 + whole[60:]):
             options[place].write_bytes(content)
             assert run(prepare_amazon.main, *options) == 2
-            assert str(options[place]) in capsys.readouterr().err
+            assert f"{options[place]} is cut off or damaged" in capsys.readouterr().err
         options[place].unlink()
         assert run(prepare_amazon.main, *options) == 2
         assert f"{options[place]}: no such file" in capsys.readouterr().err
@@ -272,3 +272,12 @@ def test_the_fields_of_all_releases(category, run, tmp_path, server, image):  # 
     assert run(prepare_amazon.main, *category(reviews, items, images=False), "--core", 3) == 0
     assert histories_of(tmp_path / "data", "lamps") == [["B0", "B1", "B2"]] * 5
     assert server.asked == {f"/B{i}": 1 for i in range(3)}
+
+
+def test_python_literals_of_2014_and_half_surrogate_pairs(category, run, tmp_path):
+    reviews, items = many(users=8, items=5)
+    options = category(reviews, items)
+    lines = [repr({"asin": f"B{i}", "title": f"it's {i}", "imUrl": "x"}).encode() for i in range(4)]
+    write_lines(tmp_path / "meta_Lamps.jsonl.gz", [*lines, b'{"asin": "B4", "title": "half \\ud83d pair", "imUrl": "x"}'])
+    assert run(prepare_amazon.main, *options) == 0
+    assert read_dataset(tmp_path / "data", "lamps").titles == ["it's 0", "it's 1", "it's 2", "it's 3", "half \ufffd pair"]

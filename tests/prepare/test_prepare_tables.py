@@ -1,13 +1,16 @@
 """Tables as shops, spreadsheets and recommender tools write them become one data set, and no row is lost without a count."""
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import random
 from datetime import datetime, timedelta, timezone
 
 import duckdb
 import pytest
+import zstandard
 
 from scripts import prepare_tables
 from tests.conftest import draw_image
@@ -110,6 +113,15 @@ CASES = {
         table((*USER, "text"), [(*buy, "word " * 40_000) for buy in BUYS[:3]] + [(*buy, "") for buy in BUYS[3:]]),
         table(ITEM, [(item, "long " * 40_000, image) for item, _, image in GOODS]),
     ),
+    "lines of Windows and Unix": (table(USER, BUYS).replace("\n", "\r\n", 9), table(ITEM, GOODS)),
+    "a separator declared for spreadsheets": ("sep=^\n" + table(USER, BUYS, "^"), table(ITEM, GOODS)),
+    "spaces between": (table(USER, BUYS, " "), table(ITEM, GOODS)),
+    "paths of Windows": (table(USER, BUYS), table(ITEM, GOODS).replace("img/", "img\\")),
+    "backslashes before quotation marks": (table(USER, BUYS), table(ITEM, GOODS).replace("Thing A-2", '"Thing \\"2\\", x"')),
+    "xz": (lzma.compress(table(USER, BUYS).encode()), bz2.compress(table(ITEM, GOODS).encode())),
+    "JSON in UTF-16": ("".join(json.dumps(dict(zip(USER, buy))) + "\n" for buy in BUYS).encode("utf-16"), table(ITEM, GOODS)),
+    "a counter of any size": (table(USER, [(u, i, (t - 1_599_999_000) * 10**9) for u, i, t in BUYS]), table(ITEM, GOODS)),
+    "exponents": (table(USER, [(u, i, f"{t:.10e}") for u, i, t in BUYS]), table(ITEM, GOODS)),
     "spaces around": (table(USER, BUYS).replace(",", " , "), table(ITEM, GOODS).replace(",", ",  ")),
 }  # fmt: skip
 
@@ -145,6 +157,35 @@ def test_other_formats(kind, shop, tmp_path):
     code, printed = shop(*contents, names=(f"buys.{kind}", f"items.{kind}"))
     assert code == 0, printed.err
     assert histories_of(tmp_path / "data", "mine") == histories()
+
+
+def test_ids_that_are_numbers_of_a_parquet_file(shop, tmp_path):
+    rows = [(user, ITEMS.index(item), time) for user, item, time in BUYS]
+    columns = "u AS user, i::DOUBLE AS item, to_timestamp(t) AS time"
+    buys = parquet(tmp_path / "a", f"SELECT {columns} FROM ({values(rows)}) t(u, i, t)")
+    code, printed = shop(buys, table(ITEM, [(number, *good[1:]) for number, good in enumerate(GOODS)]))
+    assert code == 0, printed.err
+    expected = [[str(ITEMS.index(item)) for item in history] for history in histories()]
+    assert histories_of(tmp_path / "data", "mine") == sorted(expected)
+
+
+MANY = [(f"u{row % 901}", ITEMS[row % 6], row) for row in range(20_000)]
+MANY_LINES = "".join(json.dumps(dict(zip(USER, row))) + "\n" for row in MANY)
+
+
+@pytest.mark.parametrize("content", [MANY_LINES, table(USER, MANY)], ids=["JSON", "CSV"])
+@pytest.mark.parametrize("compress", [
+    gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor(write_checksum=True).compress,
+])  # fmt: skip
+def test_damage_in_compressed_files_loses_nothing_unseen(shop, tmp_path, content, compress):
+    packed = compress(content.encode())
+    middle = len(packed) // 2
+    changed = packed[:middle] + bytes(byte ^ 255 for byte in packed[middle : middle + 9]) + packed[middle + 9 :]
+    for damaged in (packed[:-1], packed[:middle], changed, packed[:-3] + b"abc"):
+        code, printed = shop(damaged, PLAIN_GOODS)
+        assert code == 2 and "buys.csv is cut off or damaged" in printed.err, printed
+    code, printed = shop(packed, PLAIN_GOODS)
+    assert code == 0 and "interactions read" in printed.out and " 20,000\n" in printed.out
 
 
 PLAIN_BUYS, PLAIN_GOODS = table(USER, BUYS), table(ITEM, GOODS)
@@ -264,6 +305,8 @@ def test_latin_1_needs_its_name_and_then_is_read(shop, tmp_path):
     ("user,item,time\na,b,3\n", PLAIN_GOODS, "", "['b'], those of items.csv ['A-0', 'A-1', 'A-2']; do both files fit"),
     ("user,item,time\na,A-1,31.12.1999\n", PLAIN_GOODS, "", "write the form of times such as '31.12.1999' as --time_format"),
     (b"PK\x03\x04", PLAIN_GOODS, "", "is a zip or Excel file"),
+    (b"PAR1 and no more", PLAIN_GOODS, "", "is cut off or damaged, or no Parquet file"),
+    (PLAIN_BUYS, PLAIN_GOODS + "x" * (2**24 + 1), "", "items.csv, line 8: longer than 16,777,216 bytes"),
     (b"\0\0\0b" * 9, PLAIN_GOODS, "", "buys.csv is not a text file"),
     (PLAIN_BUYS, PLAIN_GOODS, "--encoding klingon", "--encoding klingon: no such encoding"),
 ])  # fmt: skip

@@ -29,5 +29,5 @@ def open_meta(pattern: str | Path, with_images: bool = True) -> Table:
 
 def _open(pattern: str | Path, fields: dict[str, tuple[str, ...]]) -> Table:
     files = files_of(pattern)
-    parts = [select_json(path, number, fields) for number, path in enumerate(files)]
-    return Table(files, {role: "/".join(names) for role, names in fields.items()}, " UNION ALL ".join(parts))
+    parts = [select_json(number, fields) for number in range(len(files))]
+    return Table(files, {role: "/".join(names) for role, names in fields.items()}, parts)

@@ -86,7 +86,8 @@ class ImageFinder:
             return found
         if found.startswith("//"):
             return f"https:{found}"
-        paths = [str(folder / found.removeprefix("file://")) for folder in self._folders]
+        names = dict.fromkeys((found.removeprefix("file://"), found.replace("\\", "/")))
+        paths = [str(folder / name) for folder in self._folders for name in names]
         return next((path for path in paths if is_there(path)), paths[0])
 
 

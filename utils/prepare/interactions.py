@@ -27,12 +27,14 @@ REASONS = (
 )
 REASON_TYPE = f"ENUM({', '.join(map(quote, REASONS))})"  # one byte a row
 SHOWN_ROWS = 3  # of each reason for leaving rows out
-DATE, EPOCH = 2, 1  # kinds of times: a date, a number as of seconds since 1970; 0 is any other number
-# Numbers are read as seconds, milliseconds, microseconds or nanoseconds since 1970 by their size; within each, order is kept.
-EPOCH_US = (
-    "CASE WHEN abs(number) < 1e11 THEN number * 1e6 WHEN abs(number) < 1e14 THEN number * 1e3 "
-    "WHEN abs(number) < 1e17 THEN number WHEN abs(number) < 9e18 THEN number / 1e3 END"
-)
+DATE, EPOCH = 2, 1  # kinds of times: a date, a number as of 1990 to 2100; 0 is any other number
+# Such numbers may be seconds, milliseconds, microseconds or nanoseconds since 1970; which one, their size says.
+UNITS = " ".join(f"WHEN %s BETWEEN 6.3e{8 + power} AND 4.2e{9 + power} THEN 1e{6 - power}" for power in (0, 3, 6, 9))
+
+
+def _unit(column: str) -> str:
+    """SQL of the microseconds in one of a number's unit; NULL for a number that is no time of those years."""
+    return f"CASE {UNITS.replace('%s', column)} END"
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def engine(folder: Path) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
 def stage(con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, min_rating: float | None) -> int:
     """Read all interactions once into the table `staged`: place, reason, user (a key), item (its number), time, kind.
 
-    `reason` says why a row cannot be used; NULL where it can. Times are microseconds since 1970.
+    `reason` says why a row cannot be used; NULL where it can. Dates are microseconds since 1970, numbers as they are.
 
     Args:
         con: with a table `items` (number, raw_id) of the items that can be used.
@@ -70,18 +72,18 @@ def stage(con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, m
         f"WHEN TRY_CAST(rating AS DOUBLE) IS NULL THEN 'rating not a number' "
         f"WHEN TRY_CAST(rating AS DOUBLE) < {min_rating!r} THEN '{LOW}' "
     )  # fmt: skip
-    con.execute(f"""
+    with table.rows() as rows:
+        con.execute(f"""
         CREATE OR REPLACE TABLE staged AS
-        WITH cells AS (SELECT *, {number} AS number FROM ({table.relation})),
+        WITH cells AS (SELECT *, {number} AS number FROM {rows}),
         timed AS (
-            SELECT *, CASE WHEN number IS NOT NULL THEN CASE WHEN isfinite(number) THEN TRY_CAST({EPOCH_US} AS BIGINT) END
-                      ELSE epoch_us({date}) END AS us,
-                   CASE WHEN number IS NULL THEN {DATE} WHEN abs(number) >= 1e8 THEN {EPOCH} ELSE 0 END::UTINYINT AS kind
+            SELECT *, CASE WHEN number IS NULL THEN epoch_us({date}) WHEN abs(number) < 9e18 THEN number END::DOUBLE AS value,
+                   CASE WHEN number IS NULL THEN {DATE} WHEN {_unit('number')} IS NULL THEN 0 ELSE {EPOCH} END::UTINYINT AS kind
             FROM cells)
-        SELECT place, md5_number_lower(timed.user) AS user, items.number AS item, us AS time, kind,
+        SELECT place, md5_number_lower(timed.user) AS user, items.number AS item, value AS time, kind,
                CASE WHEN problem IS NOT NULL THEN problem WHEN timed.user IS NULL THEN 'user missing'
                     WHEN timed.item IS NULL THEN 'item missing' WHEN time IS NULL THEN 'time missing'
-                    WHEN us IS NULL THEN '{NO_TIME}' {low}
+                    WHEN value IS NULL THEN '{NO_TIME}' {low}
                     WHEN items.number IS NULL THEN '{UNKNOWN}' END::{REASON_TYPE} AS reason
         FROM timed LEFT JOIN items ON items.raw_id = timed.item""")
     return _one(con, f"SELECT count(*) FROM staged WHERE reason IS DISTINCT FROM '{BLANK}'")
@@ -123,9 +125,17 @@ def keep_first(con: duckdb.DuckDBPyConnection) -> int:
     Returns:
         how many interactions are repeated ones
     """
+    others, largest = con.execute(
+        f"SELECT count(*) FILTER (kind = 0), max(abs(time)) FILTER (kind <> {DATE}) FROM staged WHERE reason IS NULL"
+    ).fetchone()
+    if others:  # counters, say: their size says nothing
+        time = f"time * {1e6 if largest < 1e12 else 1}"
+    else:
+        time = f"CASE WHEN kind = {EPOCH} THEN time * {_unit('time')} ELSE time END"
     con.execute(f"""
         CREATE OR REPLACE TABLE kept AS
-        SELECT user, item, min(time::HUGEINT * {1 << 62} + place) AS rank FROM staged WHERE reason IS NULL GROUP BY user, item""")
+        SELECT user, item, min(({time})::HUGEINT * {1 << 62} + place) AS rank FROM staged
+        WHERE reason IS NULL GROUP BY user, item""")
     return _one(con, "SELECT count(*) FROM staged WHERE reason IS NULL") - _one(con, "SELECT count(*) FROM kept")
 
 

@@ -75,10 +75,11 @@ class Shop:
             ("is_raw_id", is_raw_id, 1, "BOOLEAN"),
         ):
             con.create_function(name, function, ["VARCHAR"] * arguments, kind, null_handling="special")
-        con.execute(f"""
+        with self.items.rows() as rows:
+            con.execute(f"""
             CREATE TABLE item_rows AS
             WITH found AS (SELECT place, problem, item AS raw_id, clean(title) AS title, find_image(item, image) AS source
-                           FROM ({self.items.relation}))
+                           FROM {rows})
             SELECT *, CASE WHEN problem IS NOT NULL THEN problem WHEN raw_id IS NULL THEN 'item missing'
                       WHEN NOT is_raw_id(raw_id) THEN 'item with a line break' WHEN title IS NULL THEN 'no title'
                       WHEN source IS NULL THEN 'no image' WHEN NOT is_there(source) THEN 'image file not found' END AS reason
@@ -117,19 +118,15 @@ class Shop:
         name = self.interactions.files[0]
         reasons = format_left_out(self.interactions_left_out) or "it has no rows"
         if interactions.UNKNOWN in self.interactions_left_out:
-            ids = [
-                [row[0][:40] for row in con.execute(f"SELECT item FROM ({relation}) WHERE item IS NOT NULL LIMIT 3").fetchall()]
-                for relation in (self.interactions.relation, self.items.relation)
-            ]
-            alike = con.execute(f"""
-                SELECT x.item, raw_id FROM (SELECT item FROM ({self.interactions.relation}) LIMIT 10000) x JOIN items
-                ON regexp_replace(x.item, '\\.0+$', '') = regexp_replace(raw_id, '\\.0+$', '') LIMIT 1""").fetchone()
+            ids = [[row[0][:40] for row in _first(con, table, "item", 3)] for table in (self.interactions, self.items)]
+            alike = con.execute("""
+                SELECT x.item, raw_id FROM (SELECT unnest(?::VARCHAR[]) AS item) x JOIN items
+                ON regexp_replace(x.item, '\\.0+$', '') = regexp_replace(raw_id, '\\.0+$', '') LIMIT 1""",
+                [[item for (item,) in _first(con, self.interactions, "item", 10_000)]]).fetchone()  # fmt: skip
             hint = f"; write {alike[0]!r} and {alike[1]!r} alike" if alike else "; do both files fit together?"
             reasons += f"; its items are {ids[0]}, those of {self.items.files[0].name} {ids[1]}{hint}"
         elif interactions.NO_TIME in self.interactions_left_out:
-            text = con.execute(
-                f"SELECT time FROM ({self.interactions.relation}) WHERE time IS NOT NULL AND problem IS NULL LIMIT 1"
-            ).fetchone()[0]
+            text = _first(con, self.interactions, "time", 1)[0][0]
             reasons += f"; write the form of times such as {text[:40]!r} as --time_format, for example '%d.%m.%Y %H:%M'"
         return f"{name}: no interaction can be used ({reasons})"
 
@@ -139,9 +136,16 @@ class Shop:
         for heading, table in (("interactions", self.interactions), ("items", self.items)):
             parts.append(format_columns(heading, table))
             roles = ", ".join(role for role, name in table.columns.items() if name)
-            for row in con.execute(f"SELECT {roles} FROM ({table.relation}) LIMIT {FIRST_ROWS}").fetchall():
+            for row in _first(con, table, roles, FIRST_ROWS):
                 parts.append("| " + " | ".join("" if cell is None else " ".join(cell.split())[:60] for cell in row))
         return "\n".join(parts)
+
+
+def _first(con: duckdb.DuckDBPyConnection, table: Table, roles: str, count: int) -> list[tuple]:
+    """Some columns of the first usable rows that have a value in the first of them."""
+    with table.rows() as rows:
+        query = f"SELECT {roles} FROM {rows} WHERE problem IS NULL AND {roles.partition(',')[0]} IS NOT NULL LIMIT {count}"
+        return con.execute(query).fetchall()
 
 
 @contextlib.contextmanager

@@ -1,17 +1,20 @@
 """A table in any usual format as a DuckDB relation whose columns are recognised by their names; every value is text."""
 
 import argparse
+import contextlib
 import glob
+import json
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import duckdb
 
 from utils.common.errors import PerPEFTError
+from utils.prepare.lines import LINES, lines_of
 from utils.prepare.text_tables import CELL, NEWLINE, TextFile, is_plain, open_text, write_rows
 
-ZSTD = b"\x28\xb5\x2f\xfd"  # what such a file begins with
 BLANK, TOO_MANY, TOO_FEW, NO_OBJECT = (
     "blank",
     "more values than columns",
@@ -19,8 +22,8 @@ BLANK, TOO_MANY, TOO_FEW, NO_OBJECT = (
     "not a JSON object with these fields",
 )
 PROBLEMS = (BLANK, TOO_MANY, TOO_FEW, NO_OBJECT)
+SOURCE = "{source}"
 FILE_BITS = 40  # a row's place is its file's number shifted by so many bits, plus its line
-LONGEST_LINE = 2**24  # bytes of a line, of which DuckDB holds a few at once
 NAMES = {  # usual names of each column, lower case, without "_", " ", "-"; the first that is there is chosen
     "user": ("user", "userid", "reviewerid", "customer", "customerid", "visitorid", "sessionid", "uid"),
     "item": ("item", "itemid", "parentasin", "asin", "movieid", "product", "productid", "articleid", "sku", "iid", "id"),
@@ -88,12 +91,29 @@ class Table:
     Attributes:
         files: the files it consists of.
         columns: the name of each role's column in the first file; None where there is none.
-        relation: a SELECT of place (BIGINT), problem (VARCHAR, NULL for a usable row), and each role (VARCHAR).
+        parts: a SELECT for each file: place (BIGINT), problem (VARCHAR, NULL for a usable row), and each role (VARCHAR).
+            Where it holds SOURCE, the file has to be opened by `lines_of` for it.
+        encoding: of the files; None recognises it.
     """
 
     files: list[Path]
     columns: dict[str, str | None]
-    relation: str
+    parts: list[str]
+    encoding: str | None = None
+
+    @contextlib.contextmanager
+    def rows(self) -> Iterator[str]:
+        """A relation for one query: the rows of all files.
+
+        Raises:
+            PerPEFTError: when the block ends: a file is damaged, or not in its encoding.
+        """
+        with contextlib.ExitStack() as opened:
+            selects = [
+                part.replace(SOURCE, quote(opened.enter_context(lines_of(path, self.encoding)))) if SOURCE in part else part
+                for path, part in zip(self.files, self.parts)
+            ]
+            yield f"({' UNION ALL '.join(selects)})"
 
     def where(self, place: int) -> str:
         """The line of a row, with its file where there are several."""
@@ -140,15 +160,13 @@ def open_table(
     Raises:
         PerPEFTError: a file cannot be read, a column is missing, named twice, or ambiguous.
     """
-    table = Table(files_of(pattern), {}, "")
-    parts = []
+    table = Table(files_of(pattern), {}, [], options.encoding)
     for number, path in enumerate(table.files):
         rows = _open_rows(con, path, required, options, scratch)
         columns = _recognise(path, rows.header, required, optional, options)
         table.columns = table.columns or columns
         needed = [columns[role] for role in required]
-        parts.append(_select(rows, number, columns, needed, Path(tempfile.mkstemp(".rows", dir=scratch)[1])))
-    table.relation = " UNION ALL ".join(parts)
+        table.parts.append(_select(rows, number, columns, needed, Path(tempfile.mkstemp(".rows", dir=scratch)[1])))
     return table
 
 
@@ -160,7 +178,7 @@ class _Rows:
     kind: str  # text, json or parquet
     header: list[str]
     text: TextFile | None = None
-    nested: frozenset[str] = frozenset()  # columns of lists and structures
+    types: dict[str, str] = field(default_factory=dict)  # of Parquet's columns
 
 
 def _open_rows(
@@ -169,56 +187,51 @@ def _open_rows(
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PAR1":
-        described = con.execute(f"DESCRIBE SELECT * FROM read_parquet({quote(path)})").fetchall()
-        nested = frozenset(row[0] for row in described if row[1].endswith("]") or row[1].startswith(("STRUCT", "MAP", "UNION")))
-        return _Rows(path, "parquet", [row[0] for row in described], nested=nested)
-    if start.startswith(b"PK"):
-        raise PerPEFTError(f"{path} is a zip or Excel file; unpack it, or save the sheet as CSV")
-    if start[:1] == b"{" or path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".ndjson", ".json")):
-        sample = f"SELECT json FROM {_read_json(path)} LIMIT 1000"
-        keys = con.execute(f"SELECT unnest(json_keys(json)) AS key FROM ({sample}) WHERE json_type(json) = 'OBJECT'").fetchall()
-        return _Rows(path, "json", list(dict.fromkeys(key for (key,) in keys)))
-    if start == ZSTD:
-        unpacked = Path(tempfile.mkstemp(".txt", dir=scratch)[1])
-        lines = f"SELECT line FROM {_lines(path)}"
-        con.execute(f"COPY ({lines}) TO {quote(unpacked)} (FORMAT csv, HEADER false, QUOTE '', ESCAPE '', DELIMITER '\x01')")
-        path = unpacked
+        try:
+            described = con.execute(f"DESCRIBE SELECT * FROM read_parquet({quote(path)})").fetchall()
+        except duckdb.Error as error:
+            reason = str(error).splitlines()[0][:200]
+            raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({reason})") from error
+        return _Rows(path, "parquet", [row[0] for row in described], types={row[0]: row[1] for row in described})
+    with lines_of(path, options.encoding) as source:
+        lines = con.execute(f"SELECT line FROM {LINES % quote(source)} WHERE trim(line) <> '' LIMIT 1000").fetchall()
+    if lines and lines[0][0].lstrip().startswith("{"):
+        return _Rows(path, "json", _keys(line for (line,) in lines))
     numbered = all(options.columns.get(role, "").isdecimal() for role in required)
     text = open_text(path, options.separator, options.encoding, has_header=not numbered)
     return _Rows(path, "text", text.header, text)
 
 
-def _compression(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(4)
-    return "'gzip'" if start.startswith(b"\x1f\x8b") else "'zstd'" if start == ZSTD else "'none'"
+def _keys(lines: Iterable[str]) -> list[str]:
+    """All keys of the objects among some lines."""
+    keys: dict[str, None] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            keys.update(dict.fromkeys(value) if isinstance(value, dict) else {})
+    return list(keys)
 
 
-def _read_json(path: Path, function: str = "read_json_objects", more: str = "") -> str:
-    """A JSON or JSON lines file as a table; NULL for lines that are no objects."""
-    return (
-        f"{function}({quote(path)}, format='auto', ignore_errors=true, maximum_object_size={LONGEST_LINE}, "
-        f"compression={_compression(path)}{more})"
-    )
-
-
-def _lines(path: Path) -> str:
-    """The non-empty lines of a UTF-8 file as a table of one column `line`."""
-    return (
-        f"read_csv({quote(path)}, header=false, auto_detect=false, compression={_compression(path)}, "
-        f"delim='\x01', quote='', escape='', comment='', nullstr='\x02', "
-        f"columns={{'line': 'VARCHAR'}}, max_line_size={LONGEST_LINE}, buffer_size={2 * LONGEST_LINE})"
-    )
+def _parquet_text(name: str, kind: str) -> str:
+    """SQL of a Parquet value as text: whole numbers without a fraction, lists and structures as JSON."""
+    column = '"' + name.replace('"', '""') + '"'
+    if kind in ("DOUBLE", "FLOAT"):
+        whole = f"{column} = trunc({column}) AND abs({column}) < 1e15"
+        return f"CASE WHEN isnan({column}) THEN NULL WHEN {whole} THEN {column}::BIGINT::VARCHAR ELSE {column}::VARCHAR END"
+    if kind == "BLOB":
+        return f"decode({column})"
+    nested = kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
+    return f"to_json({column})::VARCHAR" if nested else f"{column}::VARCHAR"
 
 
 def _select(rows: _Rows, number: int, columns: dict[str, str | None], needed: list[str], scratch: Path) -> str:
     """A SELECT of place, problem and each role of one file."""
     if rows.kind == "json":
-        return select_json(rows.path, number, {role: (name,) if name else () for role, name in columns.items()})
+        return select_json(number, {role: (name,) if name else () for role, name in columns.items()})
     if rows.kind == "parquet":
-        values = {role: "NULL" if name is None else f'"{name}"' for role, name in columns.items()}
         roles = [
-            f"{'to_json' if columns[role] in rows.nested else ''}({value})::VARCHAR AS {role}" for role, value in values.items()
+            f"{'NULL::VARCHAR' if name is None else _parquet_text(name, rows.types[name])} AS {role}"
+            for role, name in columns.items()
         ]
         source = f"read_parquet({quote(rows.path)}, file_row_number=true)"
         return f"SELECT {number << FILE_BITS} + file_row_number + 1 AS place, NULL AS problem, {', '.join(roles)} FROM {source}"
@@ -227,18 +240,17 @@ def _select(rows: _Rows, number: int, columns: dict[str, str | None], needed: li
     if is_plain(rows.text):
         separator, values = quote(rows.text.separator), {role: f"parts[{place + 1}]" for role, place in places.items()}
         source = (
-            f"SELECT line, parts, CASE WHEN trim(replace(text, {separator}, ''), ' \t') = '' THEN 0 WHEN "
+            f"SELECT line, parts, CASE WHEN trim(replace(coalesce(text, ''), {separator}, ''), ' \t') = '' THEN 0 WHEN "
             f"trim(array_to_string(parts[{len(rows.header) + 1}:], ''), ' \t') = '' THEN least(len(parts), {len(rows.header)}) "
             f"ELSE len(parts) END AS width FROM (SELECT line, text, string_split(text, {separator}) AS parts FROM "
-            f"(SELECT row_number() OVER () AS line, rtrim(line, chr(13)) AS text FROM {_lines(rows.path)})) "
-            f"WHERE line > {int(rows.text.has_header)}"
+            f"(SELECT row_number() OVER () AS line, line AS text FROM {LINES % SOURCE})) WHERE line > {rows.text.header_line}"
         )
     else:
         write_rows(rows.text, list(places.values()), scratch)
         values = {role: f"replace(parts[{place + 3}], '{NEWLINE}', chr(10))" for place, role in enumerate(places)}
         source = (
             f"SELECT parts[1]::BIGINT AS line, parts, parts[2]::INTEGER AS width "
-            f"FROM (SELECT string_split(line, '{CELL}') AS parts FROM {_lines(scratch)})"
+            f"FROM (SELECT string_split(line, '{CELL}') AS parts FROM {LINES % quote(scratch)})"
         )
     roles = [f"nullif(trim({values[role]}, ' \t'), '') AS {role}" if role in values else f"NULL AS {role}" for role in columns]
     problem = (
@@ -248,26 +260,31 @@ def _select(rows: _Rows, number: int, columns: dict[str, str | None], needed: li
     return f"SELECT {number << FILE_BITS} + line AS place, {problem} AS problem, {', '.join(roles)} FROM ({source})"
 
 
-def select_json(path: Path, number: int, keys: dict[str, tuple[str, ...]]) -> str:
-    """A SELECT of place, problem and each role of a JSON lines file; only the named keys are read.
+def select_json(number: int, keys: dict[str, tuple[str, ...]]) -> str:
+    """A SELECT of place, problem and each role of the JSON lines file with a number; only the named keys are read.
 
     Args:
         keys: by role, the keys of which the first with a value counts; all values of the role "image" become one JSON list.
     """
-    names = {name: "JSON" if role == "image" else "VARCHAR" for role, alternatives in keys.items() for name in alternatives}
-    quoted = {name: '"' + name.replace('"', '""') + '"' for name in names}
-    roles = []
-    for role, alternatives in keys.items():
-        if role == "image":
-            value = f"json_array({', '.join(quoted[name] for name in alternatives)})::VARCHAR" if alternatives else "NULL"
-        else:
-            value = ", ".join(f"nullif(trim({quoted[name]}), '')" for name in alternatives)
-            value = f"coalesce({value})" if value else "NULL"
-        roles.append(f"{value} AS {role}")
-    problem = f"CASE WHEN coalesce({', '.join(f'{name}::VARCHAR' for name in quoted.values())}) IS NULL THEN '{NO_OBJECT}' END"
-    columns = ", ".join(f"{quoted[name]}: '{kind}'" for name, kind in names.items())
-    source = f"SELECT row_number() OVER () AS line, * FROM {_read_json(path, 'read_json', f', columns={{{columns}}}')}"
-    return f"SELECT {number << FILE_BITS} + line AS place, {problem} AS problem, {', '.join(roles)} FROM ({source})"
+    texts = [name for role, names in keys.items() if role != "image" for name in names]
+    values = {role: [f"nullif(trim(texts[{texts.index(name) + 1}]), '')" for name in names]
+              for role, names in keys.items() if role != "image"}  # fmt: skip
+    roles = [f"coalesce({', '.join([*found, 'NULL'])}) AS {role}" for role, found in values.items()]
+    columns = ["line", f"{_extract('json_extract_string', texts)} AS texts"]
+    if "image" in keys:
+        roles.append("to_json(images)::VARCHAR AS image")
+        columns.append(f"{_extract('json_extract', keys['image'])} AS images" if keys["image"] else "NULL AS images")
+    usable = f"coalesce({', '.join(f'texts[{place}]' for place in range(1, len(texts) + 1))})"
+    problem = f"CASE WHEN trim(coalesce(line, '')) = '' THEN '{BLANK}' WHEN {usable} IS NULL THEN '{NO_OBJECT}' END"
+    place = f"{number << FILE_BITS} + row_number() OVER () AS place"
+    return f"SELECT {place}, {problem} AS problem, {', '.join(roles)} FROM (SELECT {', '.join(columns)} FROM {LINES % SOURCE})"
+
+
+def _extract(function: str, keys: Sequence[str]) -> str:
+    """SQL of the values of some keys of the JSON in `line`, as a list; a half surrogate pair, which is no text, is replaced."""
+    paths = f"[{', '.join(quote(f'$.{json.dumps(key, ensure_ascii=False)}') for key in keys)}]"
+    repaired = r"regexp_replace(line, '\\u[dD][89a-fA-F][0-9a-fA-F]{2}', '\\ufffd', 'g')"
+    return f"coalesce(try({function}(line, {paths})), try({function}({repaired}, {paths})))"
 
 
 def _plain_name(name: str) -> str:

@@ -1,23 +1,23 @@
 """Text files of rows: compression, encoding, separator and quotation marks, recognised before anything is read."""
 
 import collections
+import contextlib
 import csv
-import gzip
 import io
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from utils.common.errors import PerPEFTError
+from utils.prepare.lines import is_damage, recognise_encoding, unpacked
 
-SAMPLE = 2**16  # bytes from which the encoding's family and the separator are recognised
-SEPARATORS = ("\t", ";", ",", "|", "::")
+SAMPLE, SAMPLE_LINES = 2**16, 50  # bytes by which the encoding is recognised, lines for the separator
+SEPARATORS = ("\t", ";", ",", "|", "::", "^", "~", " ")
 CELL, NEWLINE = "\x1f", "\x1e"  # between the cells, and for line breaks within one, of the files written for DuckDB
 LONGEST_RECORD = 1000  # lines that a quoted cell may span
-MARKS = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
-NOT_PLAIN = (b'"', b"\n\n", b"\n\r", b"\0", b"\x01", b"\x1e", b"\x1f", b"\xef\xbb\xbf")
 ONE_LINE = str.maketrans({CELL: " ", NEWLINE: " ", "\x01": " ", "\x02": " ", "\0": None, "\r": NEWLINE, "\n": NEWLINE})
 csv.field_size_limit(2**27)
 
@@ -30,14 +30,14 @@ class TextFile:
         path: of the file.
         encoding, separator: as Python names them.
         header: the names of the columns; "1", "2", ... where the file begins with a row.
-        has_header: whether its first line names the columns.
+        header_line: the number of the line that names the columns, 0 where none does.
     """
 
     path: Path
     encoding: str
     separator: str
     header: list[str]
-    has_header: bool = True
+    header_line: int = 1
 
     def lines(self) -> Iterator[str]:
         """The lines without their ends.
@@ -57,7 +57,9 @@ class TextFile:
                 f"{self.path}, line {line}: not {self.encoding} text ({getattr(error, 'reason', error)}); name its "
                 "encoding by --encoding, for example --encoding cp1252"
             ) from None
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except Exception as error:
+            if not is_damage(error):
+                raise
             raise PerPEFTError(f"{self.path} is cut off or damaged after line {number:,} ({error})") from error
 
     def records(self) -> Iterator[tuple[int, list[str]]]:
@@ -69,73 +71,49 @@ class TextFile:
             PerPEFTError: a quoted cell has no end and its line cannot be read without it; the message names the line.
         """
         rows = _records(self.lines(), self.separator, len(self.header), self.path)
-        return itertools.islice(rows, 1 if self.has_header else 0, None)
+        return (row for row in rows if row[0] > self.header_line)
 
 
 def open_text(path: Path, separator: str | None, encoding: str | None, has_header: bool = True) -> TextFile:
     """Recognise a text file's form.
 
     Args:
-        path: plain or gzip.
+        path: may be compressed.
         separator, encoding: None recognises them.
         has_header: whether the first line names the columns.
     Raises:
         PerPEFTError: the file cannot be read, is empty, or names a column twice.
     """
-    encoding = encoding or _encoding_of(path)
-    try:
-        with _open_text(path, encoding) as file:
-            lines = list(itertools.islice(file, 50))
-    except LookupError:
-        raise PerPEFTError(f"--encoding {encoding[:40]}: no such encoding") from None
-    except (UnicodeError, OSError, EOFError):
-        lines = _first_lines(path, encoding)
-    lines = [line.rstrip("\n") for line in lines if line.strip()]
-    if not lines:
+    with _open_bytes(path) as file:
+        encoding = encoding or recognise_encoding(file.read(SAMPLE), path)
+    with _open_text(path, encoding) as file:
+        lines = [line.rstrip("\n") for line in itertools.islice(file, SAMPLE_LINES)]
+    header_line = next((number for number, line in enumerate(lines) if line.strip()), None)
+    if header_line is None:
         raise PerPEFTError(f"{path} is empty")
+    if (declared := re.fullmatch("sep=(.)", lines[header_line])) and header_line + 1 < len(lines):  # a line for spreadsheets
+        separator, header_line = separator or declared[1], header_line + 1
+    lines = [line for line in lines[header_line:] if line.strip()]
     separator = separator or _separator_of(lines)
     header = _split(lines[0], separator)
     if not has_header:
+        header_line -= 1
         header = [str(place) for place in range(1, len(header) + 1)]
     while header and not header[-1]:  # a spreadsheet's empty columns
         header.pop()
-    return TextFile(path, encoding, separator, header, has_header)
+    return TextFile(path, encoding, separator, header, header_line + 1)
 
 
-def _first_lines(path: Path, encoding: str) -> list[str]:
-    with _open_bytes(path) as file:
-        try:
-            return file.read(SAMPLE).decode(encoding, errors="replace").splitlines(keepends=True)[:-1]
-        except (OSError, EOFError) as error:
-            raise PerPEFTError(f"{path} is cut off or damaged ({error})") from error
-
-
-def _open_bytes(path: Path) -> BinaryIO:
+@contextlib.contextmanager
+def _open_bytes(path: Path) -> Iterator[BinaryIO]:
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"  # whatever the file's name
-    return gzip.open(path) if packed else path.open("rb")
+        yield unpacked(file)
 
 
-def _open_text(path: Path, encoding: str) -> TextIO:
-    return io.TextIOWrapper(_open_bytes(path), encoding=encoding, newline=None)
-
-
-def _encoding_of(path: Path) -> str:
-    """UTF-8 unless the first bytes say otherwise."""
-    try:
-        with _open_bytes(path) as file:
-            start = file.read(SAMPLE)
-    except (OSError, EOFError) as error:
-        raise PerPEFTError(f"{path} cannot be read ({error})") from error
-    for mark, encoding in MARKS:
-        if start.startswith(mark):
-            return encoding
-    for place, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if start[place::2].count(0) > len(start) // 8 and not start[1 - place :: 2].count(0):
-            return encoding
-    if b"\0" in start:
-        raise PerPEFTError(f"{path} is not a text file; use CSV, TSV, JSON lines or Parquet")
-    return "utf-8-sig"
+@contextlib.contextmanager
+def _open_text(path: Path, encoding: str) -> Iterator[TextIO]:
+    with _open_bytes(path) as file:
+        yield io.TextIOWrapper(file, encoding=encoding, newline=None)
 
 
 def _line_of_error(path: Path, encoding: str) -> int:
@@ -198,7 +176,7 @@ def _records(lines: Iterable[str], separator: str, width: int, path: Path) -> It
             number += 1
             continue
         taken = [line]
-        cells = _quoted(taken, take(), separator)
+        cells = _escaped(line, separator, width) or _quoted(taken, take(), separator)
         plain = [_bare(cell) for cell in line.split(separator)]
         stray = _fits(plain, width) and all(_fits(other.split(separator), width) for other in taken[1:])
         if cells is None or (len(taken) > 1 and (stray or not _fits(cells, width))):
@@ -217,6 +195,17 @@ def _fits(cells: list[str], width: int) -> bool:
     return len(cells) >= width and not any(cells[width:])
 
 
+def _escaped(line: str, separator: str, width: int) -> list[str] | None:
+    """The cells of a line with quotation marks written as `\\"`; None if it is none."""
+    if '\\"' not in line:
+        return None
+    try:
+        cells = next(csv.reader([line], delimiter=separator, escapechar="\\", doublequote=False, strict=True))
+    except csv.Error:
+        return None
+    return cells if _fits(cells, width) else None
+
+
 def _quoted(taken: list[str], following: Iterator[str], separator: str) -> list[str] | None:
     """The cells of the quoted row that begins with the line in `taken`, which receives its other lines; None if it is none."""
 
@@ -233,18 +222,14 @@ def _quoted(taken: list[str], following: Iterator[str], separator: str) -> list[
 
 
 def is_plain(file: TextFile) -> bool:
-    """Whether each line is a row as it stands in UTF-8: no quotation mark, no blank line, no character used between cells."""
-    if file.encoding != "utf-8-sig":
-        return False
+    """Whether each line is a row as it stands, since the file holds no quotation mark."""
     try:
         with _open_bytes(file.path) as content:
-            while block := content.read(2**22) + content.readline():
-                block.decode()
-                if block[:1] in b"\r\n" or any(mark in block for mark in NOT_PLAIN) or block.count(b"\r") != block.count(b"\r\n"):
-                    return False
-    except (OSError, EOFError, UnicodeError):
+            return all(b'"' not in block for block in iter(lambda: content.read(2**22), b""))
+    except Exception as error:
+        if not is_damage(error):
+            raise
         return False  # `lines` finds where
-    return True
 
 
 def write_rows(file: TextFile, places: list[int], target: Path) -> None:
