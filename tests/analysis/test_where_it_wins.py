@@ -1,0 +1,66 @@
+"""Where PerPEFT wins, against cases computed by hand and a run's own ranks."""
+import sys
+
+import numpy as np
+import pytest
+
+from scripts import where_it_wins as script
+from tests.run.test_pipeline import read_csv
+from utils.analysis.export import export_vectors
+from utils.analysis.where_it_wins import by_depth, by_stratum, rank_in_groups
+from utils.common.errors import PerPEFTError
+from utils.data.histories import Histories
+from utils.run.finished import open_finished
+
+
+def row(text, first):
+    """The cells of a table's row."""
+    return next(line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {first} |"))
+
+
+def test_by_depth_by_hand():
+    text = by_depth(np.array([0, 4, 19, 600]), np.array([1, 4, 20, 3]))
+    # differences of users at 1: 1 0 0 0, at 20: 0 0 1 -1; t(0.975, 3) = 3.1824
+    assert row(text, "HR@1") == ["HR@1", "0.00", "25.00", "+25.00 ± 79.56"]
+    assert row(text, "HR@20") == ["HR@20", "75.00", "75.00", "+0.00 ± 129.92"]
+    assert row(text, "HR@500")[1:3] == ["100.00", "75.00"]
+
+
+def test_a_stratum_begins_at_its_bound():
+    own, other, lengths = np.array([0, 0, 99]), np.array([0, 50, 99]), np.array([3, 4, 5])
+    text = by_stratum(own, other, lengths, {1: "low", 4: "high", 9: "none"}, "length")
+    assert row(text, "low")[1:3] == ["33 %", "+0.00 ± nan"]
+    assert row(text, "high")[1:3] == ["67 %", "+50.00 ± 635.31"]  # t(0.975, 1) = 12.706, deviation 70.71
+    assert "none" not in text
+
+
+def test_ranks_and_share_by_hand(tmp_path):
+    """Users 0 and 1 are in group 0, whose items are 1, 2; user 2 is alone in group 1 with item 5; scores are 6, 5, ..., 1."""
+    histories = Histories.of_lists([[1, 3, 2], [2, 3, 4], [5, 6, 1]])
+    np.save(tmp_path / "users.npy", np.ones((3, 1), np.float32))
+    np.save(tmp_path / "items_global.npy", np.arange(6, 0, -1, dtype=np.float32)[:, None])
+    found = rank_in_groups(tmp_path, histories, np.array([0, 0, 1]), top=2)
+    # candidates in order, without training and validation items: user 0: 2 4 5 6; user 1: 1 4 5 6; user 2: 1 2 3 4
+    np.testing.assert_array_equal(found.among_all, [0, 1, 0])
+    np.testing.assert_array_equal(found.among_own, [0, 6, 6])
+    np.testing.assert_array_equal(found.outside, [0, 1, 1])
+    np.testing.assert_array_equal(found.share, [0.5, 0.5, 1.0])
+    with pytest.raises(PerPEFTError, match="3 users, but the data set has 1"):
+        rank_in_groups(tmp_path, Histories.of_lists([[1, 3, 2]]), np.array([0]))
+
+
+def test_a_run_against_one_without_groups(tiny_run, tiny_global_run, tiny_dataset, tmp_path, monkeypatch, capsys):
+    run = open_finished(tiny_run.folder, "cpu", tiny_dataset.train_dir)
+    export_vectors(run, tmp_path / "vectors", "train_and_valid")
+    found = rank_in_groups(tmp_path / "vectors", run.dataset.histories, np.load(tmp_path / "vectors" / "user_groups.npy"))
+    ranks = [int(line["test_rank"]) for line in read_csv(tiny_run.folder / "personalized_ranks.csv")]
+    np.testing.assert_array_equal(found.among_all, ranks)
+    arguments = [str(tiny_run.folder), str(tiny_global_run), "--train_dir", str(tiny_dataset.train_dir)]
+    monkeypatch.setattr(sys, "argv", ["where_it_wins", *arguments, "--vectors", str(tmp_path / "vectors")])
+    script.main()
+    text = capsys.readouterr().out
+    assert row(text, "HR@10")[2] == f"{100 * np.mean([rank < 10 for rank in ranks]):.2f}"
+    assert row(text, "vectors") and f"{100 * found.share.mean():.1f} %" in text
+    monkeypatch.setattr(sys, "argv", ["where_it_wins", arguments[1], *arguments[1:]])
+    with pytest.raises(PerPEFTError, match="has no groups"):
+        script.main()

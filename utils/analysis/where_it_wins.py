@@ -1,0 +1,193 @@
+"""Where a PerPEFT run wins and loses against another run: by rank depth, history length, popularity and group size; and how much
+of its top 20 lies outside the items of the user's group."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.analysis.groups import mean_interval
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import Dataset, read_dataset
+from utils.data.histories import Histories, leave_last_out
+from utils.run.fingerprint import dataset_fingerprint
+from utils.run.finished import finished_options
+from utils.run.reports import read_groups, read_ranks
+from utils.run.settings import has_groups
+from utils.training.evaluation import ndcg_at
+from utils.training.sampling import group_items
+
+TOP = 20
+DEPTHS = (1, 5, 10, 20, 50, 100, 200, 500)
+# strata by lower bounds; each goes up to the next
+HISTORY_LENGTHS = {1: "1 to 3", 4: "4 to 5", 6: "6 to 9", 10: "10 or more"}
+POPULARITIES = {0: "0", 1: "1 or 2", 3: "3 to 5", 6: "6 to 10", 11: "11 or more"}
+GROUP_SHARES = {0: "below 10 % of users", 0.1: "10 to 20 %", 0.2: "20 % or more"}
+
+
+def hit_at(k: int, ranks: np.ndarray) -> np.ndarray:
+    """1 where the target is among the first k, ranks from 0, [users]."""
+    return (ranks < k).astype(float)
+
+
+def difference(own: np.ndarray, other: np.ndarray) -> str:
+    """The mean difference in points of two metrics, [users] each, and its 95 % interval over users."""
+    found = mean_interval(100 * (own - other))
+    return f"{found.mean:+.2f} ± {found.high - found.mean:.2f}"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
+
+
+def percent(*metrics: np.ndarray) -> str:
+    """Means over users in percent, as in "6.74 / 3.09"."""
+    return " / ".join(f"{100 * metric.mean():.2f}" for metric in metrics)
+
+
+def by_depth(own: np.ndarray, other: np.ndarray) -> str:
+    """HR@K of both runs and the difference; test ranks from 0, [users] each."""
+    hits = [(k, hit_at(k, own), hit_at(k, other)) for k in DEPTHS]
+    return table(
+        ["depth", "other run", "PerPEFT", "difference, points"],
+        [[f"HR@{k}", percent(theirs), percent(ours), difference(ours, theirs)] for k, ours, theirs in hits],
+    )
+
+
+def by_stratum(own: np.ndarray, other: np.ndarray, values: np.ndarray, strata: dict[float, str], name: str) -> str:
+    """Both runs by the stratum that each user's value lies in.
+
+    Args:
+        own, other: test ranks from 0, [users].
+        values: what users are divided by, [users].
+        strata: lower bound, ascending, to name.
+        name: of the values.
+    """
+    stratum = np.searchsorted(list(strata), values, side="right") - 1  # [users]
+    rows = []
+    for number, label in enumerate(strata.values()):
+        chosen = stratum == number
+        if chosen.any():
+            a, b = own[chosen], other[chosen]
+            metrics = [(hit_at(20, a), hit_at(20, b)), (ndcg_at(20, a), ndcg_at(20, b)), (hit_at(100, a), hit_at(100, b))]
+            rows.append([label, f"{100 * chosen.mean():.0f} %", *(difference(*pair) for pair in metrics)])
+    return table([name, "users", "HR@20", "NDCG@20", "HR@100"], rows)
+
+
+@dataclass(frozen=True)
+class GroupRanking:
+    """Each evaluated user's test item among all items and among the items of their group, [users].
+
+    Attributes:
+        among_all: rank from 0 among all items.
+        among_own: rank from 0 among the group's items; the number of items where the test item is not one of them.
+        outside: whether the test item is none of the group's items.
+        share: of the user's top items, how many are none of the group's.
+    """
+
+    among_all: np.ndarray
+    among_own: np.ndarray
+    outside: np.ndarray
+    share: np.ndarray
+
+    def cells(self) -> list[str]:
+        """The row of `outside_the_group`."""
+        a, b = self.among_own, self.among_all
+        metrics = [(hit_at(20, a), hit_at(20, b)), (ndcg_at(20, a), ndcg_at(20, b))]
+        return [
+            f"{100 * self.share.mean():.1f} %", f"{100 * self.outside.mean():.1f} %", percent(*(pair[1] for pair in metrics)),
+            percent(*(pair[0] for pair in metrics)), *(difference(*pair) for pair in metrics),
+        ]  # fmt: skip
+
+
+def rank_in_groups(vectors: Path, histories: Histories, groups: np.ndarray, top: int = TOP) -> GroupRanking:
+    """Rank by exported vectors; a group's items are those in its users' training histories.
+
+    Args:
+        vectors: a folder of `export_vectors` with histories "train_and_valid"; a run without groups has one table of items.
+        histories: whole ones, [users].
+        groups: each user row's group, [users].
+        top: how many first items `share` is of.
+    Raises:
+        PerPEFTError: the vectors cannot be read, or are of other users.
+    """
+    split = leave_last_out(histories)
+    users, shared = split.evaluated_users, not (vectors / "items_group_0.npy").is_file()
+    own_items = group_items(split.train, groups, int(groups.max()) + 1)
+    found = {name: np.zeros(len(users)) for name in ("among_all", "among_own", "outside", "share")}
+    try:
+        states = np.load(vectors / "users.npy")  # [users, hidden]
+        names = [f"items_{'global' if shared else f'group_{group}'}.npy" for group in range(len(own_items))]
+        tables = [np.load(vectors / name, mmap_mode="r") for name in names]  # [items, hidden] each
+    except (OSError, ValueError) as error:
+        raise PerPEFTError(f"{vectors} holds no vectors of scripts.export_vectors ({error})") from error
+    if len(states) != histories.num_users:
+        raise PerPEFTError(f"{vectors} has vectors of {len(states)} users, but the data set has {histories.num_users}")
+    masks = np.zeros((len(own_items), len(tables[0])), dtype=bool)  # [groups, items]
+    for mask, items in zip(masks, own_items):
+        mask[items - 1] = True
+    for place, user in enumerate(tqdm(users, vectors.name, unit="user", disable=None)):
+        is_own, target = masks[groups[user]], split.test[user] - 1
+        scores = tables[groups[user]] @ states[user]  # [items]
+        goal = scores[target]
+        scores[split.train_and_valid[user] - 1] = -np.inf
+        scores[target] = goal
+        above = scores >= goal  # ties count against the model, as in evaluation
+        best = np.argsort(-scores, kind="stable")[:top]
+        found["among_all"][place] = above.sum() - 1
+        found["among_own"][place] = above[is_own].sum() - 1 if is_own[target] else len(scores)
+        found["outside"][place] = not is_own[target]
+        found["share"][place] = 1 - is_own[best].mean()
+    return GroupRanking(**found)
+
+
+def outside_the_group(rankings: dict[str, GroupRanking]) -> str:
+    """By name: the share of the top 20 outside the group's items, and what ranking these items alone changes."""
+    columns = ["vectors", f"top {TOP} outside the group's items", "test items outside", "HR@20 / NDCG@20, all items"]
+    columns += ["the group's items", "difference HR@20", "NDCG@20"]
+    return table(columns, [[name, *ranking.cells()] for name, ranking in rankings.items()])
+
+
+def _dataset_of(run: Path, other: Path, train_dir: str | Path) -> Dataset:
+    """The data set that both runs were trained on; the first must have groups."""
+    (options, expected), (_, expected_by_other) = (finished_options(folder, train_dir, "cpu") for folder in (run, other))
+    if not has_groups(options):
+        raise PerPEFTError(f"{run} has no groups; name a PerPEFT run first")
+    dataset = read_dataset(train_dir, options.dataset, contents=False)
+    for folder, each in ((run, expected), (other, expected_by_other)):
+        if dataset_fingerprint(dataset) != each["dataset_fingerprint"]:
+            raise PerPEFTError(f"data set '{dataset.name}' is not the one that {folder} was trained on")
+    return dataset
+
+
+def _test_ranks(folder: Path) -> np.ndarray:
+    own = folder / "personalized_ranks.csv"
+    return read_ranks(own if own.is_file() else folder / "global_ranks.csv")["test"]
+
+
+def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) -> str:
+    """All tables as Markdown.
+
+    Args:
+        run, other: folders of finished runs of one data set, the first with groups.
+        train_dir: the folder of the data sets.
+        vectors: folders of vectors, all ranked by the first run's groups.
+    Raises:
+        PerPEFTError: a run is not finished, has no groups, or belongs to other data.
+    """
+    dataset = _dataset_of(run, other, train_dir)
+    own, theirs, groups = _test_ranks(run), _test_ranks(other), read_groups(run / "groups.csv")
+    split = leave_last_out(dataset.histories)
+    users = split.evaluated_users
+    popularity = np.bincount(split.train.items, minlength=dataset.num_items + 1)  # [items + 1]
+    group_shares = np.bincount(groups) / len(groups)  # [groups]
+    parts = [
+        by_depth(own, theirs),
+        by_stratum(own, theirs, split.train.lengths[users], HISTORY_LENGTHS, "training history"),
+        by_stratum(own, theirs, popularity[split.test[users]], POPULARITIES, "test item's interactions in training"),
+        by_stratum(own, theirs, group_shares[groups[users]], GROUP_SHARES, "size of the user's group"),
+    ]
+    if vectors:
+        parts.append(outside_the_group({folder.name: rank_in_groups(folder, dataset.histories, groups) for folder in vectors}))
+    return "\n\n".join(parts)
