@@ -1,4 +1,4 @@
-"""Compare a PerPEFT run with another by rank depth, user, item and group; and the share of its top 20 outside the group's items."""
+"""Compare a PerPEFT run with another by rank depth, user, item and group; share of its top 20 outside the group's items."""
 import argparse
 from pathlib import Path
 
