@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from models.item_encoder import MODALITIES, ItemEncoder
-from models.towers import dual_features, feature_width, pool_states
+from models.towers import architecture, dual_features, feature_width, pool_states
 
 TOWERS = {"image": "vision_model", "text": "text_model"}
 
@@ -120,14 +120,14 @@ class ClipPeftEncoder(ItemEncoder):
         """Attention of the tokens that the towers pool, in each tower's last layer, the mean over heads.
 
         Args:
-            pixels, tokens, mask: as in `forward`; the family's images have a class token.
+            pixels, tokens, mask: as in `forward`.
         Returns:
             the class token's attention to itself and the patches, [items, 1 + patches], and the title's pooled token's to all
-            tokens, [items, length]; rows sum to 1; None for an unused tower
+            tokens, [items, length]; rows sum to 1; None for an unused tower, and for images without a class token
         """
         used = MODALITIES[self._modality]
         of_images = of_titles = None
-        if "image" in used:
+        if "image" in used and architecture(self._clip.config).has_class_token:
             images = torch.addcmul(self._shift, pixels.float(), self._scale)
             layers = self._clip.vision_model(pixel_values=images, output_attentions=True).attentions
             of_images = layers[-1].mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]

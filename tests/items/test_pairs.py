@@ -153,7 +153,14 @@ def titles_only(tiny_dataset, folder):
     return folder
 
 
-def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_dataset, tmp_path):
+def shown_words(folder, train_dir, capsys):
+    """The words of item 3's title that explain_item prints for group 0."""
+    run_on_folder(explain_item, folder, "--train_dir", train_dir, "--item", "3")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("group 0")]
+    return re.findall(r"(\S+) \d+(?:  |$)", line.split("users)")[1])
+
+
+def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_dataset, tmp_path, capsys):
     train_dir = titles_only(tiny_dataset, tmp_path / "dataset")
     options = {
         "train_dir": train_dir, "clip_model": None, "text_model": folders / "bert", "modality": "text", "global_epochs": 1,
@@ -171,6 +178,8 @@ def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_d
         counts = json.loads((folder / "summary.json").read_text())["trainable_parameters"]
         assert counts["adapter_of_one_group"] == adapter or adapter is None
         assert counts["foundation_model"] == sum(p.numel() for p in AutoModel.from_pretrained(folders / "bert").parameters())
+    (folder,) = (tmp_path / "lora").iterdir()
+    assert shown_words(folder, train_dir, capsys) == ["pale", "clock", "number", "3"]
     with pytest.raises(PerPEFTError, match=r"computed by CLIP '.*bert \(mean\)', not '.*bert \(cls\)'"):
         perpeft_iisan.main(iisan_arguments(tiny_dataset, None, tmp_path / "other", **options, text_pooling="cls"))
 
@@ -179,9 +188,8 @@ def test_a_pair_trains_and_its_attention_is_shown(folders, tiny_dataset, tmp_pat
     options = {"clip_model": None, "image_model": folders / "vit", "text_model": folders / "bert"}
     run_script(tiny_arguments(tiny_dataset, None, tmp_path, **options, global_epochs=1, num_epochs=1))
     (folder,) = tmp_path.iterdir()
-    run_on_folder(explain_item, folder, "--train_dir", tiny_dataset.train_dir, "--item", "3", "--output", tmp_path / "page.html")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("group 0")]
-    assert len(lines) == 1 and "number" in lines[0]
+    assert shown_words(folder, tiny_dataset.train_dir, capsys) == ["pale", "clock", "number", "3"]
+    assert "of 2 × 2 patches" in (folder / "figures" / "explain_item_3.html").read_text()
 
 
 @pytest.mark.parametrize(

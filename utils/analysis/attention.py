@@ -118,10 +118,10 @@ def view_of(encoder: ClipPeftEncoder, inputs: tuple[torch.Tensor, ...], places: 
     words = patches = None
     in_words = places >= 0
     if of_title is not None and in_words.any():
-        words = _shares(np.bincount(places[in_words], of_title[0].cpu().double().numpy()[in_words]))  # [words]
+        words = _shares(np.bincount(places[in_words], of_title[0, : len(places)].cpu().double().numpy()[in_words]))  # [words]
     if of_image is not None:
-        side = round((of_image.shape[1] - 1) ** 0.5)
-        patches = _shares(of_image[0, 1:].cpu().double().numpy().reshape(side, side))
+        side = int((of_image.shape[1] - 1) ** 0.5)  # some models have register tokens between class token and patches
+        patches = _shares(of_image[0, -side * side :].cpu().double().numpy().reshape(side, side))
     return View(label, words, patches)
 
 
@@ -176,12 +176,11 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
     name = foundation_name(options)
     foundation = load_foundation(clip_folder(name, dataset), attention="eager")
     tokenizer, family = foundation.tokenizer, architecture(foundation.clip.config)
-    if not (family.has_class_token and tokenizer.is_fast):
-        raise PerPEFTError(
-            f"attention cannot be shown for '{name}': its image tower has no class token whose attention it pools"
-            if tokenizer.is_fast
-            else f"attention cannot be shown for '{name}': its tokenizer does not say where tokens lie in a title"
-        )
+    why_not = None if tokenizer.is_fast else "its tokenizer does not say where tokens lie in a title"
+    if options.modality == "image" and not family.has_class_token:
+        why_not = "its image tower has no class token whose attention it pools"
+    if why_not:
+        raise PerPEFTError(f"attention cannot be shown for '{name}': {why_not}")
     kind = EncoderKind(options.peft_type, options.rank, options.modality, peft_config=options.peft_config)
     encoder, source = encoder_and_source(kind, foundation, dataset, torch.device(options.device), options.missing_images)
     encoder.to(options.device).eval()
