@@ -275,9 +275,10 @@ def select_json(number: int, keys: dict[str, tuple[str, ...]]) -> str:
         roles.append("to_json(images)::VARCHAR AS image")
         columns.append(f"{_extract('json_extract', keys['image'])} AS images" if keys["image"] else "NULL AS images")
     usable = f"coalesce({', '.join(f'texts[{place}]' for place in range(1, len(texts) + 1))})"
-    problem = f"CASE WHEN trim(coalesce(line, '')) = '' THEN '{BLANK}' WHEN {usable} IS NULL THEN '{NO_OBJECT}' END"
-    place = f"{number << FILE_BITS} + row_number() OVER () AS place"
-    return f"SELECT {place}, {problem} AS problem, {', '.join(roles)} FROM (SELECT {', '.join(columns)} FROM {LINES % SOURCE})"
+    # the line itself is looked at only where it has no value, and dropped before rows are numbered: both take long
+    problem = f"CASE WHEN {usable} IS NOT NULL THEN NULL WHEN trim(coalesce(line, '')) = '' THEN '{BLANK}' ELSE '{NO_OBJECT}' END"
+    rows = f"SELECT {problem} AS problem, {', '.join(roles)} FROM (SELECT {', '.join(columns)} FROM {LINES % SOURCE})"
+    return f"SELECT {number << FILE_BITS} + row_number() OVER () AS place, * FROM ({rows})"
 
 
 def _extract(function: str, keys: Sequence[str]) -> str:
