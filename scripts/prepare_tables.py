@@ -8,9 +8,10 @@ command continues.
 import argparse
 
 from utils.common.console import HelpFormatter, run_main
+from utils.prepare.columns import add_table_options, table_options_of
 from utils.prepare.image_cells import ImageFinder
 from utils.prepare.shop import Shop
-from utils.prepare.tables import add_table_options, open_table, table_options_of
+from utils.prepare.tables import open_table
 from utils.prepare.writer import add_image_options, add_target_options, image_getter, prepare, target_of
 
 

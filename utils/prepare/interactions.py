@@ -9,7 +9,8 @@ from pathlib import Path
 import duckdb
 
 from utils.common.errors import PerPEFTError
-from utils.prepare.tables import BLANK, PROBLEMS, Table, TableOptions, quote
+from utils.prepare.columns import TableOptions
+from utils.prepare.tables import BLANK, PROBLEMS, Table, quote
 
 MEMORY = "1GB"  # of DuckDB; the process stays below 2 GiB with what lies outside it
 THREADS = 4  # each holds buffers of its own

@@ -35,7 +35,6 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
 
 
-
 class _ZstdStream(io.RawIOBase):
     """Decompresses a .zst file, several frames too, and raises EOFError where it is cut off."""
 

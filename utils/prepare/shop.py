@@ -9,8 +9,9 @@ import duckdb
 from utils.common.errors import PerPEFTError
 from utils.data.image_names import is_raw_id
 from utils.prepare import interactions
+from utils.prepare.columns import TableOptions
 from utils.prepare.image_cells import ImageFinder, is_there
-from utils.prepare.tables import BLANK, Table, TableOptions
+from utils.prepare.tables import BLANK, Table
 from utils.prepare.titles import clean_title
 
 FIRST_ROWS = 5  # that a dry run shows
