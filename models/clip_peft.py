@@ -105,9 +105,12 @@ class ClipPeftEncoder(ItemEncoder):
             [items, feature_dim], float32
         """
         used = MODALITIES[self._modality]
-        images = torch.addcmul(self._shift, pixels.float(), self._scale) if "image" in used else None
+        images = self._normalised(pixels) if "image" in used else None
         with self._autocast(pixels.device):
             return dual_features(self._clip, images, tokens if "text" in used else None, mask)
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self._shift, pixels.float(), self._scale)  # [items, 3, height, width]
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         if self._autocast_dtype is None:
@@ -128,7 +131,7 @@ class ClipPeftEncoder(ItemEncoder):
         used = MODALITIES[self._modality]
         of_images = of_titles = None
         if "image" in used and architecture(self._clip.config).has_class_token:
-            images = torch.addcmul(self._shift, pixels.float(), self._scale)
+            images = self._normalised(pixels)
             layers = self._clip.vision_model(pixel_values=images, output_attentions=True).attentions
             of_images = layers[-1].mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]
         if "text" in used:

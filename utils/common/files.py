@@ -1,6 +1,5 @@
 """Files and folders that appear whole or not at all, also after a crash."""
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -115,15 +114,6 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was killed while writing left in `folder`; no other process may be writing there."""
     for leftover in [path for path in folder.glob(".*") if path.suffix in (TEMPORARY, OLD)]:
         _settle(folder / leftover.stem.removeprefix("."))
-
-
-def add_model_files(digest: "hashlib._Hash", folder: str | Path) -> None:
-    """Add a model folder's settings and weights to a hash that identifies the model wherever it is."""
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
-            with path.open("rb") as file:
-                for block in iter(lambda: file.read(2**20), b""):
-                    digest.update(block)
 
 
 @contextlib.contextmanager

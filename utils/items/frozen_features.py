@@ -1,14 +1,13 @@
 """CLIP's features of all items, computed at every start and kept in memory: what the frozen baseline reads."""
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
 from models.towers import dual_features, feature_width
 from utils.common.devices import to_device
+from utils.items.passes import model_inputs
 from utils.items.store import ImageTitleStore
 
 
@@ -60,12 +59,8 @@ def compute_features(
     clip = clip.eval().to(device)
     used = MODALITIES[modality]
     features = torch.empty(store.num_items, feature_width(clip.config, modality))
-    scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
-    order = store.reading_order()
-    for start in tqdm(range(0, len(order), items_at_once), "frozen features", unit="batch", disable=None):
-        items = order[start : start + items_at_once]
-        pixels, tokens, *mask = store.fetch(items, device)
-        images = torch.addcmul(shift, pixels.float(), scale) if "image" in used else None  # [items, 3, height, width]
-        found = dual_features(clip, images, tokens if "text" in used else None, *mask)  # [items, width]
-        features[torch.from_numpy(items - 1)] = found.cpu()
+    inputs = model_inputs(store, processor, device, "frozen features", items_at_once, "image" in used)
+    for rows, images, (tokens, *mask) in inputs:
+        found = dual_features(clip, images, tokens if "text" in used else None, *mask)
+        features[rows] = found.cpu()  # [items, width]
     return features

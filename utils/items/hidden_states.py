@@ -5,10 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from models.clip_peft import channel_statistics
 from models.pair import PairConfig
 from models.towers import hidden_states, state_shapes
 from utils.common.devices import to_device
@@ -18,6 +16,7 @@ from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
 from utils.data.problems import Problems
 from utils.items.model_name import FoundationName, model_hash
+from utils.items.passes import model_inputs
 from utils.items.store import DEVICE_SHARE, ImageTitleStore
 
 PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
@@ -46,14 +45,8 @@ def compute_hidden_states(
     image_shape, text_shape = state_shapes(model.config)
     all_image_states = torch.empty(store.num_items, *image_shape)
     all_text_states = torch.empty(store.num_items, *text_shape)
-    scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
-    order = store.reading_order()
-    for start in tqdm(range(0, len(order), items_at_once), "hidden states", unit="batch", disable=None):
-        items = order[start : start + items_at_once]
-        pixels, *titles = store.fetch(items, device)
-        images = torch.addcmul(shift, pixels.float(), scale)  # [items, 3, height, width]
+    for rows, images, titles in model_inputs(store, processor, device, "hidden states", items_at_once):
         image_states, text_states = hidden_states(model, images, *titles)
-        rows = torch.from_numpy(items - 1)
         all_image_states[rows], all_text_states[rows] = image_states.cpu(), text_states.cpu()
     return all_image_states, all_text_states
 

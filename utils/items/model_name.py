@@ -3,8 +3,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.common.files import add_model_files
-
 
 @dataclass(frozen=True)
 class PairName:
@@ -30,6 +28,15 @@ FoundationName = str | PairName
 def model_folders(name: FoundationName) -> list[str]:
     """The folders or hub names that a foundation model's files lie in."""
     return [name] if isinstance(name, str) else [part for part in (name.image_model, name.text_model) if part]
+
+
+def add_model_files(digest: "hashlib._Hash", folder: str | Path) -> None:
+    """Add a model folder's settings and weights to a hash that identifies the model wherever it is."""
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
+            with path.open("rb") as file:
+                for block in iter(lambda: file.read(2**20), b""):
+                    digest.update(block)
 
 
 def model_hash(name: FoundationName) -> str | None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.common.files import add_model_files
 from utils.data.dataset import Dataset
-from utils.items.model_name import model_folders
+from utils.items.model_name import add_model_files, model_folders
 from utils.items.store import image_status
 from utils.run.build import foundation_name
 

@@ -62,7 +62,7 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
         raise _other_data(name, "dataset_fingerprint", "")
     models = model_folders(model) if (model := foundation_name(options)) else []
     # A CLIP from the hub left no trace in the fingerprint; a copy of it in a folder may be named now.
-    possible = [contents_fingerprint(options.peft_type, dataset, where) for where in (models, [])]
+    possible = (contents_fingerprint(options.peft_type, dataset, where) for where in (models, []))  # the second if need be
     if expected["contents_fingerprint"] not in possible:
         lost = f"; or its model '{model}', which is no folder here, lies elsewhere: name it by --clip_model DIR"
         raise _other_data(name, "contents_fingerprint", "" if all(Path(part).is_dir() for part in models) else lost)
