@@ -145,7 +145,8 @@ def rank_targets(
         scores[:, 0] = float("-inf")
         scores.view(-1).index_fill_(0, to_device(rows * num_rows + items, device), float("-inf"))
         scores.scatter_(1, target, float("-inf"))
-        ranks.append(num_rows - (scores < target_scores).sum(1))
+        beaten = scores.lt_(target_scores).sum(1)  # in place, as floats: summing booleans takes twice the time of the product
+        ranks.append(num_rows - beaten.long())
     # Entries that were set to -inf are below any finite target, so they are not counted.
     return torch.cat(ranks)
 
