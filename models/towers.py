@@ -122,17 +122,20 @@ def dual_features(
     return torch.cat([F.normalize(embedding.float(), dim=-1) for embedding in embeddings], dim=-1)
 
 
+MAX_STATES = 7  # S of the paper: every second layer of ViT-B/32's twelve, and the embedding output
+
+
 def cached_layers(config: PretrainedConfig) -> tuple[list[int], list[int]]:
-    """Which hidden states are cached, 0 being the embedding output: every second layer of the shallower tower, and as many
-    of the deeper one, evenly spaced. For ViT-B/32: 0, 2, ..., 12 of both.
+    """Which hidden states are cached, 0 being the embedding output: seven as in the paper, or all of a shallower tower, evenly
+    spaced over both towers. For ViT-B/32: 0, 2, ..., 12 of both.
 
     Returns:
         layers of the image tower, layers of the text tower, S each.
     """
     text_depth = config.text_config.num_hidden_layers
     image_depth = config.vision_config.num_hidden_layers if config.vision_config else text_depth
-    intervals = max(1, min(image_depth, text_depth) // 2)
-    return tuple([depth // intervals * step for step in range(intervals + 1)] for depth in (image_depth, text_depth))
+    steps = min(MAX_STATES - 1, image_depth, text_depth)
+    return tuple([round(depth * step / steps) for step in range(steps + 1)] for depth in (image_depth, text_depth))
 
 
 def state_shapes(config: PretrainedConfig) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -56,14 +56,14 @@ def test_states_equal_those_of_clip_given_one_item_at_a_time(computed, tiny_clip
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
     image_states, text_states, ids = computed.content
     assert ids == computed.dataset.raw_ids and len(ids) == NUM_ITEMS
-    assert image_states.shape == (NUM_ITEMS, 2, 32) and text_states.shape == (NUM_ITEMS, 2, 32)  # layers 0 and 2 of two
+    assert image_states.shape == (NUM_ITEMS, 3, 32) and text_states.shape == (NUM_ITEMS, 3, 32)  # all of two layers
     for row, (title, path) in enumerate(zip(computed.dataset.titles, computed.dataset.image_paths)):
         tokens = tokenizer([title], truncation=True, max_length=16, return_tensors="pt")
         pixels = processor(Image.open(path), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             output = clip(input_ids=tokens["input_ids"], pixel_values=pixels, output_hidden_states=True)
         end = tokens["input_ids"][0].tolist().index(tokenizer.eos_token_id)
-        for state, layer in enumerate((0, 2)):
+        for state, layer in enumerate((0, 1, 2)):
             image = output.vision_model_output.hidden_states[layer][0, 0]
             words = output.text_model_output.hidden_states[layer][0, end]
             torch.testing.assert_close(image_states[row, state], image, atol=1e-5, rtol=0)
@@ -89,7 +89,7 @@ def test_a_title_cut_at_77_tokens_is_read_at_its_end_of_text_token():
     with torch.no_grad():
         for row, (tokens, place) in enumerate(((long, 76), (short[:3], 2))):
             output = clip.text_model(input_ids=tokens[None], output_hidden_states=True)
-            expected = torch.stack([output.hidden_states[layer][0, place] for layer in (0, 2)])
+            expected = torch.stack([output.hidden_states[layer][0, place] for layer in (0, 1, 2)])
             torch.testing.assert_close(states[row], expected, atol=1e-5, rtol=0)
             # and it is the token that CLIP itself pools
             pooled = clip.text_model.final_layer_norm(states[row, -1])
@@ -104,10 +104,20 @@ def test_the_store_cuts_titles_so_that_the_end_of_text_token_stays(tiny_dataset,
     assert (last == foundation.tokenizer.eos_token_id).all()
 
 
-def test_vit_b_32_gives_seven_states_and_a_deeper_image_tower_as_many():
-    assert cached_layers(CLIPConfig()) == ([0, 2, 4, 6, 8, 10, 12],) * 2
-    large = CLIPConfig(vision_config={"num_hidden_layers": 24}, text_config={"num_hidden_layers": 12})
-    assert cached_layers(large) == ([0, 4, 8, 12, 16, 20, 24], [0, 2, 4, 6, 8, 10, 12])
+@pytest.mark.parametrize(
+    ("image_depth", "text_depth", "image_layers", "text_layers"),
+    [
+        (12, 12, [0, 2, 4, 6, 8, 10, 12], [0, 2, 4, 6, 8, 10, 12]),  # ViT-B/32, as in the paper
+        (24, 12, [0, 4, 8, 12, 16, 20, 24], [0, 2, 4, 6, 8, 10, 12]),  # ViT-L/14
+        (6, 12, [0, 1, 2, 3, 4, 5, 6], [0, 2, 4, 6, 8, 10, 12]),
+        (27, 3, [0, 9, 18, 27], [0, 1, 2, 3]),
+    ],
+)
+def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer(
+    image_depth, text_depth, image_layers, text_layers
+):
+    config = CLIPConfig(vision_config={"num_hidden_layers": image_depth}, text_config={"num_hidden_layers": text_depth})
+    assert cached_layers(config) == (image_layers, text_layers)
 
 
 @pytest.mark.parametrize("padding", [None, 0, "0"])
@@ -154,7 +164,7 @@ def test_ids_that_stand_twice_are_named(copied, computed):
 
 
 def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, computed, tiny_clip):
-    with pytest.raises(PerPEFTError, match=r"another CLIP.*\(2, 32\).*\(7, 768\).*--clip_model"):
+    with pytest.raises(PerPEFTError, match=r"another CLIP.*\(3, 32\).*\(7, 768\).*--clip_model"):
         HiddenStateStore.open(copied.dataset, CLIPConfig())  # ViT-B/32
     with pytest.raises(PerPEFTError, match="was computed by CLIP .*tiny_clip.*not 'elsewhere'"):
         HiddenStateStore.open(copied.dataset, None, "elsewhere")
@@ -186,9 +196,9 @@ def test_iisan_trains_all_stages_from_the_states_alone_without_images_titles_or_
     assert summary["config"]["peft_type"] == "iisan" and set(summary["personalized"]) == {"best_epoch", "valid", "test"}
     for group in range(3):
         weights = torch.load(folder / "personalized" / f"group_{group}" / "iisan.pth", weights_only=True)
-        assert weights["CombProj.1.0.weight"].shape == (32, 32) and weights["weight_scalar"].shape == (3, 2)
-        # 2 layers x (2 blocks of 32-32-32 for text and image, one joint block, one projection), and the gates
-        assert sum(tensor.numel() for tensor in weights.values()) == 2 * (3 * 2 * (32 * 32 + 32) + 32 * 32 + 32) + 6
+        assert weights["CombProj.1.0.weight"].shape == (32, 32) and weights["weight_scalar"].shape == (3, 3)
+        # 3 states x (2 blocks of 32-32-32 for text and image, one joint block, one projection), and the gates
+        assert sum(tensor.numel() for tensor in weights.values()) == 3 * (3 * 2 * (32 * 32 + 32) + 32 * 32 + 32) + 9
         assert summary["trainable_parameters"]["adapter_of_one_group"] == sum(tensor.numel() for tensor in weights.values())
 
 

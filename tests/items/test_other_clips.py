@@ -47,7 +47,7 @@ def test_iisan_takes_its_sizes_from_the_clip(large_clip, tiny_dataset, tmp_path)
     options = {"train_dir": train_dir, "global_epochs": 1, "num_epochs": 1}
     perpeft_iisan.main(iisan_arguments(tiny_dataset, large_clip, tmp_path / "runs", **options))
     image_states, text_states, _ = torch.load(train_dir / "tiny_preX.pt", weights_only=True)
-    assert (image_states.shape[1:], text_states.shape[1:]) == ((2, 48), (2, 32))  # layers 0 and 4 of four, 0 and 2 of two
+    assert (image_states.shape[1:], text_states.shape[1:]) == ((3, 48), (3, 32))  # layers 0, 2 and 4 of four, 0 to 2 of two
     (folder,) = (tmp_path / "runs").iterdir()
     projector = torch.load(folder / "global" / "projector.pth", weights_only=True)
     assert projector["projector.0.weight"].shape == (64, 32 + 48 + 32)

@@ -109,8 +109,8 @@ def test_features_and_states_are_the_encoders_own_of_single_items(image, text, p
         own = pooled(seen.last_hidden_state, kind), pooled(read.last_hidden_state, pooling)
         expected = torch.cat([F.normalize(part, dim=0) for part in own])
         torch.testing.assert_close(features[row], expected, rtol=0, atol=1e-5)
-        deep = len(read.hidden_states) - 1  # DistilBERT is twice as deep
-        for state, layers in enumerate(((0, 0), (2, deep))):
+        deeper = (len(read.hidden_states) - 1) // 2  # DistilBERT is twice as deep as the image encoder with its two layers
+        for state, layers in enumerate(((0, 0), (1, deeper), (2, 2 * deeper))):
             expected = pooled(seen.hidden_states[layers[0]], kind), pooled(read.hidden_states[layers[1]], pooling)
             torch.testing.assert_close(image_states[item - 1, state], expected[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(text_states[item - 1, state], expected[1], rtol=0, atol=1e-5)
@@ -169,7 +169,7 @@ def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_d
     run_script(tiny_arguments(tiny_dataset, None, tmp_path / "lora", **options))
     perpeft_iisan.main(iisan_arguments(tiny_dataset, None, tmp_path / "iisan", **options))
     image_states, text_states, _ = torch.load(train_dir / "tiny_preX.pt", weights_only=True)
-    assert (image_states.shape[1:], text_states.shape[1:]) == ((2, 0), (2, 24))
+    assert (image_states.shape[1:], text_states.shape[1:]) == ((3, 0), (3, 24))
     assert json.loads((train_dir / "tiny_preX.json").read_text())["clip_model"] == f"{folders / 'bert'} (mean)"
     for kind, width, adapter in (("lora", 24, 2 * 2 * 4 * (24 + 24)), ("iisan", 24, None)):
         (folder,) = (tmp_path / kind).iterdir()
