@@ -3,6 +3,7 @@ import contextlib
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -67,6 +68,8 @@ class ClipPeftEncoder(ItemEncoder):
         self._groups = nn.ModuleList()
         self._peft = get_peft_model(clip, config)
         self._clip = clip
+        if autocast_dtype is not None:
+            self._cast_frozen_layers(autocast_dtype)
         if gradient_checkpointing:  # non-reentrant: the first layer's input needs no gradient, its adapter does
             clip.gradient_checkpointing_enable({"use_reentrant": False})
         self._slots = self._adapter_slots()
@@ -78,6 +81,16 @@ class ClipPeftEncoder(ItemEncoder):
         scale, shift = channel_statistics(processor)
         self.register_buffer("_scale", scale, persistent=False)
         self.register_buffer("_shift", shift, persistent=False)
+
+    def _cast_frozen_layers(self, dtype: torch.dtype) -> None:
+        """Cast once what autocast would cast in every pass: weights of layers without an adapter.
+
+        The others stay in float32, since some tuners (DoRA) compute with them outside of linear layers.
+        """
+        adapted = {layer for module in self._peft.modules() if isinstance(module, BaseTunerLayer) for layer in module.modules()}
+        for module in self._peft.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in adapted:
+                module.to(dtype)
 
     def _adapter_slots(self) -> dict[str, list[tuple[nn.Module, str]]]:
         """By parameter name, the modules and attributes through which a trainable parameter acts; a shared one has several."""
@@ -130,14 +143,15 @@ class ClipPeftEncoder(ItemEncoder):
         """
         used = MODALITIES[self._modality]
         of_images = of_titles = None
-        if "image" in used and architecture(self._clip.config).has_class_token:
-            images = self._normalised(pixels)
-            layers = self._clip.vision_model(pixel_values=images, output_attentions=True).attentions
-            of_images = layers[-1].mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]
-        if "text" in used:
-            masked = {} if mask is None else {"attention_mask": mask}
-            layers = self._clip.text_model(input_ids=tokens, output_attentions=True, **masked).attentions
-            of_titles = pool_states(self._clip.config, layers[-1].mean(1), tokens, mask)  # [items, length]
+        with self._autocast(pixels.device):
+            if "image" in used and architecture(self._clip.config).has_class_token:
+                images = self._normalised(pixels)
+                layers = self._clip.vision_model(pixel_values=images, output_attentions=True).attentions
+                of_images = layers[-1].float().mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]
+            if "text" in used:
+                masked = {} if mask is None else {"attention_mask": mask}
+                layers = self._clip.text_model(input_ids=tokens, output_attentions=True, **masked).attentions
+                of_titles = pool_states(self._clip.config, layers[-1].float().mean(1), tokens, mask)  # [items, length]
         return of_images, of_titles
 
     def clone_groups(self, num_groups: int) -> None:

@@ -1,5 +1,6 @@
 """`python -m tests.fake_cuda.run BACKEND FOLDER`: runs on the pretended cuda:0; the last line of the output is what was seen."""
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -12,9 +13,12 @@ from tests.fake_cuda.device import pretended_cuda  # before anything that import
 
 import torch  # isort: skip
 from accelerate.state import AcceleratorState
+from transformers import CLIPModel
 
 import perpeft_iisan
 import perpeft_lora_ia3
+from models import ClipPeftEncoder
+from models.peft_configs import lora_config
 from tests.conftest import iisan_arguments, save_tiny_clip, tiny_arguments, tiny_histories, tiny_titles, write_dataset
 from utils.run import opening
 from utils.training import evaluation
@@ -110,8 +114,8 @@ def watched_run(train, free_memory):
     """What is seen of a run on the pretended device; the scale begins so high that its first steps overflow in fp16."""
     with pretended_cuda(free_memory) as mode:
         watch = Watch(mode)
-        with watch.watching(), first_scale(2.0**28):
-            train("cuda:0", "watched")
+        with watch.watching(), first_scale(2.0**19):
+            train("cuda:0", "watched", global_epochs=1, num_epochs=1)
     autocast = {name: sorted(on) for name, on in watch.autocast.items()}
     return {"waits": mode.waits, "device_files": mode.device_files, "autocast": autocast, "steps": watch.steps}
 
@@ -125,6 +129,18 @@ def resumed_run(train):
                 train(device, "resumed", **settings)
         train("cpu", "resumed", **settings)
     return True
+
+
+def weights_cast_once(clip):
+    """Features by a LoRA-like encoder in fp16, with frozen weights cast once and with autocast's cast in every pass."""
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.tensor([[0, 5, 6, 1]] * 2)
+    features = {}
+    with pretended_cuda(), torch.no_grad(), torch.autocast("cuda", torch.float16):
+        for dtype in (torch.float16, None):
+            encoder = ClipPeftEncoder(CLIPModel.from_pretrained(clip), lora_config(), None, autocast_dtype=dtype).eval()
+            features[dtype] = encoder.to("cuda:0")(pixels.to("cuda:0"), tokens.to("cuda:0")).cpu()
+    return bool(features[None].any()) and torch.equal(*features.values())
 
 
 def own_rules():
@@ -160,7 +176,9 @@ def main():
 
     seen = {
         "rules": own_rules(),
+        "cast_once": weights_cast_once(clip),
         "lora": watched_run(train_lora, free_memory=2**36),
+        "ia3": watched_run(functools.partial(train_lora, peft_type="ia3"), free_memory=2**36),
         "iisan": watched_run(train_iisan, free_memory=0),  # the states are copied in every step
         "resumed": resumed_run(train_lora),
     }

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
-from models.peft_configs import ia3_config, lora_config
+from models.peft_configs import ia3_config, lora_config, peft_config
 from tests.conftest import draw_image, make_trainer
 from utils.common.errors import PerPEFTError
 from utils.items.store import read_image
@@ -374,3 +374,22 @@ def test_an_adapter_that_acts_at_another_strength_is_refused(tiny_clip, processo
         load_adapter(make_encoder(tiny_clip, processors, "lora"), tmp_path, 0)
     path.unlink()  # the weights alone are enough
     load_adapter(make_encoder(tiny_clip, processors, "lora"), tmp_path, 0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "dora", "vera"])
+def test_weights_cast_once_change_nothing_of_what_autocast_computes(tiny_clip, processors, inputs, kind):
+    found = []
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        clip = CLIPModel.from_pretrained(tiny_clip)
+        encoder = ClipPeftEncoder(clip, peft_config(kind, rank=4), processors[0], autocast_dtype=dtype).eval()
+        parameters = encoder.group_parameters(0)
+        shake(parameters.values())
+        with torch.autocast("cpu", torch.bfloat16):
+            features = encoder(inputs["pixels"], inputs["tokens"])
+        (features.float() ** 2 * torch.arange(features.shape[1])).sum().backward()
+        found.append([features.detach(), *(parameter.grad for parameter in parameters.values())])
+        types = {parameter.dtype for name, parameter in clip.named_parameters() if name.endswith("out_proj.weight")}
+        assert types == {dtype or torch.float32}
+        assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*found, strict=True))

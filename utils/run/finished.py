@@ -41,6 +41,8 @@ def finished_options(
     config = {name: value for name, value in found.items() if name not in FINGERPRINTS}
     options = argparse.Namespace(**{**defaults, **config})
     options.train_dir, options.output_dir, options.device = str(train_dir), str(folder.parent), choose_device(device)
+    if options.precision == "fp16" and not options.device.startswith("cuda"):
+        options.precision = "fp32"  # trained on a GPU, shown elsewhere
     if clip_model is not None and options.clip_model is not None:
         options.clip_model = clip_model
     return options, {name: found[name] for name in FINGERPRINTS}
