@@ -1,6 +1,7 @@
 """CLIP, or another dual encoder, with one peft adapter a group."""
 import contextlib
 
+import numpy as np
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -9,19 +10,27 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from models.item_encoder import MODALITIES, ItemEncoder
-from models.towers import architecture, dual_features, feature_width, pool_states
-
-TOWERS = {"image": "vision_model", "text": "text_model"}
+from models.pair import EncoderPair
+from models.towers import CLIP_TRAITS, Traits, count_parameters, dual_features, tower, tower_name
 
 
 def channel_statistics(processor: BaseImageProcessor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift, [1, 3, 1, 1] each: pixel * scale + shift equals an image processor's rescaling and normalisation."""
     if processor is None:  # of a text encoder alone
         return torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
-    factor = processor.rescale_factor if processor.do_rescale else 1.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-    mean, std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
-    return factor / std, -mean / std
+    ends = []
+    for value in (0, 255):  # of images of one colour; what the processor makes of their pixels is linear in between
+        image = np.full((64, 64, 3), value, dtype=np.uint8)
+        found = processor(image, return_tensors="np", input_data_format="channels_last")["pixel_values"][0]
+        ends.append(torch.from_numpy(found[:, found.shape[1] // 2, found.shape[2] // 2]).double().view(1, 3, 1, 1))
+    return ((ends[1] - ends[0]) / 255).float(), ends[0].float()
+
+
+def _last_layer(attentions: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    """The mean over heads of the last layer's attention, [items, to, from]."""
+    if not attentions or attentions[-1] is None:
+        raise ValueError("it returns no attention")
+    return attentions[-1].float().mean(1)
 
 
 class ClipPeftEncoder(ItemEncoder):
@@ -34,34 +43,43 @@ class ClipPeftEncoder(ItemEncoder):
     tuner works that changes a module's parameters alone, and what it keeps beside them (VeRA's projections) is shared.
 
     Args:
-        clip: the foundation model, of a family in `models.towers.ARCHITECTURES`; it is frozen and its linear layers are
-            wrapped in place.
+        clip: the foundation model, a dual encoder or an `EncoderPair`; it is frozen and its linear layers are wrapped in place.
         config: the kind of adapter, from `models.peft_configs`.
         processor: its image processor, for the channel statistics that images are normalised with.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time, the same gradients.
         modality: "both", "image" or "text".
         autocast_dtype: what the foundation model computes in; None for float32.
+        traits: how the model reads items; CLIP's by default.
+    Attributes:
+        bare: the parts of an item, "image" or "text", whose tower has none of the target layers, and so no adapter.
     Raises:
         ValueError: peft cannot put such an adapter into this model.
     """
 
     def __init__(
         self,
-        clip: PreTrainedModel,
+        clip: PreTrainedModel | EncoderPair,
         config: PeftConfig,
         processor: BaseImageProcessor | None,
         gradient_checkpointing: bool = False,
         modality: str = "both",
         autocast_dtype: torch.dtype | None = None,
+        traits: Traits = CLIP_TRAITS,
     ):
         super().__init__()
-        self.foundation_parameters = sum(parameter.numel() for parameter in clip.parameters())
+        self.foundation_parameters = count_parameters(clip)
         self._modality = modality
         self._autocast_dtype = autocast_dtype
-        self.feature_dim = feature_width(clip.config, modality)
-        unused = TOWERS["text" if modality == "image" else "image"]
-        if modality != "both" and hasattr(clip, unused):
-            config.exclude_modules = rf"{unused}\..*"
+        self._traits = traits
+        self.feature_dim = traits.feature_width(modality, clip.config)
+        towers = {part: tower_name(clip, part) for part in MODALITIES[modality]}
+        # Parts that take no part in an item's features: the other tower, and what some models have beside the two.
+        unused = [name for name, _ in clip.named_children() if name.endswith("_model") and name not in towers.values()]
+        patterns = [rf"{name}\..*" for name in unused]
+        if any(".crossattention." in name for name, _ in clip.named_modules()):  # BLIP's text tower attends to no image here
+            patterns.append(r".*\.crossattention\..*")
+        if patterns:
+            config.exclude_modules = "|".join(patterns)
         config.base_model_name_or_path = clip.config._name_or_path or None
         self.adapter_config = config
         # Before the model that they act in, so that parameters() lists them in the same order whichever group is active.
@@ -73,9 +91,9 @@ class ClipPeftEncoder(ItemEncoder):
         if gradient_checkpointing:  # non-reentrant: the first layer's input needs no gradient, its adapter does
             clip.gradient_checkpointing_enable({"use_reentrant": False})
         self._slots = self._adapter_slots()
-        for part in MODALITIES[modality]:
-            if not any(f".{TOWERS[part]}." in name for name in self._slots):
-                raise ValueError(f"none of the target layers {config.target_modules} is in the {part} encoder")
+        self.bare = [part for part, name in towers.items() if not any(f".{name}." in slot for slot in self._slots)]
+        if len(self.bare) == len(towers):
+            raise ValueError(f"none of the target layers {config.target_modules} is in the {' or '.join(self.bare)} encoder")
         self._groups.append(nn.ParameterList(owners[0][0]._parameters[owners[0][1]] for owners in self._slots.values()))
         self._active = 0
         scale, shift = channel_statistics(processor)
@@ -140,19 +158,28 @@ class ClipPeftEncoder(ItemEncoder):
         Returns:
             the class token's attention to itself and the patches, [items, 1 + patches], and the title's pooled token's to all
             tokens, [items, length]; rows sum to 1; None for an unused tower, and for images without a class token
+        Raises:
+            ValueError: the model returns no attention.
         """
         used = MODALITIES[self._modality]
         of_images = of_titles = None
         with self._autocast(pixels.device):
-            if "image" in used and architecture(self._clip.config).has_class_token:
-                images = self._normalised(pixels)
-                layers = self._clip.vision_model(pixel_values=images, output_attentions=True).attentions
-                of_images = layers[-1].float().mean(1)[:, 0]  # [items, heads, to, from] -> [items, 1 + patches]
+            if "image" in used and self._traits.class_token:
+                seen = tower(self._clip, "image")(pixel_values=self._normalised(pixels), output_attentions=True)
+                of_images = _last_layer(seen.attentions)[:, 0]  # [items, 1 + patches]
             if "text" in used:
                 masked = {} if mask is None else {"attention_mask": mask}
-                layers = self._clip.text_model(input_ids=tokens, output_attentions=True, **masked).attentions
-                of_titles = pool_states(self._clip.config, layers[-1].float().mean(1), tokens, mask)  # [items, length]
+                read = tower(self._clip, "text")(input_ids=tokens, output_attentions=True, **masked)
+                of_titles = self._traits.pool(_last_layer(read.attentions), tokens, mask)  # [items, length]
         return of_images, of_titles
+
+    def train(self, mode: bool = True) -> "ClipPeftEncoder":
+        """As any module's, but the statistics of the frozen model's batch norms stay as they are."""
+        super().train(mode)
+        for module in self._clip.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def clone_groups(self, num_groups: int) -> None:
         """Make `num_groups` adapters, every one a copy of the present group 0."""

@@ -5,22 +5,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from models.towers import Architecture, Layers, pool_states
-
-TEXT_POOLINGS = {"cls": "first", "mean": "mean"}  # what --text_pooling names, as `Architecture.title_token`
-# Names of the layers in all of the kinds below; of those that a model lacks, nothing comes.
-LAYERS = Layers(
-    ("q_proj", "query", "q_lin", "attn.q"), ("k_proj", "key", "k_lin", "attn.k"), ("v_proj", "value", "v_lin", "attn.v"),
-    ("fc1", "intermediate.dense", "ffn.lin1"),
-)  # fmt: skip
-IMAGE_MODELS = {  # whether there is a class token, by transformers' model_type
-    "beit": True, "clip_vision_model": True, "deit": True, "dinov2": True, "dinov2_with_registers": True, "ijepa": False,
-    "siglip_vision_model": False, "vit": True,
-}  # fmt: skip
-ANY_IMAGE_SIZE = ("dinov2", "dinov2_with_registers")  # these interpolate their position embeddings
-TEXT_MODELS = {  # position embeddings that no token takes, by transformers' model_type
-    "bert": 0, "camembert": 2, "distilbert": 0, "electra": 0, "mpnet": 2, "roberta": 2, "xlm-roberta": 2,
-}  # fmt: skip
+TEXT_POOLINGS = ("cls", "mean")  # of --text_pooling
+CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")  # what image encoders call the parameter
 
 
 @dataclass
@@ -30,38 +16,19 @@ class PairConfig:
     vision_config: PretrainedConfig | None
     text_config: PretrainedConfig
     text_pooling: str = "mean"
-    model_type = "pair"
-    projection_dim = None
     _name_or_path = ""
-
-    @property
-    def architecture(self) -> Architecture:
-        """The pair as a family."""
-        image_type = self.vision_config.model_type if self.vision_config else None
-        return Architecture(
-            LAYERS,
-            title_token=TEXT_POOLINGS[self.text_pooling],
-            has_class_token=IMAGE_MODELS.get(image_type, False),
-            masks_titles=True,
-            reserved_positions=TEXT_MODELS[self.text_config.model_type],
-            any_image_size=image_type in ANY_IMAGE_SIZE,
-        )
-
-    @property
-    def parts(self) -> list[PretrainedConfig]:
-        """Configurations of the models."""
-        return [config for config in (self.vision_config, self.text_config) if config]
 
 
 class EncoderPair(nn.Module):
     """A frozen image encoder and a frozen text encoder, with the methods of a dual encoder.
 
-    An image's features are its class token's last state, or the mean over patches; a title's are the first token's last
-    state, or the masked mean. A peft adapter of it opens on `nn.ModuleDict({"vision_model": A, "text_model": B})`.
+    An image's features are its class token's last state, or the mean over its patches where the encoder has none; a title's
+    are the first token's last state, or the masked mean. A peft adapter of it opens on
+    `nn.ModuleDict({"vision_model": A, "text_model": B})`.
 
     Args:
-        vision_model: of a kind in IMAGE_MODELS; None for titles alone.
-        text_model: of a kind in TEXT_MODELS.
+        vision_model: None for titles alone.
+        text_model: a model that returns one state a token.
         text_pooling: "cls" or "mean".
     """
 
@@ -69,20 +36,29 @@ class EncoderPair(nn.Module):
 
     def __init__(self, vision_model: PreTrainedModel | None, text_model: PreTrainedModel, text_pooling: str = "mean"):
         super().__init__()
+        self._class_token = False
         if vision_model is not None:
             self.vision_model = vision_model
+            names = {name.rpartition(".")[2] for name, _ in vision_model.named_parameters()}
+            self._class_token = bool(names & set(CLASS_TOKENS))
         self.text_model = text_model
         self.config = PairConfig(vision_model.config if vision_model is not None else None, text_model.config, text_pooling)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[items, 3, height, width] -> [items, image width]."""
-        states = self.vision_model(pixel_values=pixel_values).last_hidden_state  # [items, patches, image width]
-        return states[:, 0] if self.config.architecture.has_class_token else states.mean(1)
+        states = self.vision_model(pixel_values=pixel_values).last_hidden_state  # [items, patches, image width], or a map
+        if states.dim() == 4:  # [items, image width, height, width]
+            return states.mean((2, 3))
+        return states[:, 0] if self._class_token else states.mean(1)
 
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[items, length] each -> [items, text width]."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return pool_states(self.config, states, input_ids, attention_mask)
+        if self.config.text_pooling == "cls":
+            return states[:, 0]
+        shares = attention_mask / attention_mask.sum(1, keepdim=True)  # [items, length]
+        return torch.einsum("il,ilw->iw", shares.to(states.dtype), states)
 
     def gradient_checkpointing_enable(self, options: dict) -> None:
         """As transformers' method of that name, in both."""

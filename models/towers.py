@@ -1,11 +1,14 @@
-"""Dual encoders of transformers: what differs between their architectures, their features and their hidden states."""
+"""The two towers of a dual encoder of transformers: their layers, their features and their hidden states."""
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModel, PretrainedConfig
 
 from models.item_encoder import MODALITIES
+
+TOWER_NAMES = {"image": ("vision_model", "image_model"), "text": ("text_model",)}  # attributes that models have them under
 
 
 @dataclass(frozen=True)
@@ -18,153 +21,190 @@ class Layers:
     feed_forward: tuple[str, ...] = ("fc1",)
 
 
+# What these layers are called in transformers; one layer for query, key and value is all three.
+KNOWN_LAYERS = Layers(
+    ("q_proj", "query", "q_lin", "attn.q", "qkv"), ("k_proj", "key", "k_lin", "attn.k", "qkv"),
+    ("v_proj", "value", "v_lin", "attn.v", "qkv"), ("fc1", "intermediate.dense", "ffn.lin1", "up_proj"),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Architecture:
-    """One family of dual encoders.
+class Traits:
+    """How a dual encoder reads items, as `models.trial` finds it; the defaults are CLIP's.
 
     Attributes:
-        layers: that adapters sit on.
-        title_token: the token that the text tower pools: "end" (of text), "first", "last", or "mean" for the mean over all.
-        has_class_token: whether the image tower pools a first token; otherwise its states are means over patches.
-        pads_titles: whether every title is padded to the text tower's longest input.
-        masks_titles: whether the text tower takes an attention mask.
-        reserved_positions: position embeddings of the text tower that no token takes.
-        any_image_size: whether the image tower takes images of other sizes than its configuration's.
+        title_token: the token that the text tower pools: "first", "last" (padding included), "final" (the last that is no
+            padding), "end" (the first `end_token`), "highest" (the first of the highest number), or "mean" over a title's.
+        end_token: the number of the token that ends a title.
+        class_token: whether the image tower pools its first token; otherwise its states are means over patches.
+        masks_titles: whether padding changes a title's features unless the text tower gets a mask.
+        pads_titles: whether it changes them nevertheless, so that every title is padded to the longest input.
+        widths: of an image's and a title's features; empty for the width that the model's configuration names.
     """
 
-    layers: Layers = Layers()
     title_token: str = "end"
-    has_class_token: bool = True
-    pads_titles: bool = False
+    end_token: int | None = None
+    class_token: bool = True
     masks_titles: bool = False
-    reserved_positions: int = 0
-    any_image_size: bool = False
+    pads_titles: bool = False
+    widths: tuple[tuple[str, int], ...] = ()
+
+    def pooling(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The share of each token in what the text tower pools, [items, length]; rows sum to 1.
+
+        Args:
+            tokens, mask: as in `dual_features`.
+        """
+        if self.title_token == "mean":
+            shares = torch.ones_like(tokens) if mask is None else mask
+            return shares / shares.sum(1, keepdim=True)
+        length = tokens.shape[1]
+        if self.title_token == "first":
+            places = torch.zeros_like(tokens[:, 0])
+        elif self.title_token == "last":
+            places = torch.full_like(tokens[:, 0], length - 1)
+        elif self.title_token == "final":
+            places = torch.full_like(tokens[:, 0], length - 1) if mask is None else mask.sum(1) - 1
+        elif self.title_token == "end":
+            places = (tokens == self.end_token).int().argmax(1)
+        else:
+            places = tokens.argmax(1)
+        return F.one_hot(places, length).float()
+
+    def pool(self, states: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """What the text tower pools of one vector a token, [items, length, width] -> [items, width]."""
+        return torch.einsum("il,ilw->iw", self.pooling(tokens, mask).to(states.dtype), states)
+
+    def feature_width(self, modality: str, config: PretrainedConfig) -> int:
+        """Width of an item's features: of its image, its title, or both side by side."""
+        widths = dict(self.widths) or dict.fromkeys(MODALITIES["both"], getattr(config, "projection_dim", None))
+        return sum(widths[part] for part in MODALITIES[modality])
 
 
-_WITH_BERT = Layers(("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("fc1", "intermediate.dense"))
-ARCHITECTURES = {  # by transformers' model_type
-    "clip": Architecture(),
-    "siglip": Architecture(title_token="last", has_class_token=False, pads_titles=True),
-    "chinese_clip": Architecture(_WITH_BERT, title_token="first", masks_titles=True),
-    "altclip": Architecture(_WITH_BERT, title_token="first", masks_titles=True, reserved_positions=2),
-}
+CLIP_TRAITS = Traits()
 
 
-def architecture(config: PretrainedConfig) -> Architecture:
-    """The family of a model by its configuration; a pair of encoders has its own."""
-    return getattr(config, "architecture", None) or ARCHITECTURES[config.model_type]
+def tower_name(model: nn.Module, part: str) -> str | None:
+    """The attribute that holds a model's "image" or "text" tower; None where there is none."""
+    return next((name for name in TOWER_NAMES[part] if getattr(model, name, None) is not None), None)
 
 
-def feature_width(config: PretrainedConfig, modality: str = "both") -> int:
-    """Width of an item's features: of its image, its title, or both side by side."""
-    towers = {"image": config.vision_config, "text": config.text_config}
-    common = getattr(config, "projection_dim", None)
-    return sum(common or towers[part].hidden_size for part in MODALITIES[modality])
+def tower(model: nn.Module, part: str) -> nn.Module:
+    """A model's "image" or "text" tower."""
+    return getattr(model, tower_name(model, part))
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the models by that configuration."""
-    with torch.device("meta"):  # counts them without making them
-        models = [AutoModel.from_config(part) for part in getattr(config, "parts", [config])]
-        return sum(parameter.numel() for model in models for parameter in model.parameters())
+def layers_of(model: nn.Module) -> Layers:
+    """Which of the known names of layers a model has."""
+    linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    present = {name for names in vars(KNOWN_LAYERS).values() for name in names if any(at.endswith(f".{name}") for at in linear)}
+    return Layers(**{role: tuple(name for name in names if name in present) for role, names in vars(KNOWN_LAYERS).items()})
 
 
-def pooled_places(config: PretrainedConfig, tokens: torch.Tensor) -> torch.Tensor:
-    """Where the token lies that the text tower pools, if it is one, [items, length] -> [items]."""
-    where = architecture(config).title_token
-    if where == "end":
-        end = config.text_config.eos_token_id
-        # transformers takes an end-of-text id of 2, which older configurations have by mistake, for "the largest id"
-        return tokens.argmax(-1) if end == 2 else (tokens == end).int().argmax(-1)
-    return torch.full_like(tokens[:, 0], 0 if where == "first" else tokens.shape[1] - 1)
-
-
-def pool_states(
-    config: PretrainedConfig, states: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """What the text tower pools of one vector a token: the pooled token's, or the mean over a title's tokens.
+def part_features(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> torch.Tensor:
+    """A dual encoder's embeddings of images or of titles as they are, [items, width].
 
     Args:
-        config: of the model.
-        states: [items, length, width].
-        tokens, mask: as in `dual_features`.
-    Returns:
-        [items, width]
+        model: with or without adapters.
+        part: "image" or "text".
+        inputs: `pixel_values`, or `input_ids` and `attention_mask`; those that are None are left out.
     """
-    if architecture(config).title_token != "mean":
-        return states[torch.arange(len(tokens), device=tokens.device), pooled_places(config, tokens)]
-    weights = mask.unsqueeze(-1).to(states.dtype)  # [items, length, 1]
-    return (states * weights).sum(1) / weights.sum(1)
+    method = getattr(model, f"get_{part}_features")
+    found = method(**{name: tensor for name, tensor in inputs.items() if tensor is not None})
+    found = found if isinstance(found, torch.Tensor) else found.pooler_output  # the latter in transformers 5
+    return found[:, 0] if found.dim() == 3 else found  # FLAVA projects every token, and compares the first
 
 
 def dual_features(
-    model: PreTrainedModel, images: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None = None
+    model: nn.Module, images: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A dual encoder's L2-normalised embeddings of images and titles side by side, or of one of them alone.
 
     Args:
-        model: of a family in ARCHITECTURES, with or without adapters.
+        model: with or without adapters.
         images: normalised, [items, 3, height, width].
         tokens: token ids of the titles, [items, length].
-        mask: 1 at tokens, 0 at padding, [items, length], where the family takes one.
+        mask: 1 at tokens, 0 at padding, [items, length], where the model needs one.
     Returns:
-        [items, feature_width] of both or of one alone; float32
+        [items, width] of both or of one alone; float32
     """
-    features = []
+    embeddings = []
     if images is not None:
-        features.append(model.get_image_features(pixel_values=images))
+        embeddings.append(part_features(model, "image", pixel_values=images))
     if tokens is not None:
-        # Without a mask, CLIP is causal and pools the end-of-text token, so what follows it cannot matter.
-        masked = {} if mask is None else {"attention_mask": mask}
-        features.append(model.get_text_features(input_ids=tokens, **masked))
-    # transformers 5 returns outputs whose pooler_output holds the embeddings
-    embeddings = [found if isinstance(found, torch.Tensor) else found.pooler_output for found in features]
+        embeddings.append(part_features(model, "text", input_ids=tokens, attention_mask=mask))
     return torch.cat([F.normalize(embedding.float(), dim=-1) for embedding in embeddings], dim=-1)
 
 
 MAX_STATES = 7  # S of the paper: every second layer of ViT-B/32's twelve, and the embedding output
 
 
-def cached_layers(config: PretrainedConfig) -> tuple[list[int], list[int]]:
-    """Which hidden states are cached, 0 being the embedding output: seven as in the paper, or all of a shallower tower, evenly
-    spaced over both towers. For ViT-B/32: 0, 2, ..., 12 of both.
-
-    Returns:
-        layers of the image tower, layers of the text tower, S each.
+def evenly_spaced(depths: list[int]) -> list[list[int]]:
+    """Which hidden states are cached of towers of some depths, 0 being the embedding output: seven as in the paper, or all of a
+    shallower tower, evenly spaced over each. For ViT-B/32: 0, 2, ..., 12 of both.
     """
-    text_depth = config.text_config.num_hidden_layers
-    image_depth = config.vision_config.num_hidden_layers if config.vision_config else text_depth
-    steps = min(MAX_STATES - 1, image_depth, text_depth)
-    return tuple([round(depth * step / steps) for step in range(steps + 1)] for depth in (image_depth, text_depth))
+    steps = min(MAX_STATES - 1, *depths)
+    return [[round(depth * step / steps) for step in range(steps + 1)] for depth in depths]
 
 
-def state_shapes(config: PretrainedConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-    """[S, width] of an item's image states and of its title states."""
-    image_layers, text_layers = cached_layers(config)
-    image_width = config.vision_config.hidden_size if config.vision_config else 0
-    return (len(image_layers), image_width), (len(text_layers), config.text_config.hidden_size)
+def _tower_states(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> list[torch.Tensor]:
+    """All hidden states of a tower, [items, tokens, width] each; a map [items, width, height, width] counts as its places."""
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    found = tower(model, part)(**given, output_hidden_states=True).hidden_states
+    states = [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in found]
+    widths = sorted({state.shape[2] for state in states})
+    if len(widths) > 1:
+        raise ValueError(
+            f"the hidden states of its {part} tower have several widths ({', '.join(map(str, widths))}), and IISAN needs one; "
+            "use perpeft_lora_ia3.py, or another model"
+        )
+    return states
 
 
-@torch.no_grad()
 def hidden_states(
-    model: PreTrainedModel, images: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
+    model: nn.Module,
+    traits: Traits,
+    images: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cached states of some items.
+    """The cached states of some items, of images, of titles, or of both.
 
     Args:
         model: in eval mode.
+        traits: the model's.
         images, tokens, mask: as in `dual_features`.
     Returns:
         image states (the class token, or the mean over patches where there is none) [items, S, image width],
-        title states (the pooled token, or the mean) [items, S, text width]
+        title states (the pooled token, or the mean) [items, S, text width]; a width of 0 for what was not there
+    Raises:
+        ValueError: the states of a tower have several widths.
     """
-    image_layers, text_layers = cached_layers(model.config)
-    image_states = [tokens.new_empty(len(tokens), 0) for _ in image_layers]  # of a text encoder alone
-    if model.config.vision_config:
-        image = model.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
-        has_class_token = architecture(model.config).has_class_token
-        image_states = [image[layer][:, 0] if has_class_token else image[layer].mean(1) for layer in image_layers]
-    masked = {} if mask is None else {"attention_mask": mask}
-    title = model.text_model(input_ids=tokens, output_hidden_states=True, **masked).hidden_states
-    text_states = [pool_states(model.config, title[layer], tokens, mask) for layer in text_layers]
-    return torch.stack(image_states, dim=1).float(), torch.stack(text_states, dim=1).float()
+    found = {}
+    if images is not None:
+        found["image"] = _tower_states(model, "image", pixel_values=images)
+    if tokens is not None:
+        found["text"] = _tower_states(model, "text", input_ids=tokens, attention_mask=mask)
+    spaced = evenly_spaced([len(states) - 1 for states in found.values()])
+    pooled = {}
+    for (part, states), layers in zip(found.items(), spaced):
+        chosen = [states[layer] for layer in layers]
+        if part == "text":
+            rows = [traits.pool(state, tokens, mask) for state in chosen]
+        else:
+            rows = [state[:, 0] if traits.class_token else state.mean(1) for state in chosen]
+        pooled[part] = torch.stack(rows, dim=1).float()  # [items, S, width]
+    any_states = next(iter(pooled.values()))
+    absent = any_states.new_empty(*any_states.shape[:2], 0)
+    return pooled.get("image", absent), pooled.get("text", absent)
+
+
+def skeleton(config: PretrainedConfig) -> nn.Module:
+    """The model of a configuration without any weights, on torch's meta device."""
+    with torch.device("meta"):
+        return AutoModel.from_config(config, attn_implementation="eager")  # the others ask for values of masks
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, with or without weights."""
+    return sum(parameter.numel() for parameter in model.parameters())

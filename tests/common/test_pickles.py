@@ -107,7 +107,7 @@ def sound_states():
 
 
 def open_states(folder, clip_name=None):
-    return HiddenStateStore.open(read_dataset(folder, "shop", contents=False), None, clip_name)
+    return HiddenStateStore.open(read_dataset(folder, "shop", contents=False), clip_name)
 
 
 def third_image_states(folder):
@@ -214,7 +214,7 @@ def test_states_made_to_harm_are_refused_in_little_time_and_memory(folder):
         for content in cases.values():
             states_path(folder, "shop").write_bytes(content)
             try:
-                write("read", HiddenStateStore.open(dataset, None).num_items)
+                write("read", HiddenStateStore.open(dataset).num_items)
             except PerPEFTError as error:
                 write("refused", error)
 

@@ -212,8 +212,8 @@ def test_hidden_states_with_code_are_refused(folder):
     path = states_path(folder, "shop")
     torch.save((torch.randn(5, 3, 8), torch.randn(5, 3, 4), [f"B{item:03d}" for item in range(1, 6)]), path)
     dataset = read_dataset(folder, "shop")
-    refuse_every_payload(path, lambda: HiddenStateStore.open(dataset, None), match="shop_preX.pt")
-    assert HiddenStateStore.open(dataset, None).num_items == 5
+    refuse_every_payload(path, lambda: HiddenStateStore.open(dataset), match="shop_preX.pt")
+    assert HiddenStateStore.open(dataset).num_items == 5
 
 
 @pytest.fixture
@@ -447,7 +447,7 @@ def test_local_data_and_a_local_clip_reach_for_nothing(folder, tiny_clip, no_net
     store = load_foundation(str(tiny_clip)).store(dataset)
     assert store.fetch(np.array([1, 5]), CPU)[0].shape == (2, 3, 32, 32)
     ensure_hidden_states(dataset, str(tiny_clip), CPU)
-    assert HiddenStateStore.open(dataset, None).num_items == 5
+    assert HiddenStateStore.open(dataset).num_items == 5
     assert no_network == []
 
 

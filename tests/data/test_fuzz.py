@@ -186,7 +186,7 @@ class Reader:
         else:  # a file with right checksums that says wrong things of its contents: damage by intent
             content = self.with_damaged_contents(random.Random(seed).choice(self.sound["preX.pt"]), seed)
         self.path("preX.pt").write_bytes(content)
-        store = HiddenStateStore.open(self.dataset, None)
+        store = HiddenStateStore.open(self.dataset)
         image_states, text_states = store.fetch(np.arange(1, ITEMS + 1), torch.device("cpu"))
         assert torch.isfinite(image_states).all() and torch.isfinite(text_states).all()
         if whole_file:  # what was read in spite of the damage is what was written

@@ -12,11 +12,11 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_iisan
-from models.towers import cached_layers, hidden_states
+from models.towers import Traits, evenly_spaced, hidden_states
 from tests.conftest import NUM_ITEMS, iisan_arguments
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
-from utils.items.foundation import ensure_hidden_states, load_foundation
+from utils.items.foundation import DEFAULT_CLIP, ensure_hidden_states, known_model, load_foundation
 from utils.items.hidden_states import HiddenStateStore, states_path
 
 CPU = torch.device("cpu")
@@ -85,7 +85,8 @@ def test_a_title_cut_at_77_tokens_is_read_at_its_end_of_text_token():
     body = torch.arange(1, 76)
     long = torch.cat([torch.tensor([97]), body, torch.tensor([98])])  # 77 tokens, the last one is end of text
     short = torch.cat([torch.tensor([97, 5, 98]), torch.full((74,), 98)])  # padded by the same token
-    _, states = hidden_states(clip, torch.zeros(2, 3, 8, 8), torch.stack([long, short]))
+    with torch.no_grad():
+        _, states = hidden_states(clip, Traits(end_token=98), torch.zeros(2, 3, 8, 8), torch.stack([long, short]))
     with torch.no_grad():
         for row, (tokens, place) in enumerate(((long, 76), (short[:3], 2))):
             output = clip.text_model(input_ids=tokens[None], output_hidden_states=True)
@@ -113,11 +114,8 @@ def test_the_store_cuts_titles_so_that_the_end_of_text_token_stays(tiny_dataset,
         (27, 3, [0, 9, 18, 27], [0, 1, 2, 3]),
     ],
 )
-def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer(
-    image_depth, text_depth, image_layers, text_layers
-):
-    config = CLIPConfig(vision_config={"num_hidden_layers": image_depth}, text_config={"num_hidden_layers": text_depth})
-    assert cached_layers(config) == (image_layers, text_layers)
+def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer(image_depth, text_depth, image_layers, text_layers):
+    assert evenly_spaced([image_depth, text_depth]) == [image_layers, text_layers]
 
 
 @pytest.mark.parametrize("padding", [None, 0, "0"])
@@ -129,7 +127,7 @@ def test_published_files_are_read_in_any_order_with_or_without_a_padding_row(cop
     if padding is not None:
         shuffled = [torch.cat([torch.zeros_like(states[:1]), states]) for states in shuffled[:2]] + [[padding, *shuffled[2]]]
     copied.rewrite(*shuffled)
-    store = HiddenStateStore.open(copied.dataset, None)
+    store = HiddenStateStore.open(copied.dataset)
     items = np.array([3, 30, 1])
     found_image, found_text = store.fetch(items, CPU)
     assert found_image.dtype == found_text.dtype == torch.float32
@@ -142,32 +140,32 @@ def test_missing_ids_and_rows_with_nan_are_named_together_with_what_to_do(copied
     image_states, text_states, ids = (computed.content[0].clone(), computed.content[1].clone(), list(computed.content[2]))
     copied.rewrite(image_states[:-2], text_states[:-2], ids[:-2])
     with pytest.raises(PerPEFTError, match=rf"(?s)compute it anew.*without states \(2\): {ids[-2]}, {ids[-1]}"):
-        HiddenStateStore.open(copied.dataset, None)
+        HiddenStateStore.open(copied.dataset)
     image_states[4, 1, 3], text_states[7, 0, 0] = float("nan"), float("inf")
     copied.rewrite(image_states, text_states, ids)
     with pytest.raises(PerPEFTError, match=rf"NaN or infinity \(2\): {ids[4]}, {ids[7]}"):
-        HiddenStateStore.open(copied.dataset, None)
+        HiddenStateStore.open(copied.dataset)
 
 
 def test_nan_in_the_padding_row_or_of_items_not_in_the_data_set_is_no_matter(copied, computed):
     image_states, text_states, ids = computed.content
     nothing = torch.full_like(image_states[:1], float("nan"))
     copied.rewrite(torch.cat([nothing, image_states, nothing]), torch.cat([nothing, text_states, nothing]), [0, *ids, "other"])
-    assert torch.equal(HiddenStateStore.open(copied.dataset, None).fetch(np.array([1]), CPU)[0], image_states[:1])
+    assert torch.equal(HiddenStateStore.open(copied.dataset).fetch(np.array([1]), CPU)[0], image_states[:1])
 
 
 def test_ids_that_stand_twice_are_named(copied, computed):
     image_states, text_states, ids = computed.content
     copied.rewrite(torch.cat([image_states, image_states[:1]]), torch.cat([text_states, text_states[:1]]), [*ids, ids[0]])
     with pytest.raises(PerPEFTError, match=rf"stand twice \(1\): {ids[0]}"):
-        HiddenStateStore.open(copied.dataset, None)
+        HiddenStateStore.open(copied.dataset)
 
 
 def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, computed, tiny_clip):
     with pytest.raises(PerPEFTError, match=r"another CLIP.*\(3, 32\).*\(7, 768\).*--clip_model"):
-        HiddenStateStore.open(copied.dataset, CLIPConfig())  # ViT-B/32
+        HiddenStateStore.open(copied.dataset, skeleton=known_model(DEFAULT_CLIP))
     with pytest.raises(PerPEFTError, match="was computed by CLIP .*tiny_clip.*not 'elsewhere'"):
-        HiddenStateStore.open(copied.dataset, None, "elsewhere")
+        HiddenStateStore.open(copied.dataset, "elsewhere")
     assert json.loads(copied.path.with_suffix(".json").read_text())["clip_model"] == str(tiny_clip)
 
 
@@ -175,14 +173,14 @@ def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, compute
 def test_files_of_another_form_are_one_clear_error(copied, content):
     torch.save(content, copied.path)
     with pytest.raises(PerPEFTError, match="tiny_preX.pt.*anew"):
-        HiddenStateStore.open(copied.dataset, None)
+        HiddenStateStore.open(copied.dataset)
 
 
 def test_lengths_that_do_not_fit_together_are_refused(copied, computed):
     image_states, text_states, ids = computed.content
     copied.rewrite(image_states, text_states[:-1], ids)
     with pytest.raises(PerPEFTError, match="does not fit together"):
-        HiddenStateStore.open(copied.dataset, None)
+        HiddenStateStore.open(copied.dataset)
 
 
 def test_iisan_trains_all_stages_from_the_states_alone_without_images_titles_or_weights(copied, tiny_clip, tmp_path):
@@ -228,16 +226,16 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
 
 def test_a_clip_is_known_again_by_its_files_wherever_they_lie(copied, tiny_clip, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_clip.parent)
-    assert HiddenStateStore.open(copied.dataset, None, tiny_clip.name).num_items == NUM_ITEMS
+    assert HiddenStateStore.open(copied.dataset, tiny_clip.name).num_items == NUM_ITEMS
     moved = shutil.copytree(tiny_clip, tmp_path / "moved")
-    assert HiddenStateStore.open(copied.dataset, None, str(moved)).num_items == NUM_ITEMS
+    assert HiddenStateStore.open(copied.dataset, str(moved)).num_items == NUM_ITEMS
     (moved / "config.json").write_text("{}")  # another one now
     with pytest.raises(PerPEFTError, match="was computed by CLIP"):
-        HiddenStateStore.open(copied.dataset, None, str(moved))
+        HiddenStateStore.open(copied.dataset, str(moved))
 
 
 def test_a_note_of_a_clip_from_the_hub_goes_by_its_name(copied):
     copied.path.with_suffix(".json").write_text(json.dumps({"clip_model": "openai/clip-vit-base-patch32", "clip_files": None}))
-    assert HiddenStateStore.open(copied.dataset, None, "openai/clip-vit-base-patch32").num_items == NUM_ITEMS
+    assert HiddenStateStore.open(copied.dataset, "openai/clip-vit-base-patch32").num_items == NUM_ITEMS
     with pytest.raises(PerPEFTError, match="not 'openai/clip-vit-large-patch14'"):
-        HiddenStateStore.open(copied.dataset, None, "openai/clip-vit-large-patch14")
+        HiddenStateStore.open(copied.dataset, "openai/clip-vit-large-patch14")

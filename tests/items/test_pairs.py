@@ -30,7 +30,7 @@ from transformers import (
 import perpeft_iisan
 from models import ClipPeftEncoder
 from models.peft_configs import peft_config
-from models.towers import architecture
+from models.towers import layers_of
 from scripts import explain_item
 from tests.conftest import iisan_arguments, run_on_folder, run_script, tiny_arguments, tiny_titles
 from utils.common.errors import PerPEFTError
@@ -93,8 +93,8 @@ def test_features_and_states_are_the_encoders_own_of_single_items(image, text, p
     foundation = load_foundation(name)
     store = foundation.store(dataset)
     image_states, text_states = foundation.hidden_states(store, torch.device("cpu"))
-    config = peft_config("lora", layers=architecture(foundation.clip.config).layers)
-    encoder = ClipPeftEncoder(foundation.clip, config, foundation.image_processor).eval()
+    config = peft_config("lora", layers=layers_of(foundation.clip))
+    encoder = ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits).eval()
     features = encoder(*store.fetch(store.reading_order(), torch.device("cpu")))
     assert features.shape[1] == encoder.feature_dim == 32 + 24
     images, texts = AutoModel.from_pretrained(name.image_model).eval(), AutoModel.from_pretrained(name.text_model).eval()
@@ -122,8 +122,8 @@ def test_adapters_sit_in_both_encoders_and_open_with_peft(kind, folders, tiny_da
     name = name_of(folders, "dinov2", "distilbert")
     foundation = load_foundation(name)
     store = foundation.store(read_dataset(tiny_dataset.train_dir, tiny_dataset.name))
-    config = peft_config(kind, layers=architecture(foundation.clip.config).layers)
-    encoder = ClipPeftEncoder(foundation.clip, config, foundation.image_processor).eval()
+    config = peft_config(kind, layers=layers_of(foundation.clip))
+    encoder = ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits).eval()
     layers = {re.sub(r"\.(lora_|ia3_|vera_).*", "", key) for key in encoder.group_parameters(0)}
     assert len(layers) == (3 if kind == "ia3" else 2) * (2 + 4)  # of each of 2 image and 4 text layers
     encoder.clone_groups(2)
@@ -209,8 +209,8 @@ def test_options_that_do_not_go_together_are_refused(options, expected, tiny_dat
 
 def test_models_that_are_no_such_encoder_are_one_sentence(folders, tiny_clip):
     for name, expected in (
-        (PairName(str(folders / "bert"), "any"), "of the kind 'bert', which does not fit: --image_model takes beit"),
-        (PairName(None, str(tiny_clip)), "of the kind 'clip', which does not fit: --text_model takes bert"),
+        (PairName(str(folders / "bert"), "any"), "kind 'bert', .*: --image_model takes an image encoder.* has no image input"),
+        (PairName(None, str(tiny_clip)), "kind 'clip', .*: --text_model takes a text encoder.* has no text input"),
     ):
         with pytest.raises(PerPEFTError, match=expected) as error:
             load_foundation(name)

@@ -13,11 +13,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from models import ClipPeftEncoder
 from models.peft_configs import PEFT_TYPES
-from models.towers import architecture, pooled_places
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import load_foundation
-from utils.run.build import EncoderKind, clip_folder, encoder_and_source, foundation_name
+from utils.run.build import EncoderKind, clip_folder, encoder_and_source, foundation_name, image_use
 from utils.run.reports import read_groups
 from utils.run.settings import has_groups
 from utils.training.adapters import load_adapter
@@ -175,22 +174,22 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
     """
     name = foundation_name(options)
     foundation = load_foundation(clip_folder(name, dataset), attention="eager")
-    tokenizer, family = foundation.tokenizer, architecture(foundation.clip.config)
+    tokenizer, traits = foundation.tokenizer, foundation.traits
     why_not = None if tokenizer.is_fast else "its tokenizer does not say where tokens lie in a title"
-    if options.modality == "image" and not family.has_class_token:
+    if options.modality == "image" and not traits.class_token:
         why_not = "its image tower has no class token whose attention it pools"
     if why_not:
         raise PerPEFTError(f"attention cannot be shown for '{name}': {why_not}")
     kind = EncoderKind(options.peft_type, options.rank, options.modality, peft_config=options.peft_config)
-    encoder, source = encoder_and_source(kind, foundation, dataset, torch.device(options.device), options.missing_images)
+    encoder, source = encoder_and_source(kind, foundation, dataset, torch.device(options.device), image_use(options))
     encoder.to(options.device).eval()
     words, places = [], []
     for item in items:
         title = dataset.titles[item - 1]
         encoded = tokenizer(title, truncation=True, max_length=foundation.title_form.max_length, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
-        if family.title_token == "end":  # what follows it is never read
-            pooled = int(pooled_places(foundation.clip.config, torch.tensor([encoded["input_ids"]]))[0])
+        if traits.title_token in ("end", "highest"):  # what follows it is never read
+            pooled = int(traits.pooling(torch.tensor([encoded["input_ids"]]), None).argmax())
             offsets = [span if place < pooled else (0, 0) for place, span in enumerate(offsets)]
         found = words_of_tokens(title, offsets)
         words.append(found[0])

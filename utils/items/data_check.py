@@ -75,7 +75,7 @@ def _check_states(found: Inspection) -> str:
     if not states_path(dataset.folder, dataset.name).is_file():
         return "none yet"
     try:
-        HiddenStateStore.open(dataset, None)
+        HiddenStateStore.open(dataset)
     except PerPEFTError as error:
         found.problems.add("hidden states", [" ".join(str(error).split())])
         return "unusable"

@@ -2,13 +2,16 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -22,16 +25,19 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from models.pair import IMAGE_MODELS, TEXT_MODELS, EncoderPair, PairConfig
-from models.towers import ARCHITECTURES, architecture, pooled_places
+from models.clip_peft import channel_statistics
+from models.pair import EncoderPair
+from models.towers import TOWER_NAMES, Traits, skeleton, tower, tower_name
+from models.trial import TokenizerMismatch, find_traits
 from utils.common.errors import PerPEFTError
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
-from utils.items.hidden_states import compute_hidden_states, save_hidden_states, states_path
+from utils.items.hidden_states import compute_hidden_states, has_states, save_hidden_states, states_path
 from utils.items.model_name import FoundationName, PairName, model_folders
-from utils.items.store import ImageTitleStore, TitleForm, output_size
+from utils.items.store import ImageTitleStore, TitleForm, bare_image, output_size, padding_token
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+LONGEST_TITLE = 512  # of models and tokenizers that name no longest input
 
 
 @dataclass
@@ -41,40 +47,96 @@ class Foundation:
     clip: PreTrainedModel | EncoderPair
     image_processor: BaseImageProcessor | None
     tokenizer: PreTrainedTokenizerBase
+    name: str = ""
+
+    @cached_property
+    def traits(self) -> Traits:
+        """How the model reads items, found by trying it.
+
+        Raises:
+            PerPEFTError: it does not run on an image and a title alone, or not with these processors; says what is missing.
+        """
+        parts = ["text"] if self.image_processor is None else ["image", "text"]
+        for part in parts:
+            if tower_name(self.clip, part) is None:
+                raise self._unfit(f"it has no {part} tower called {' or '.join(TOWER_NAMES[part])}")
+        image = None if self.image_processor is None else self._tried_image()
+        specials = " ".join(self.tokenizer.all_special_tokens)
+        titles = ["red lamp of wood and steel", "", "lamp", f"red {specials} lamp", "very long title " * self.longest_title]
+        rows = self.tokenizer(titles, truncation=True, max_length=self.longest_title)["input_ids"]
+        try:
+            with _quiet_transformers():
+                return find_traits(self.clip, image, rows, padding_token(self.tokenizer), self.longest_title)
+        except TokenizerMismatch as error:
+            end = getattr(tower(self.clip, "text").config, "eos_token_id", None)
+            raise self._unfit(
+                f"its tokenizer does not fit its model: {error}; eos_token_id is {end} in config.json and "
+                f"{self.tokenizer.eos_token_id} in the tokenizer, correct the one that is wrong"
+            ) from error
+        except Exception as error:  # each model has its own ways to refuse inputs
+            raise self._unfit(_first_line(error)) from error
+
+    def _tried_image(self) -> torch.Tensor:
+        """An image as the processor makes it, which the image tower has taken, [1, 3, height, width]."""
+        height, width = output_size(self.image_processor)
+        drawn = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        options = {"return_tensors": "np", "input_data_format": "channels_last"}
+        image = torch.from_numpy(self.image_processor(drawn, **options)["pixel_values"])
+        scale, shift = channel_statistics(self.image_processor)
+        own = torch.addcmul(shift, torch.from_numpy(bare_image(drawn, self.image_processor)).float(), scale)
+        if (own - image[0]).abs().max() > 1e-3:
+            raise self._unfit("its image processor does more than resize, crop, rescale and normalise")
+        try:
+            with torch.no_grad():
+                self.clip.get_image_features(pixel_values=image)
+        except Exception as error:
+            side = getattr(tower(self.clip, "image").config, "image_size", None)
+            if side in (None, height, [height, width]):
+                raise self._unfit(_first_line(error)) from error
+            size = f"{height} x {width} pixels, its image tower takes {side} x {side}"
+            raise self._unfit(f"its parts do not fit together: its image processor makes images of {size}") from error
+        return image
+
+    def _unfit(self, reason: str) -> PerPEFTError:
+        return PerPEFTError(f"'{self.name}' cannot be used: {reason}")
+
+    @property
+    def longest_title(self) -> int:
+        """The text tower's longest input, in tokens."""
+        text = tower(self.clip, "text")
+        longest = getattr(text.config, "max_position_embeddings", None)
+        if not longest:
+            return min(self.tokenizer.model_max_length, LONGEST_TITLE)
+        tables = [module for name, module in text.named_modules() if name.endswith("position_embeddings")]
+        reserved = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+        return longest - max(reserved, default=0)  # RoBERTa's family counts positions from its padding token's number on
 
     @property
     def title_form(self) -> TitleForm:
         """How the text tower reads titles."""
-        family, longest = architecture(self.clip.config), self.clip.config.text_config.max_position_embeddings
-        longest -= family.reserved_positions
-        return TitleForm(longest, family.pads_titles, family.masks_titles)
+        return TitleForm(self.longest_title, self.traits.pads_titles, self.traits.masks_titles)
 
     def store(self, dataset: Dataset, missing_images: str = "error") -> ImageTitleStore:
-        """A data set's images and titles as this model reads them.
+        """A data set's images and titles as this model reads them; images are left out if `missing_images` is "unused"."""
+        processor = None if missing_images == "unused" else self.image_processor
+        return ImageTitleStore.open(dataset, processor, self.tokenizer, self.title_form, missing_images)
+
+    def hidden_states(
+        self, store: ImageTitleStore, device: torch.device, modality: str = "both"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All items' states for IISAN, as in `compute_hidden_states`.
 
         Raises:
-            PerPEFTError: its tokenizer does not end titles with the token that the model pools.
+            PerPEFTError: the model has none that IISAN can use.
         """
-        self._check_pooled_token(dataset.titles[0])
-        return ImageTitleStore.open(dataset, self.image_processor, self.tokenizer, self.title_form, missing_images)
+        try:
+            return compute_hidden_states(self.clip, self.traits, self.image_processor, store, device, modality)
+        except ValueError as error:
+            raise self._unfit(_first_line(error)) from error
 
-    def _check_pooled_token(self, title: str) -> None:
-        if architecture(self.clip.config).title_token != "end":
-            return
-        tokens = self.tokenizer([f"a {title}"[:40]], truncation=True, max_length=self.title_form.max_length)["input_ids"][0]
-        found = int(pooled_places(self.clip.config, torch.tensor([tokens]))[0])
-        first = tokens.index(self.tokenizer.eos_token_id) if self.tokenizer.eos_token_id in tokens else None
-        if found != first:
-            raise PerPEFTError(
-                f"the tokenizer of '{self.clip.config._name_or_path}' does not fit its model: it ends a title by token "
-                f"{tokens[-1]} (its eos_token_id is {self.tokenizer.eos_token_id}), but by eos_token_id "
-                f"{self.clip.config.text_config.eos_token_id} in config.json the model pools token {tokens[found]}; correct the "
-                "one that is wrong"
-            )
 
-    def hidden_states(self, store: ImageTitleStore, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """All items' states for IISAN, as in `compute_hidden_states`."""
-        return compute_hidden_states(self.clip, self.image_processor, store, device)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -98,16 +160,22 @@ def load_foundation(name: FoundationName, attention: str | None = None) -> Found
         PerPEFTError: it is neither, of another kind, or its parts do not fit together.
     """
     if isinstance(name, str):
-        model = _load_model(name, "--clip_model", ARCHITECTURES, attention)
+        model = _load_model(name, "--clip_model", attention)
         image_processor, tokenizer = _load_image_processor(name), _load_tokenizer(name)
     else:
-        images = _load_model(name.image_model, "--image_model", IMAGE_MODELS, attention) if name.image_model else None
-        text = _load_model(name.text_model, "--text_model", TEXT_MODELS, attention)
-        model = EncoderPair(images, text, name.text_pooling)
+        images = _load_model(name.image_model, "--image_model", attention) if name.image_model else None
+        model = EncoderPair(images, _load_model(name.text_model, "--text_model", attention), name.text_pooling)
         image_processor = _load_image_processor(name.image_model) if name.image_model else None
         tokenizer = _load_tokenizer(name.text_model)
-    _check_parts(str(name), model, image_processor, tokenizer)
-    return Foundation(model, image_processor, tokenizer)
+    foundation = Foundation(model, image_processor, tokenizer, str(name))
+    _check_parts(foundation)
+    try:
+        _ = foundation.traits  # which tries the model
+    except PerPEFTError:
+        if attention == "eager":
+            raise
+        return load_foundation(name, "eager")  # a faster one may drop masks that it thinks needless, as AIMv2's does
+    return foundation
 
 
 @contextlib.contextmanager
@@ -121,7 +189,7 @@ def _loading(name: str) -> Iterator[dict[str, bool]]:
     except PerPEFTError:
         raise
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         what = "the folder is no complete model folder" if is_folder else "there is no such folder and the hub gave none"
         raise PerPEFTError(
             f"CLIP weights '{name}' cannot be loaded: {what} ({reason}). Run once with network access so that they are "
@@ -130,22 +198,41 @@ def _loading(name: str) -> Iterator[dict[str, bool]]:
         ) from error
 
 
-def _load_model(name: str, option: str, kinds: Collection[str], attention: str | None) -> PreTrainedModel:
+def _load_model(name: str, option: str, attention: str | None) -> PreTrainedModel:
     with _loading(name) as source:
         config = AutoConfig.from_pretrained(name, **source)
-        kind = config.model_type
-        if kind not in kinds:
-            raise PerPEFTError(
-                f"'{name}' is a model of the kind '{kind}', which does not fit: {option} takes {', '.join(sorted(kinds))}"
-                + (f", as {DEFAULT_CLIP} or google/siglip-base-patch16-224" if option == "--clip_model" else "")
-            )
+        _require_kind(name, type(config), option)
         model, loading = AutoModel.from_pretrained(name, output_loading_info=True, attn_implementation=attention, **source)
         absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
         # the library would go on with random weights; a single encoder's own pooling layer is not used
         absent = [key for key in absent if option == "--clip_model" or not key.startswith("pooler.")]
         if absent:
             raise ValueError(f"its weights lack {', '.join(absent[:3])}")
-        return model
+        return model.float()
+
+
+def _require_kind(name: str, kind: type[PretrainedConfig], option: str) -> None:
+    """Check by its class that a model is what an option takes.
+
+    Raises:
+        PerPEFTError: it is not; says what is missing.
+    """
+    found = MODEL_MAPPING.get(kind, None)
+    absent = [method for method in ("get_image_features", "get_text_features") if not hasattr(found, method)]
+    takes, missing = {
+        "--clip_model": (f"a dual encoder, as {DEFAULT_CLIP} or google/siglip-base-patch16-224", " or ".join(absent)),
+        "--image_model": ("an image encoder, as facebook/dinov2-base", "" if _reads(found, "pixel_values") else "image input"),
+        "--text_model": ("a text encoder, as intfloat/e5-base-v2", "" if _reads(found, "input_ids") else "text input of its own"),
+    }[option]
+    if missing:
+        raise PerPEFTError(
+            f"'{name}' is a model of the kind '{kind.model_type}', which does not fit: {option} takes {takes}, and this has no "
+            f"{missing}"
+        )
+
+
+def _reads(model_class: type | None, name: str) -> bool:
+    return getattr(model_class, "main_input_name", None) == name and not hasattr(model_class, "get_image_features")
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -167,54 +254,54 @@ def _load_image_processor(name: str) -> BaseImageProcessor:
             return AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)
 
 
-def _check_parts(
-    name: str, model: nn.Module, image_processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Check that the parts of a foundation model go together.
+def _check_parts(foundation: Foundation) -> None:
+    """Check that image sizes are one, and that the text tower has all tokens.
 
     Raises:
         PerPEFTError: they do not; names the first that does not.
     """
-    family, rows = architecture(model.config), model.config.text_config.vocab_size
-    wrong = None if image_processor is None else _wrong_image_size(model.config, image_processor)
-    highest = max(tokenizer.get_vocab().values())
-    if not wrong and highest >= rows:
+    wrong, text = None, tower(foundation.clip, "text") if tower_name(foundation.clip, "text") else None
+    if foundation.image_processor is not None:
+        try:
+            output_size(foundation.image_processor)
+        except ValueError as error:
+            wrong = str(error)
+    rows = getattr(text.config, "vocab_size", None) if text else None
+    highest = max(foundation.tokenizer.get_vocab().values())
+    if not wrong and rows and highest >= rows:
         wrong = f"its tokenizer has tokens up to number {highest}, its text tower {rows} token embeddings"
-    elif not wrong and family.title_token == "end" and tokenizer.eos_token_id is None:
-        wrong = "its tokenizer has no end-of-text token (eos_token), which its text tower pools"
     if wrong:
-        raise PerPEFTError(f"the parts of '{name}' do not fit together: {wrong}; save them again with the right settings")
+        raise PerPEFTError(
+            f"the parts of '{foundation.name}' do not fit together: {wrong}; save them again with the right settings"
+        )
 
 
-def _wrong_image_size(config: PretrainedConfig, image_processor: BaseImageProcessor) -> str | None:
-    side = config.vision_config.image_size
-    try:
-        size = output_size(image_processor)
-    except ValueError as error:
-        return str(error)
-    if size == (side, side) or architecture(config).any_image_size:
-        return None
-    return f"its image processor makes images of {size[0]} x {size[1]} pixels, its image tower takes {side} x {side}"
-
-
-def known_config(name: FoundationName) -> PretrainedConfig | PairConfig | None:
-    """The configuration of a model without its weights, from a folder or what the hub's client has kept; else None."""
+def known_model(name: FoundationName) -> nn.Module | None:
+    """A model without its weights, from the settings in a folder or what the hub's client has kept; else None."""
     with _quiet_transformers(), contextlib.suppress(Exception):
-        found = [AutoConfig.from_pretrained(part, local_files_only=True, trust_remote_code=False) for part in model_folders(name)]
+        if name == DEFAULT_CLIP:
+            return skeleton(CLIPConfig())  # the library's defaults are ViT-B/32
+        parts = [AutoConfig.from_pretrained(part, local_files_only=True, trust_remote_code=False) for part in model_folders(name)]
+        models = [skeleton(part) for part in parts]
         if isinstance(name, PairName):
-            return PairConfig(found[0] if name.image_model else None, found[-1], name.text_pooling)
-        return found[0] if found[0].model_type in ARCHITECTURES else None
-    return CLIPConfig() if name == DEFAULT_CLIP else None  # the library's defaults are ViT-B/32
+            return EncoderPair(models[0] if name.image_model else None, models[-1], name.text_pooling)
+        return models[0]
+    return None
 
 
 def ensure_hidden_states(
-    dataset: Dataset, name: FoundationName, device: torch.device, missing_images: str = "error", anew: bool = False
+    dataset: Dataset,
+    name: FoundationName,
+    device: torch.device,
+    missing_images: str = "error",
+    modality: str = "both",
+    anew: bool = False,
 ) -> Path:
     """The path of a data set's hidden states, which are computed first if they are not there, or in any case if `anew`."""
     path = states_path(dataset.folder, dataset.name)
     with build_once(path) as missing:
-        if missing or anew:
+        if missing or anew or not has_states(dataset.folder, dataset.name, modality):
             foundation = load_foundation(name)
-            states = foundation.hidden_states(foundation.store(dataset, missing_images), device)
+            states = foundation.hidden_states(foundation.store(dataset, missing_images), device, modality)
             save_hidden_states(path, *states, dataset.raw_ids, name)
     return path

@@ -1,11 +1,10 @@
 """CLIP's features of all items, computed at every start and kept in memory: what the frozen baseline reads."""
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from models.item_encoder import MODALITIES
-from models.towers import dual_features, feature_width
+from models.towers import dual_features
 from utils.common.devices import to_device
 from utils.items.passes import model_inputs
 from utils.items.store import ImageTitleStore
@@ -38,8 +37,8 @@ class FeatureStore:
 
 @torch.no_grad()
 def compute_features(
-    clip: PreTrainedModel,
-    processor: BaseImageProcessor,
+    clip: nn.Module,
+    processor: BaseImageProcessor | None,
     store: ImageTitleStore,
     modality: str,
     device: torch.device,
@@ -54,13 +53,12 @@ def compute_features(
         device: where to compute.
         items_at_once: items a forward pass.
     Returns:
-        [items, feature_width]
+        [items, width of the features]
     """
     clip = clip.eval().to(device)
-    used = MODALITIES[modality]
-    features = torch.empty(store.num_items, feature_width(clip.config, modality))
-    inputs = model_inputs(store, processor, device, "frozen features", items_at_once, "image" in used)
-    for rows, images, (tokens, *mask) in inputs:
-        found = dual_features(clip, images, tokens if "text" in used else None, *mask)
-        features[rows] = found.cpu()  # [items, width]
+    inputs = model_inputs(store, processor, device, "frozen features", items_at_once, modality)
+    passes = [(rows, dual_features(clip, images, *titles).cpu()) for rows, images, titles in inputs]
+    features = torch.empty(store.num_items, passes[0][1].shape[1])
+    for rows, found in passes:
+        features[rows] = found
     return features

@@ -1,14 +1,16 @@
 """CLIP's cached hidden states for IISAN: computed once, kept in `{name}_preX.pt`, read by item number."""
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
 
-from models.pair import PairConfig
-from models.towers import hidden_states, state_shapes
+from models.item_encoder import MODALITIES
+from models.towers import Traits, hidden_states, tower, tower_name
 from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError
 from utils.common.files import save_tensors, write_atomically, write_text_atomically
@@ -28,27 +30,70 @@ def states_path(train_dir: str | Path, name: str) -> Path:
     return Path(train_dir) / f"{name}_preX.pt"
 
 
+def has_states(train_dir: str | Path, name: str, modality: str = "both") -> bool:
+    """Whether a data set's states are there, and hold what a modality needs as far as the note beside them says."""
+    path = states_path(train_dir, name)
+    if not path.is_file():
+        return False
+    try:
+        held = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["modality"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        held = "both"  # as all published files
+    return held in ("both", modality)
+
+
+@torch.no_grad()
 def compute_hidden_states(
-    model: PreTrainedModel, processor: Any, store: ImageTitleStore, device: torch.device, items_at_once: int = 64
+    model: nn.Module,
+    traits: Traits,
+    processor: BaseImageProcessor | None,
+    store: ImageTitleStore,
+    device: torch.device,
+    modality: str = "both",
+    items_at_once: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All items' states, row i of item i + 1.
 
     Args:
-        model, processor: the foundation model and its image processor.
+        model, traits, processor: the foundation model, how it reads items, and its image processor.
         store: the items' images and titles.
         device: where to compute.
+        modality: "both", "image" or "text"; what is not used gets a width of 0.
         items_at_once: items a forward pass.
     Returns:
         image states [items, S, image width], title states [items, S, text width], on the CPU
+    Raises:
+        ValueError: the model has no states that IISAN can use.
     """
     model = model.eval().to(device)
-    image_shape, text_shape = state_shapes(model.config)
-    all_image_states = torch.empty(store.num_items, *image_shape)
-    all_text_states = torch.empty(store.num_items, *text_shape)
-    for rows, images, titles in model_inputs(store, processor, device, "hidden states", items_at_once):
-        image_states, text_states = hidden_states(model, images, *titles)
-        all_image_states[rows], all_text_states[rows] = image_states.cpu(), text_states.cpu()
-    return all_image_states, all_text_states
+    found: tuple[torch.Tensor, ...] = ()
+    for rows, images, titles in model_inputs(store, processor, device, "hidden states", items_at_once, modality):
+        states = hidden_states(model, traits, images, *titles)
+        found = found or tuple(torch.empty(store.num_items, *part.shape[1:]) for part in states)
+        for kept, part in zip(found, states):
+            kept[rows] = part.cpu()
+    return found
+
+
+def state_shapes(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
+    """[S, width] that a model's "image" and "text" states can have, computed alone or together, by passes without weights.
+
+    Args:
+        model: from `utils.items.foundation.known_model`, on the meta device; empty where it does not run there.
+    """
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    tokens, images = torch.zeros(1, 4, dtype=torch.long, device="meta"), None
+    if tower_name(model, "image"):
+        side = getattr(tower(model, "image").config, "image_size", 0)
+        images = torch.zeros(1, 3, *([side, side] if isinstance(side, int) else side), device="meta")
+    for used in [(images, tokens), (images, None), (None, tokens)] if images is not None else [(None, tokens)]:
+        for mask in (torch.ones_like(tokens), None):  # with one, or without one, some versions ask for values of masks
+            with contextlib.suppress(Exception), torch.no_grad(), torch.device("meta"):
+                states = hidden_states(model.eval(), Traits("first"), *used, mask)
+                for part, found in zip(("image", "text"), states):
+                    shapes.setdefault(part, set()).add(tuple(found.shape[1:]))
+                break
+    return shapes
 
 
 def save_hidden_states(
@@ -64,7 +109,8 @@ def save_hidden_states(
         PerPEFTError: no room or right to write there.
     """
     try:
-        note = {"clip_model": str(model), "clip_files": model_hash(model)}
+        modality = "text" if image_states.shape[2] == 0 else "image" if text_states.shape[2] == 0 else "both"
+        note = {"clip_model": str(model), "clip_files": model_hash(model), "modality": modality}
         write_text_atomically(path.with_suffix(".json"), json.dumps(note) + "\n")
         write_atomically(path, lambda temporary: save_tensors((image_states, text_states, list(raw_ids)), temporary))
     except OSError as error:
@@ -76,7 +122,7 @@ def _is_dense(states: Any) -> bool:
     if type(states) not in (torch.Tensor, torch.nn.Parameter) or states.dim() != 3 or not states.is_floating_point():
         return False
     # A tensor may repeat one number any number of times: to look at it would fill the memory.
-    if states.shape[2] == 0:  # image states of a text encoder alone
+    if states.shape[2] == 0:  # of what was not used
         return True
     return 0 < states.numel() * states.element_size() <= states.untyped_storage().nbytes()
 
@@ -148,14 +194,19 @@ class HiddenStateStore:
 
     @classmethod
     def open(
-        cls, dataset: Dataset, config: PretrainedConfig | PairConfig | None, model: FoundationName | None = None
+        cls,
+        dataset: Dataset,
+        model: FoundationName | None = None,
+        skeleton: nn.Module | None = None,
+        modality: str = "both",
     ) -> "HiddenStateStore":
         """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
 
         Args:
             dataset: whose items.
-            config: of the model that the states must come from; None where it is not known.
-            model: as on the command line.
+            model: that the states must come from, as on the command line.
+            skeleton: that model without its weights, where it is known; asked where no note says which model it was.
+            modality: "both", "image" or "text"; the states of the other are left out.
         Raises:
             PerPEFTError: unreadable, of another CLIP, items missing, or states that are not finite, with their ids.
         """
@@ -164,13 +215,23 @@ class HiddenStateStore:
         note = path.with_suffix(".json")
         if model is not None and note.is_file():
             _refuse_other_model(note, model)
-        if config is not None:
-            found = (tuple(image_states.shape[1:]), tuple(text_states.shape[1:]))
-            if found != state_shapes(config):
+        used, expected = MODALITIES[modality], {}
+        if skeleton is not None and (model is None or not note.is_file()):
+            expected = state_shapes(skeleton)
+        for part, states in (("image", image_states), ("text", text_states)):
+            own = expected.get(part)
+            if part in used and states.shape[2] == 0:
+                raise PerPEFTError(f"{path} holds no {part} states; delete it and start again to compute them")
+            if part in used and own and tuple(states.shape[1:]) not in own:
                 raise PerPEFTError(
-                    f"{path} holds states of another CLIP: layers and widths {found}, where {model or 'this one'} has "
-                    f"{state_shapes(config)}; pass the right --clip_model, or delete the file and start again to compute it anew"
+                    f"{path} holds states of another CLIP: layers and widths of the {part} states are {tuple(states.shape[1:])}, "
+                    f"where {model or 'this one'} has {' or '.join(map(str, sorted(own)))}; pass the right --clip_model, or "
+                    "delete the file and start again to compute it"
                 )
+        if "image" not in used:
+            image_states = image_states[:, :, :0]
+        if "text" not in used:
+            text_states = text_states[:, :, :0]
         place = {raw_id: row for row, raw_id in enumerate(ids)}
         problems = Problems()
         problems.add("items without states", [raw_id for raw_id in dataset.raw_ids if raw_id not in place])

@@ -6,6 +6,7 @@ from tqdm import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from models.clip_peft import channel_statistics
+from models.item_encoder import MODALITIES
 from utils.items.store import ImageTitleStore
 
 
@@ -15,8 +16,8 @@ def model_inputs(
     device: torch.device,
     description: str,
     items_at_once: int,
-    with_images: bool = True,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]]:
+    modality: str = "both",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]]:
     """What a foundation model reads of all items, in the order in which encoding them is cheapest.
 
     Args:
@@ -25,15 +26,15 @@ def model_inputs(
         device: where the model lies.
         description: of the progress bar.
         items_at_once: items a forward pass.
-        with_images: whether the images are used; otherwise None stands for them.
+        modality: "both", "image" or "text"; None stands for what is not used.
     Yields:
         rows (item - 1, on the CPU) [items], normalised images [items, 3, height, width], tokens and, where the model takes
         one, mask [items, length] each
     """
     scale, shift = (statistic.to(device) for statistic in channel_statistics(processor))
-    order = store.reading_order()
+    order, used = store.reading_order(), MODALITIES[modality]
     for start in tqdm(range(0, len(order), items_at_once), description, unit="batch", disable=None):
         items = order[start : start + items_at_once]
         pixels, *titles = store.fetch(items, device)
-        images = torch.addcmul(shift, pixels.float(), scale) if with_images else None
-        yield torch.from_numpy(items - 1), images, titles
+        images = torch.addcmul(shift, pixels.float(), scale) if "image" in used else None
+        yield torch.from_numpy(items - 1), images, titles if "text" in used else [None]

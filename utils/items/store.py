@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -71,6 +72,15 @@ def _is_plain_clip(processor: BaseImageProcessor) -> bool:
     return processor.do_convert_rgb and processor.do_resize and processor.do_center_crop and crops_inside
 
 
+def bare_image(image: Image.Image | np.ndarray, processor: BaseImageProcessor) -> np.ndarray:
+    """An image as its processor makes it before rescaling and normalising, uint8 [3, height, width]."""
+    # The data format is said, since the processor takes an image 3 pixels high for one with its channels first.
+    options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np", "input_data_format": "channels_last"}
+    if hasattr(processor, "include_top"):  # EfficientNet's second normalisation
+        options["include_top"] = False
+    return processor(image, **options)["pixel_values"][0].astype(np.uint8)
+
+
 def read_image(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
     """Decode, resize and crop one image, bit for bit as the image processor leaves it before rescaling (see `to_rgb`).
 
@@ -85,9 +95,7 @@ def read_image(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
     """
     with decoded_image(path, max(dict(processor.size).values())) as image:
         if not _is_plain_clip(processor):
-            # The data format is said, since the processor takes an image 3 pixels high for one with its channels first.
-            options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np", "input_data_format": "channels_last"}
-            return processor(image, **options)["pixel_values"][0].astype(np.uint8)
+            return bare_image(image, processor)
         # What the processor does, without its way through numpy, which holds the interpreter's lock: threads scale with this.
         width, height = _resized_size(processor, *image.size)
         pixels = np.asarray(image.resize((width, height), processor.resample))  # [height, width, 3]
@@ -157,7 +165,7 @@ def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, m
         print(f"warning: data set '{dataset.name}':\n{found}", file=sys.stderr)
 
 
-def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """What fills short titles: where there is no token for it, end of text, after which CLIP reads nothing."""
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
@@ -165,8 +173,8 @@ def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerBase, form: TitleForm) -> None:
     padding = "max_length" if form.padded else False
     encoded = tokenizer(titles, truncation=True, max_length=form.max_length, padding=padding)["input_ids"]
-    lengths = np.array([len(tokens) for tokens in encoded])
-    table = np.full((len(titles), lengths.max()), _padding_token(tokenizer), dtype=np.int32)
+    lengths = np.array([max(1, len(tokens)) for tokens in encoded])  # a title without tokens is one of padding
+    table = np.full((len(titles), lengths.max()), padding_token(tokenizer), dtype=np.int32)
     for row, tokens in enumerate(encoded):
         table[row, : len(tokens)] = tokens
     np.savez(path, tokens=table, lengths=lengths)

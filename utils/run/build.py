@@ -1,21 +1,19 @@
 """The one place that knows the kinds of adapters: builds an item encoder and the item source it reads from."""
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from models import IISAN, ClipPeftEncoder, FrozenEncoder, IISANEncoder, ItemEncoder
 from models.peft_configs import peft_config
-from models.towers import architecture, count_parameters
+from models.towers import count_parameters, layers_of
 from utils.common.devices import PRECISIONS
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
-from utils.items.foundation import Foundation, ensure_hidden_states, known_config, load_foundation
+from utils.items.foundation import Foundation, ensure_hidden_states, known_model, load_foundation
 from utils.items.frozen_features import FeatureStore, compute_features
-from utils.items.hidden_states import HiddenStateStore, states_path
+from utils.items.hidden_states import HiddenStateStore, has_states
 from utils.items.model_name import FoundationName, PairName
 from utils.items.source import ItemSource
 from utils.prepare.demo_clip import demo_clip
@@ -48,9 +46,16 @@ class EncoderKind:
         return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
 
 
-def needs_contents(peft_type: str, train_dir: str | Path, name: str) -> bool:
-    """Whether images, titles and CLIP's weights are needed: not by IISAN once the hidden states are there."""
-    return peft_type != "none" and (peft_type != "iisan" or not states_path(train_dir, name).is_file())
+def needs_contents(options: argparse.Namespace) -> bool:
+    """Whether images, titles and the model's weights are needed: not by IISAN once the hidden states are there."""
+    if options.peft_type == "iisan":
+        return not has_states(options.train_dir, options.dataset, options.modality)
+    return options.peft_type != "none"
+
+
+def image_use(options: argparse.Namespace) -> str:
+    """What to do without an image: --missing_images, or "unused" where titles alone are read."""
+    return "unused" if options.modality == "text" else options.missing_images
 
 
 def foundation_name(options: argparse.Namespace) -> FoundationName | None:
@@ -79,11 +84,11 @@ def build_encoder(
     with torch.random.fork_rng(devices=[]):  # what is made on first use alone must not shift the draws of weights
         clip_model = clip_folder(clip_model, dataset)
         if kind.peft_type == "iisan":
-            ensure_hidden_states(dataset, clip_model, device, missing_images)
+            ensure_hidden_states(dataset, clip_model, device, missing_images, kind.modality)
     if kind.peft_type == "iisan":
-        config = known_config(clip_model)
-        store = HiddenStateStore.open(dataset, config, clip_model)
-        return _iisan_encoder(store, config, kind.modality)
+        skeleton = known_model(clip_model)
+        store = HiddenStateStore.open(dataset, clip_model, skeleton, kind.modality)
+        return _iisan_encoder(store, count_parameters(skeleton) if skeleton else None, kind.modality)
     return encoder_and_source(kind, load_foundation(clip_model), dataset, device, missing_images)
 
 
@@ -97,31 +102,37 @@ def encoder_and_source(
         foundation: the CLIP.
         dataset: whose items are encoded.
         device: where hidden states or frozen features are computed; they are not kept.
-        missing_images: "error" or "blank", as in `ImageTitleStore.open`.
+        missing_images: "error" or "blank", as in `ImageTitleStore.open`, or "unused".
     Raises:
         PerPEFTError: this kind of adapter does not go with this model.
     """
     clip, store = foundation.clip, foundation.store(dataset, missing_images)
     if kind.peft_type == "iisan":
-        return _iisan_encoder(HiddenStateStore(*foundation.hidden_states(store, device)), clip.config, kind.modality)
+        states = HiddenStateStore(*foundation.hidden_states(store, device, kind.modality))
+        return _iisan_encoder(states, count_parameters(clip), kind.modality)
     if kind.peft_type == "frozen":
         features = compute_features(clip, foundation.image_processor, store, kind.modality, device)
-        size = sum(parameter.numel() for parameter in clip.parameters())
-        return FrozenEncoder(features.shape[1], size), FeatureStore(features)
+        return FrozenEncoder(features.shape[1], count_parameters(clip)), FeatureStore(features)
     try:
-        config = peft_config(kind.peft_type, kind.rank, kind.peft_config, architecture(clip.config).layers)
         encoder = ClipPeftEncoder(
-            clip, config, foundation.image_processor, kind.gradient_checkpointing, kind.modality, PRECISIONS.get(kind.precision)
+            clip,
+            peft_config(kind.peft_type, kind.rank, kind.peft_config, layers_of(clip)),
+            foundation.image_processor,
+            kind.gradient_checkpointing,
+            kind.modality,
+            PRECISIONS.get(kind.precision),
+            foundation.traits,
         )
     except ValueError as error:  # peft's own words say which sizes do not go together
         reason = " ".join(str(error).split())
         raise PerPEFTError(f"--peft_type {kind.peft_type}: {reason}; pass other settings by --peft_config FILE") from error
+    if encoder.bare:
+        print(f"note: the {encoder.bare[0]} encoder has none of the layers that this adapter sits on; only the other is adapted")
     return encoder, store
 
 
-def _iisan_encoder(store: HiddenStateStore, config: PretrainedConfig | None, modality: str) -> tuple[ItemEncoder, ItemSource]:
+def _iisan_encoder(store: HiddenStateStore, size: int | None, modality: str) -> tuple[ItemEncoder, ItemSource]:
     _, num_states, image_dim = store.image_states.shape
-    size = count_parameters(config) if config else None
     return IISANEncoder(IISAN(image_dim, store.text_states.shape[2], num_states, modality=modality), size), store
 
 

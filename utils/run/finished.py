@@ -8,7 +8,7 @@ from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.model_name import model_folders
-from utils.run.build import foundation_name, needs_contents
+from utils.run.build import foundation_name, image_use, needs_contents
 from utils.run.distributed import make_accelerator
 from utils.run.fingerprint import contents_fingerprint, dataset_fingerprint
 from utils.run.opening import build_model
@@ -57,9 +57,9 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
         PerPEFTError: the data set is not there, or no longer the one that the run was trained on.
     """
     folder, name = Path(options.train_dir), options.dataset
-    needed = needs_contents(options.peft_type, folder, name)
+    needed = needs_contents(options)
     at_hand = (folder / f"{name}_texts_final.pickle").is_file() and (folder / f"{name}_images").is_dir()
-    dataset = read_dataset(folder, name, needed or at_hand, options.missing_images if needed else "blank", minimum_users(options))
+    dataset = read_dataset(folder, name, needed or at_hand, image_use(options) if needed else "blank", minimum_users(options))
     if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
         raise _other_data(name, "dataset_fingerprint", "")
     models = model_folders(model) if (model := foundation_name(options)) else []

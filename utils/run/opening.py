@@ -15,7 +15,7 @@ from utils.data.dataset import Dataset, read_dataset, require_dataset
 from utils.items.source import ItemSource
 from utils.prepare.demo import make_demo
 from utils.run import reports
-from utils.run.build import EncoderKind, build_encoder, foundation_name, needs_contents
+from utils.run.build import EncoderKind, build_encoder, foundation_name, image_use, needs_contents
 from utils.run.distributed import choose_launched_device, make_accelerator
 from utils.run.fingerprint import fingerprints
 from utils.run.folder import RunFolder
@@ -70,8 +70,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     check_precision(options.precision, options.device)
     accelerator = make_accelerator(options.device, options.precision == "fp16", options.log_with, str(folder.path))
     options.device = str(accelerator.device) if accelerator.num_processes > 1 else options.device
-    contents = needs_contents(options.peft_type, options.train_dir, options.dataset)
-    dataset = read_dataset(options.train_dir, options.dataset, contents, options.missing_images, minimum_users(options))
+    contents = needs_contents(options)
+    dataset = read_dataset(options.train_dir, options.dataset, contents, image_use(options), minimum_users(options))
     # Through JSON, since it will be compared with the content of a file.
     settings = json.loads(json.dumps({**fixed_options(options), **fingerprints(options, dataset)}))
     with contextlib.ExitStack() as stack:
@@ -111,7 +111,7 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
     """The model with one group, on its device, and the source of its item inputs."""
     device = torch.device(options.device)
     seed_everything(options.trial)
-    encoder, source = build_encoder(EncoderKind.of(options), dataset, foundation_name(options), device, options.missing_images)
+    encoder, source = build_encoder(EncoderKind.of(options), dataset, foundation_name(options), device, image_use(options))
     projector = (MMProjector if encoder.feature_dim else NoProjector)(encoder.feature_dim, options.hidden_units)
     sasrec = SASRec(
         dataset.num_items,

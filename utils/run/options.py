@@ -136,13 +136,11 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--clip_model",
         default=None,
-        help=f"folder or hub name of a CLIP, SigLIP, Chinese-CLIP or AltCLIP (default: {DEFAULT_CLIP})",
+        help=f"folder or hub name of a CLIP, SigLIP or another dual encoder (default: {DEFAULT_CLIP})",
     )
     parser.add_argument("--image_model", default=None, help="instead: an image encoder, as ViT or DINOv2, with --text_model")
     parser.add_argument("--text_model", default=None, help="and a text encoder, as BERT, MiniLM or E5")
-    parser.add_argument(
-        "--text_pooling", choices=tuple(TEXT_POOLINGS), default=None, help="what the text encoder pools (default: mean)"
-    )
+    parser.add_argument("--text_pooling", choices=TEXT_POOLINGS, default=None, help="what the text encoder pools (default: mean)")
 
 
 def resolve_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -1,0 +1,120 @@
+"""What differs between dual encoders, found by running one on an image and a few titles."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.towers import Traits, part_features, tower
+
+TOLERANCE = 2e-5  # by which features of unit length may differ in a batch of other sizes
+
+
+class TokenizerMismatch(ValueError):
+    """The text tower takes another token for the end of a title than the tokenizer writes."""
+
+
+@contextlib.contextmanager
+def _recorded_states(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that a tower's hidden states come into when it runs, in the graph of what is computed from them."""
+    found: list[torch.Tensor] = []
+    with contextlib.ExitStack() as stack:
+        ask = module.register_forward_pre_hook(
+            lambda _, args, inputs: (args, inputs | {"output_hidden_states": True, "return_dict": True}), with_kwargs=True
+        )
+        keep = module.register_forward_hook(lambda _, args, output: found.extend(output.hidden_states or ()))
+        stack.callback(ask.remove)
+        stack.callback(keep.remove)
+        yield found
+
+
+def _sensitive_places(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """On which tokens of its first and of its last hidden state a tower's features depend, by their gradients.
+
+    Returns:
+        whether they do, [items, tokens] of the first state and of the last; the width of the features
+    """
+    with torch.enable_grad(), _recorded_states(tower(model, part)) as states:
+        features = part_features(model, part, **inputs)
+        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))  # a plain sum may not change at all
+        ends = [states[0], states[-1]]
+        gradients = torch.autograd.grad((features * weights.to(features)).sum(), ends, allow_unused=True)
+    found = [torch.ones_like(end) if gradient is None else gradient for end, gradient in zip(ends, gradients)]
+    first, last = ((gradient if gradient.dim() == 3 else gradient.flatten(2).transpose(1, 2)) for gradient in found)
+    return (first != 0).any(2), (last != 0).any(2), features.shape[1]
+
+
+def _padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Titles side by side: tokens and mask, [titles, longest] each."""
+    length = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[padding] * (length - len(row))] for row in rows])
+    return tokens, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+
+
+@torch.no_grad()
+def _unit_features(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return F.normalize(part_features(model, "text", input_ids=tokens, attention_mask=mask).float(), dim=-1)
+
+
+def find_traits(
+    model: nn.Module, image: torch.Tensor | None, titles: Sequence[Sequence[int]], padding: int, longest: int
+) -> Traits:
+    """Try a dual encoder on an image and on titles.
+
+    A title's features are the model's own of that title alone. Where they stay the same in a batch with padding, no mask is
+    used; else a mask; and where that does not help either, as in SigLIP, all titles are padded to the longest input. What
+    the towers pool follows from the gradients of their features.
+
+    Args:
+        model: in eval mode.
+        image: [1, 3, height, width], as its image processor makes them; None for titles alone.
+        titles: token numbers, of several lengths, an ordinary title first.
+        padding: the token that fills short titles.
+        longest: the text tower's longest input, in tokens.
+    Raises:
+        TokenizerMismatch: the model does not read all of a title.
+        ValueError: it pools titles in a way that is not known here.
+        Exception: the model's own, where it does not run on an image and a title alone.
+    """
+    rows = [list(title) for title in titles if len(title)]
+    alone = torch.cat([_unit_features(model, *_padded([row], padding)) for row in rows])
+    tokens, mask = _padded(rows, padding)
+
+    def changed(given: torch.Tensor | None) -> bool:
+        return (_unit_features(model, tokens, given) - alone).abs().max().item() > TOLERANCE
+
+    masks = changed(None)
+    pads = masks and changed(mask)
+    if pads:
+        masks = False
+        tokens, mask = _padded([row + [padding] * (longest - len(row)) for row in rows], padding)
+    first, last, width = _sensitive_places(model, "text", input_ids=tokens, attention_mask=mask if masks else None)
+    widths = [("text", width)]
+    end = _check_reading(first[0], last[0], rows[0], tokens)
+    class_token = False
+    if image is not None:
+        _, pooled, width = _sensitive_places(model, "image", pixel_values=image)
+        class_token = pooled.shape[1] > 1 and bool(pooled[0, 0]) and not pooled[0, 1:].any()
+        widths = [("image", width), *widths]
+    for kind in ("first", "last", "end", "highest", "final", "mean"):
+        traits = Traits(kind, end, class_token, masks, pads, tuple(widths))
+        if torch.equal(traits.pooling(tokens, mask) > 0, last):
+            if pads and kind != "last":
+                raise ValueError("its features of a title change with padding, whether masked or not")
+            return traits
+    raise ValueError("its text tower pools neither one token of a title, the first, the last or a special one, nor their mean")
+
+
+def _check_reading(read: torch.Tensor, pooled: torch.Tensor, title: list[int], tokens: torch.Tensor) -> int:
+    """The token that is pooled of an ordinary title, if all of the title is read.
+
+    Raises:
+        TokenizerMismatch: the token that is pooled has not seen all of the title.
+    """
+    place = int(pooled.int().argmax())
+    unread = [number for at, number in enumerate(title) if not read[at]]
+    if unread:
+        raise TokenizerMismatch(f"it ends a title by token {title[-1]}, but the model pools token {int(tokens[0, place])}")
+    return int(tokens[0, place])

@@ -1,0 +1,122 @@
+"""A small dual encoder of every kind in transformers, with random weights and its own kind of processor and tokenizer."""
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from tests.conftest import tiny_titles
+
+WORDS = sorted({word for title in tiny_titles() if title for word in title.split()} | {"no", "description", "available", "."})
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"image_size": 32, "patch_size": 16}
+SQUARE = {"height": 32, "width": 32}
+RESIZED, CROPPED = {"size": SQUARE}, {"size": {"shortest_edge": 32}, "crop_size": SQUARE}
+BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BERT_NAMES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), BERT))
+ROBERTA_NAMES = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "cls_token": "<s>"}
+CLIP_NAMES = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+TOKENIZERS = {  # special tokens before the words and after them, the form of a title, and what they are for
+    "bert": (BERT, (), "[CLS] $A [SEP]", BERT_NAMES),
+    "roberta": (("<s>", "<pad>", "</s>", "<unk>"), (), "<s> $A </s>", ROBERTA_NAMES),
+    "siglip": (("<pad>", "</s>", "<unk>"), (), "$A </s>", {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}),
+    "clip": (("<pad>", "<unk>", "<s>"), ("</s>",), "<s> $A </s>", CLIP_NAMES),  # the end of text has the highest number
+}
+
+
+def save_tokenizer(kind, folder):
+    """Save a word-level tokenizer that writes titles as a family's does; returns it."""
+    before, after, form, names = TOKENIZERS[kind]
+    vocabulary = {word: number for number, word in enumerate([*before, *WORDS, *after])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, names["unk_token"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    around = [(word, vocabulary[word]) for word in (*before, *after) if word in form]
+    tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=around)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **names)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+EFFICIENT = {
+    "image_size": 32, "hidden_dim": 320, "in_channels": [32, 16], "out_channels": [16, 64], "kernel_sizes": [3, 3],
+    "strides": [1, 2], "depthwise_padding": [], "num_block_repeats": [1, 1], "expand_ratios": [1, 2], "width_coefficient": 0.25,
+    "depth_coefficient": 1.0, "num_hidden_layers": 8,
+}  # fmt: skip
+GROUPS = {
+    "hidden_size": 32, "intermediate_size": 48, "depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4, 2],
+    "num_attention_heads": 2, "num_hidden_layers": 2, "assign_mlp_ratio": [0.5, 4],
+}  # fmt: skip
+# By transformers' model_type: the class, its tokenizer, its image processor and that one's settings, settings of the image
+# tower, of the text tower, and of both.
+FAMILIES = {
+    "clip": ("CLIP", "clip", "CLIPImageProcessor", CROPPED, {}, {}, {"projection_dim": 16}),
+    "siglip": ("Siglip", "siglip", "SiglipImageProcessor", RESIZED, {}, {"projection_size": 32}, {}),
+    "chinese_clip": (
+        "ChineseCLIP", "bert", "ChineseCLIPImageProcessor", {**RESIZED, "do_center_crop": False}, {}, {}, {"projection_dim": 16},
+    ),
+    "altclip": ("AltCLIP", "roberta", "CLIPImageProcessor", CROPPED, {}, {"project_dim": 24}, {"projection_dim": 16}),
+    "align": (
+        "Align", "bert", "EfficientNetImageProcessor", {**RESIZED, "rescale_offset": True, "include_top": False}, EFFICIENT, {},
+        {"projection_dim": 320},
+    ),
+    "blip": ("Blip", "bert", "BlipImageProcessor", RESIZED, {}, {"projection_dim": 16}, {"projection_dim": 16}),
+    "clipseg": ("CLIPSeg", "clip", "ViTImageProcessor", RESIZED, {}, {}, {"projection_dim": 16}),
+    "flava": ("Flava", "bert", "FlavaImageProcessor", RESIZED | {"crop_size": SQUARE}, {}, {}, {"projection_dim": 16}),
+    "groupvit": (
+        "GroupViT", "clip", "CLIPImageProcessor", CROPPED, GROUPS, {}, {"projection_dim": 16, "projection_intermediate_dim": 24},
+    ),
+    "owlvit": ("OwlViT", "clip", "OwlViTImageProcessor", RESIZED | {"do_center_crop": False}, {}, {}, {"projection_dim": 16}),
+    "owlv2": ("Owlv2", "clip", "OwlViTImageProcessor", RESIZED | {"do_center_crop": False}, {}, {}, {"projection_dim": 16}),
+    # of transformers 5
+    "metaclip_2": ("MetaClip2", "clip", "CLIPImageProcessor", CROPPED, {}, {}, {"projection_dim": 16}),
+    "aimv2": ("Aimv2", "clip", "CLIPImageProcessor", CROPPED, {}, {}, {"projection_dim": 16}),
+    "tipsv2": ("Tipsv2", "siglip", "CLIPImageProcessor", CROPPED, {}, {}, {}),
+}  # fmt: skip
+
+
+def save_family(name, folder):
+    """Save a family's small model; returns the folder."""
+    if name == "vision-text-dual-encoder":
+        return _save_own_pair(folder)
+    prefix, tokenizer_kind, processor, form, vision, text, both = FAMILIES[name]
+    tokenizer = save_tokenizer(tokenizer_kind, folder)
+    positions = 18 if tokenizer_kind == "roberta" else 16  # two are reserved there
+    specials = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id} if tokenizer.eos_token_id else {}
+    text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": positions, "pad_token_id": tokenizer.pad_token_id,
+            **specials, **text}  # fmt: skip
+    vision = {**TOWER, **SMALL, "projection_dim": 16, **vision}
+    towers = {"text_config": text, "image_config" if name == "flava" else "vision_config": vision}
+    if name == "flava":
+        towers |= {"multimodal_config": TOWER, "image_codebook_config": {"num_groups": 2, "hidden_size": 8, "vocab_size": 32}}
+        towers["hidden_size"] = 32
+    config = getattr(transformers, f"{prefix}Config")(**towers, **both)
+    if name == "altclip":
+        config.text_config.project_dim = 24
+    getattr(transformers, f"{prefix}Model")(config).save_pretrained(folder)
+    getattr(transformers, processor)(**form).save_pretrained(folder)
+    return folder
+
+
+def _save_own_pair(folder):
+    """A ViT and a BERT with projections, as `VisionTextDualEncoderModel` pairs them."""
+    tokenizer = save_tokenizer("bert", folder)
+    text = transformers.BertConfig(**TOWER, vocab_size=len(tokenizer), max_position_embeddings=16)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        transformers.ViTConfig(**TOWER, **SMALL), text, projection_dim=16
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(**RESIZED).save_pretrained(folder)
+    return folder
+
+
+def available_families():
+    """Those that the installed transformers has."""
+    found = [name for name, family in FAMILIES.items() if hasattr(transformers, f"{family[0]}Model")]
+    return [*found, "vision-text-dual-encoder"]
+
+
+def seeded(name, folder):
+    """`save_family` with the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return save_family(name, folder)
