@@ -31,8 +31,9 @@ from utils.data.image_names import image_file_name
 from utils.items.foundation import ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, states_path
 from utils.items.store import ImageTitleStore, TitleForm, read_image
+from utils.run.build import build_model
 from utils.run.hyperparameters import read_hyperparameters
-from utils.run.opening import build_model, open_run
+from utils.run.opening import open_run
 from utils.training.adapters import load_adapter, save_adapter
 from utils.training.checkpoints import Checkpoint, load_global, load_personalized
 

@@ -142,8 +142,8 @@ def _planned(dataset: str, peft_type: str, method: Method, trial: int, passed_on
         arguments += ["--init_from", str(_planned(dataset, peft_type, FULL_METHOD, trial, passed_on).folder)]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the learning rate; so will the run
         options = parse_options("", kinds, arguments)
-    fixed = json.loads(json.dumps(fixed_options(options)))  # to be compared with what a file holds
-    return PlannedRun(peft_type, method, trial, tuple(arguments), Path(options.output_dir) / run_name(options), fixed)
+    folder = Path(options.output_dir) / run_name(options)
+    return PlannedRun(peft_type, method, trial, tuple(arguments), folder, fixed_options(options))
 
 
 def methods_of(table: int, peft_type: str) -> list[Method]:

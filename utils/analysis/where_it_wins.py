@@ -10,10 +10,9 @@ from utils.analysis.groups import mean_interval
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.data.histories import Histories, leave_last_out
-from utils.run.fingerprint import dataset_fingerprint
 from utils.run.finished import finished_options
 from utils.run.reports import read_groups, read_ranks
-from utils.run.settings import has_groups
+from utils.run.settings import dataset_fingerprint, has_groups
 from utils.training.evaluation import ndcg_at
 from utils.training.sampling import group_items
 

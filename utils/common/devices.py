@@ -30,19 +30,16 @@ def choose_device(name: str | None) -> str:
     return str(device)
 
 
-def default_precision(device: str) -> str:
-    """fp16 on CUDA, as in the paper's code; fp32 elsewhere."""
-    return "fp16" if device.startswith("cuda") else "fp32"
-
-
-def check_precision(precision: str, device: str) -> None:
-    """Refuse fp16 where there is no gradient scaling.
+def choose_precision(name: str | None, device: str) -> str:
+    """The precision by that name; by default fp16 on CUDA, as in the paper's code, and fp32 elsewhere.
 
     Raises:
-        PerPEFTError: fp16 on another device than CUDA.
+        PerPEFTError: fp16 without CUDA, where gradients cannot be scaled.
     """
-    if precision == "fp16" and not device.startswith("cuda"):
+    on_cuda = device.startswith("cuda")
+    if name == "fp16" and not on_cuda:
         raise PerPEFTError(f"--precision fp16 needs a CUDA device, not {device}; use --precision bf16 or fp32")
+    return name or ("fp16" if on_cuda else "fp32")
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,14 +1,24 @@
-"""The one place that knows the kinds of adapters: builds an item encoder and the item source it reads from."""
+"""The one place that knows the kinds of adapters: builds the model, and the source of its item inputs."""
 import argparse
 import dataclasses
 from typing import Any
 
 import torch
 
-from models import IISAN, ClipPeftEncoder, FrozenEncoder, IISANEncoder, ItemEncoder
+from models import (
+    IISAN,
+    ClipPeftEncoder,
+    FrozenEncoder,
+    IISANEncoder,
+    ItemEncoder,
+    MMProjector,
+    NoProjector,
+    PerPEFT,
+    SASRec,
+)
 from models.peft_configs import peft_config
 from models.towers import count_parameters, layers_of
-from utils.common.devices import PRECISIONS
+from utils.common.devices import PRECISIONS, seed_everything
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import Foundation, ensure_hidden_states, known_model, load_foundation
@@ -145,3 +155,30 @@ def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:
         "foundation_model": encoder.foundation_parameters,
         "adapter_share_of_foundation_model": one / encoder.foundation_parameters if encoder.foundation_parameters else None,
     }
+
+
+def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT, ItemSource]:
+    """The model with one group, on its device, and the source of its item inputs."""
+    device = torch.device(options.device)
+    seed_everything(options.trial)
+    encoder, source = build_encoder(EncoderKind.of(options), dataset, foundation_name(options), device, image_use(options))
+    projector = (MMProjector if encoder.feature_dim else NoProjector)(encoder.feature_dim, options.hidden_units)
+    sizes = [getattr(options, name) for name in ("hidden_units", "maxlen", "num_blocks", "num_heads", "dropout_rate")]
+    sasrec = SASRec(dataset.num_items, *sizes, options.weight_scalar)
+    model = PerPEFT(encoder, projector, sasrec).to(device)
+    source.place_on(device)
+    print(
+        f"{options.dataset}: {dataset.num_users} users, {dataset.num_items} items, {len(dataset.histories.items)} interactions; "
+        f"{_describe_adapter(options.peft_type, encoder)}; on {device}",
+        flush=True,
+    )
+    return model, source
+
+
+def _describe_adapter(peft_type: str, encoder: ItemEncoder) -> str:
+    counts = trainable_counts(encoder)
+    if not counts["adapter_of_one_group"]:
+        return {"frozen": "foundation model frozen, no adapter", "none": "item embeddings only"}[peft_type]
+    share = counts["adapter_share_of_foundation_model"]
+    share_text = "" if share is None else f", {100 * share:.2f}% of the foundation model"
+    return f"{peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{share_text}"

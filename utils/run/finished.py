@@ -8,13 +8,11 @@ from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.model_name import model_folders
-from utils.run.build import foundation_name, image_use, needs_contents
+from utils.run.build import build_model, foundation_name, image_use, needs_contents
 from utils.run.distributed import make_accelerator
-from utils.run.fingerprint import contents_fingerprint, dataset_fingerprint
-from utils.run.opening import build_model
 from utils.run.options import build_parser
 from utils.run.run import Run
-from utils.run.settings import FINGERPRINTS, minimum_users, read_settings
+from utils.run.settings import FINGERPRINTS, contents_fingerprint, dataset_fingerprint, minimum_users, read_settings
 
 
 def finished_options(

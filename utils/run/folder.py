@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from utils.common.errors import PerPEFTError
 from utils.common.files import remove_leftovers
 from utils.run import reports
-from utils.run.settings import check_same_settings, read_settings
+from utils.run.settings import FINGERPRINTS, read_settings
 
 RUN_FILES = (
     "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",
@@ -81,8 +81,17 @@ class RunFolder:
             PerPEFTError: the folder holds a run with other settings.
         """
         saved = self.saved_settings()
-        if saved is not None:
-            check_same_settings(saved, settings, self.path)
+        if saved is None:
+            return
+        names = [name for name in sorted(saved.keys() | settings.keys()) if saved.get(name) != settings.get(name)]
+        if names:
+            differences = "; ".join(
+                f"{name} was {saved.get(name)}, is now {settings.get(name)}{FINGERPRINTS.get(name, '')}" for name in names
+            )
+            raise PerPEFTError(
+                f"{self.path} holds a run with other settings: {differences}. Use the same settings to continue it, --restart to "
+                "discard it, or another --output_dir or --trial beside it."
+            )
 
     def begin(self, settings: dict[str, Any], restart: bool) -> None:
         """Prepare the folder: continue the run that is here, or clear it for a new one."""

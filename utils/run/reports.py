@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models import ItemEncoder, PerPEFT
+from models import PerPEFT
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
 from utils.run.build import trainable_counts
@@ -142,16 +142,6 @@ def format_epoch(rows: list[dict[str, Any]], epochs: int) -> str:
         f"valid HR@20 {100 * row['valid_HR@20']:.2f} "
         f"NDCG@20 {100 * row['valid_NDCG@20']:.2f}{mark}, {row['seconds']:.1f} s{skipped}"
     )
-
-
-def describe_adapter(peft_type: str, encoder: ItemEncoder) -> str:
-    """The kind of adapter and its size, for people."""
-    counts = trainable_counts(encoder)
-    if not counts["adapter_of_one_group"]:
-        return {"frozen": "foundation model frozen, no adapter", "none": "item embeddings only"}[peft_type]
-    share = counts["adapter_share_of_foundation_model"]
-    share_text = "" if share is None else f", {100 * share:.2f}% of the foundation model"
-    return f"{peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{share_text}"
 
 
 def run_summary(

@@ -78,16 +78,7 @@ class Run:
         self.saved: str | None = None  # how far the state on disk has come
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._grouping_seconds = 0.0
-        self._epoch_log: EpochLog | None = None
-
-    def open_log(self) -> None:
-        """Start logging epochs, or continue, where `--log_with` says."""
-        self._epoch_log = EpochLog(self.accelerator, self.options.log_with, self.folder, self.settings)
-
-    def close_log(self) -> None:
-        """Nothing more will be logged."""
-        if self._epoch_log is not None:
-            self._epoch_log.finish()
+        self.epoch_log: EpochLog | None = None  # of rank 0
 
     def train_global(self) -> None:
         """Stage 1: one adapter and one projector for all users, negatives from all items.
@@ -281,8 +272,8 @@ class Run:
         rows = self._rows["global"] + self._rows["personalized"]
         reports.write_metrics(self.folder / "metrics.csv", rows)
         reports.draw_curves(self.folder / "curves.png", rows)
-        if self._epoch_log is not None:
-            self._epoch_log.log(rows)
+        if self.epoch_log is not None:
+            self.epoch_log.log(rows)
 
     def _report_epoch(self, stage: str, epochs: int) -> None:
         if self.accelerator.is_main_process:

@@ -1,12 +1,19 @@
-"""A run's settings: the options that its figures follow from, its name, and the comparison with those in its folder."""
+"""What a run's figures follow from: its options, and fingerprints of its data; a run continues only where they are the same."""
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.common.devices import default_precision
+import numpy as np
+
+from utils.common.devices import choose_precision
 from utils.common.errors import PerPEFTError
+from utils.data.dataset import Dataset
+from utils.items.model_name import add_model_files, model_folders
+from utils.items.store import image_status
+from utils.run.build import foundation_name
 
 # Options that may differ between the start of a run and its continuation: they change no figure.
 FREE_OPTIONS = {
@@ -47,8 +54,45 @@ def minimum_users(options: argparse.Namespace) -> int:
 
 
 def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that a run's figures follow from."""
-    return {name: value for name, value in sorted(vars(options).items()) if name not in FREE_OPTIONS}
+    """The options that a run's figures follow from, as JSON holds them."""
+    return json.loads(json.dumps({name: value for name, value in sorted(vars(options).items()) if name not in FREE_OPTIONS}))
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """A hash of histories and raw ids."""
+    digest = hashlib.sha256()
+    for array in (dataset.user_ids, dataset.histories.items, dataset.histories.offsets):
+        digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    digest.update("\0".join(dataset.raw_ids).encode())
+    return digest.hexdigest()[:16]
+
+
+def contents_fingerprint(peft_type: str, dataset: Dataset, models: Sequence[str]) -> str | None:
+    """A hash of what the encoder reads beside the histories: titles, sizes of images, and the files of model folders.
+
+    None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A model from the hub adds
+    nothing.
+    """
+    if peft_type in ("iisan", "none"):
+        return None
+    digest = hashlib.sha256()
+    for title, path in zip(dataset.titles, dataset.image_paths):
+        status = image_status(path)
+        digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
+    for model in models:
+        if Path(model).is_dir():
+            add_model_files(digest, model)
+    return digest.hexdigest()[:16]
+
+
+def run_settings(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+    """All that a run's figures follow from."""
+    name = foundation_name(options)
+    return {
+        **fixed_options(options),
+        "dataset_fingerprint": dataset_fingerprint(dataset),
+        "contents_fingerprint": contents_fingerprint(options.peft_type, dataset, model_folders(name) if name else []),
+    }
 
 
 def read_settings(path: Path, nested: bool) -> dict[str, Any]:
@@ -61,25 +105,8 @@ def read_settings(path: Path, nested: bool) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         settings = {**content["config"], **{name: content[name] for name in FINGERPRINTS}} if nested else dict(content)
         if nested:  # runs of earlier versions did not write it
-            settings.setdefault("precision", default_precision(content["device"]))
+            settings.setdefault("precision", choose_precision(None, content["device"]))
         return settings
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise PerPEFTError(f"{path} is damaged ({reason}); start over with --restart, or choose another --output_dir") from error
-
-
-def check_same_settings(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
-    """Compare the settings in a run folder with those of the command.
-
-    Raises:
-        PerPEFTError: some differ; names them.
-    """
-    differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
-    if differing:
-        differences = "; ".join(
-            f"{name} was {found.get(name)}, is now {expected.get(name)}{FINGERPRINTS.get(name, '')}" for name in differing
-        )
-        raise PerPEFTError(
-            f"{folder} holds a run with other settings: {differences}. Use the same settings to continue it, --restart to "
-            "discard it, or another --output_dir or --trial beside it."
-        )

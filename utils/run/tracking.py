@@ -73,11 +73,6 @@ class EpochLog:
             values = {f"{row['stage']}/{name}": value for name, value in row.items() if name not in ("stage", "epoch")}
             self._accelerator.log(values, step=step)
 
-    def finish(self) -> None:
-        """Write what is not written yet and close the trackers."""
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
-
 
 def _read_note(path: Path) -> dict[str, Any]:
     try:
