@@ -163,7 +163,7 @@ class Events:
         import torch
 
         from utils.items import store
-        from utils.run import reports
+        from utils.run import plots, reports
         from utils.run import run as run_module
         from utils.run.folder import RunFolder
         from utils.training import checkpoints
@@ -176,13 +176,15 @@ class Events:
         for name in ("train_global", "group_users", "train_personalized", "report"):
             self.part(run_module.Run, name, {"group_users": "grouping"}.get(name, name.removeprefix("train_")), alone=True)
         self.part(run_module.Run, "evaluate", "evaluation")
-        self.part(checkpoints, "save_global", "best weights")
-        self.part(checkpoints, "save_personalized", "best weights")
+        self.part(checkpoints, "save_weights", "best weights")
         self.part(RunFolder, "clear", "clearing")
         self.part(checkpoints.Checkpoint, "save", "state")
         self.part(store.ImageTitleStore, "open", "store")
-        for name in ("write_metrics", "draw_curves", "draw_groups", "write_groups", "write_json"):
-            self.part(reports, name, name)
+        for module, name in (
+            (reports, "write_metrics"), (plots, "draw_curves"), (plots, "draw_groups"), (reports, "write_groups"),
+            (reports, "write_json"),
+        ):  # fmt: skip
+            self.part(module, name, name)
         self.call(store, "read_image", last_part)
         self.call(Evaluator, "item_table")
         self.call(run_module, "kmeans_groups")

@@ -35,7 +35,7 @@ from utils.run.build import build_model
 from utils.run.hyperparameters import read_hyperparameters
 from utils.run.opening import open_run
 from utils.training.adapters import load_adapter, save_adapter
-from utils.training.checkpoints import Checkpoint, load_global, load_personalized
+from utils.training.checkpoints import Checkpoint, load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 CPU = torch.device("cpu")
@@ -232,9 +232,9 @@ def test_saved_weights_with_code_are_refused(name, lora_model, copied_run):
     stage = name.split("/")[0]
     if stage == "personalized":
         lora_model.clone_groups(3)
-    load = load_global if stage == "global" else load_personalized
-    refuse_every_payload(copied_run.folder / name, lambda: load(lora_model, copied_run.folder / stage))
-    load(lora_model, copied_run.folder / stage)
+    load = partial(load_weights, lora_model, copied_run.folder / stage, stage)
+    refuse_every_payload(copied_run.folder / name, load)
+    load()
 
 
 def test_inference_with_weights_that_carry_code_ends_in_a_sentence(copied_run):
@@ -265,15 +265,15 @@ def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
     (adapter / "adapter_model.bin").write_bytes(as_torch)  # what peft falls back to
     for content in (as_torch, *PAYLOADS.values()):
         with replaced(weights, content), pytest.raises(PerPEFTError):
-            load_global(lora_model, copied_run.folder / "global")
-    load_global(lora_model, copied_run.folder / "global")  # the other file beside it is not read
+            load_weights(lora_model, copied_run.folder / "global", "global")
+    load_weights(lora_model, copied_run.folder / "global", "global")  # the other file beside it is not read
     sound = load_file(weights)
     weights.unlink()
     for content in (None, sound):  # nor without it, whether it carries code or the very weights
         if content is not None:
             torch.save(content, adapter / "adapter_model.bin")
         with pytest.raises(PerPEFTError):
-            load_global(lora_model, copied_run.folder / "global")
+            load_weights(lora_model, copied_run.folder / "global", "global")
 
 
 # ---------------------------------------------------------------- a CLIP folder

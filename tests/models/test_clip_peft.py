@@ -17,7 +17,7 @@ from tests.conftest import draw_image, make_trainer
 from utils.common.errors import PerPEFTError
 from utils.items.store import read_image
 from utils.training.adapters import load_adapter, save_adapter
-from utils.training.checkpoints import load_global, save_global
+from utils.training.checkpoints import load_weights, save_weights
 from utils.training.sampling import Batch
 
 CPU = torch.device("cpu")
@@ -349,7 +349,7 @@ def test_adapter_of_another_kind_or_rank_is_refused_and_nothing_is_loaded(tiny_c
 @pytest.mark.parametrize("damage", ["truncated", "no safetensors", "a tensor less", "missing"])
 def test_damaged_adapter_is_told_as_one_clear_error(tiny_clip, processors, damage, tmp_path):
     model = make_model(tiny_clip, processors, "lora", groups=1)
-    save_global(model, tmp_path / "global")
+    save_weights(model, tmp_path / "global", "global")
     path = tmp_path / "global" / "adapter" / "adapter_model.safetensors"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -362,7 +362,7 @@ def test_damaged_adapter_is_told_as_one_clear_error(tiny_clip, processors, damag
     else:
         shutil.rmtree(path.parent)
     with pytest.raises(PerPEFTError, match="global"):
-        load_global(model, tmp_path / "global")
+        load_weights(model, tmp_path / "global", "global")
 
 
 def test_an_adapter_that_acts_at_another_strength_is_refused(tiny_clip, processors, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.metrics import adjusted_rand_score
 from tqdm import tqdm
 
 from models.peft_configs import PEFT_TYPES
@@ -16,7 +15,6 @@ from utils.analysis.groups import Interval, intervals_by_group, mean_interval, t
 from utils.analysis.page import Page, TileRow
 from utils.analysis.recommendation import Recommender, known_user
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import read_true_groups
 from utils.run.finished import open_finished
 from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
@@ -125,8 +123,7 @@ class RunPart:
 
     def agreement(self) -> float | None:
         """Adjusted Rand index of the groups to the data set's true groups, where it has some."""
-        true_groups = read_true_groups(self.run.dataset)
-        return None if true_groups is None or not self.groups else adjusted_rand_score(true_groups, self.run.groups)
+        return self.run.agreement() if self.groups else None
 
     def counts_of(self, item: int) -> str:
         """How many interactions an item has, in all and by group, in words."""

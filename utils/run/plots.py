@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.common.files import write_atomically
@@ -12,9 +11,7 @@ from utils.training.progress import best_row
 DOTS_PER_INCH = 110
 
 
-def save_png(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    FigureCanvasAgg(figure)
+def _save_png(path: Path, figure: Figure) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH))
 
 
@@ -54,19 +51,19 @@ def plot_ndcg(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
 
 
-def curves_figure(rows: list[dict[str, Any]]) -> Figure:
-    """Both curves side by side."""
+def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write both curves side by side."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for axes, plot in zip(figure.subplots(1, 2), (plot_loss, plot_ndcg)):
         plot(axes, rows)
-    return figure
+    _save_png(path, figure)
 
 
-def group_sizes_figure(sizes: list[int]) -> Figure:
-    """How many users each group has."""
+def draw_groups(path: Path, sizes: list[int]) -> None:
+    """Write how many users each group has."""
     figure = Figure(figsize=(1.5 + 0.6 * len(sizes), 3), layout="constrained")
     axes = figure.subplots()
     axes.bar_label(axes.bar(range(len(sizes)), sizes, color="tab:blue"), fontsize="small")
     axes.set(xlabel="group", ylabel="users", xticks=range(len(sizes)))
     axes.margins(y=0.15)
-    return figure
+    _save_png(path, figure)

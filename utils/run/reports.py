@@ -3,7 +3,7 @@ import csv
 import io
 import json
 import platform
-import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ]
 
 
+def _write_table(path: Path, **columns: np.ndarray) -> None:
+    """Write integers as CSV, a column an argument."""
+    rows = zip(*(column.tolist() for column in columns.values()))
+    write_text_atomically(path, "".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
+
+
+def _read_table(path: Path, *columns: str) -> list[np.ndarray]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [np.array([int(row[name]) for row in rows], dtype=np.int64) for name in columns]
+    except (KeyError, OSError, TypeError, ValueError, csv.Error) as error:
+        raise PerPEFTError(f"{path} cannot be read ({error}); train this run again with --restart") from error
+
+
 def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
     """Write groups.csv: user, group."""
-    lines = [f"{user},{group}\n" for user, group in zip(user_ids.tolist(), groups.tolist())]
-    write_text_atomically(path, "user,group\n" + "".join(lines))
+    _write_table(path, user=user_ids, group=groups)
 
 
 def read_groups(path: Path) -> np.ndarray:
@@ -52,18 +66,12 @@ def read_groups(path: Path) -> np.ndarray:
     Raises:
         PerPEFTError: it is missing or damaged.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of an empty file, which fails right after
-            return np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)[:, 1]
-    except (IndexError, OSError, ValueError) as error:
-        raise PerPEFTError(f"{path} cannot be read ({error}); start over with --restart") from error
+    return _read_table(path, "group")[0]
 
 
 def write_ranks(path: Path, user_ids: np.ndarray, ranks: Ranks) -> None:
     """Write user, valid_rank, test_rank, from 0; for tests of significance and figures by group."""
-    rows = zip(user_ids[ranks.users].tolist(), ranks.valid.tolist(), ranks.test.tolist())
-    write_text_atomically(path, "user,valid_rank,test_rank\n" + "".join(f"{user},{valid},{test}\n" for user, valid, test in rows))
+    _write_table(path, user=user_ids[ranks.users], valid_rank=ranks.valid, test_rank=ranks.test)
 
 
 def read_ranks(path: Path) -> dict[str, np.ndarray]:
@@ -72,11 +80,7 @@ def read_ranks(path: Path) -> dict[str, np.ndarray]:
     Raises:
         PerPEFTError: it is missing or damaged.
     """
-    try:
-        table = np.loadtxt(path, dtype=np.int64, delimiter=",", skiprows=1, ndmin=2)
-        return dict(zip(("users", "valid", "test"), table.reshape(-1, 3).T))
-    except (OSError, ValueError) as error:
-        raise PerPEFTError(f"{path} cannot be read ({error}); train this run again with --restart") from error
+    return dict(zip(("users", "valid", "test"), _read_table(path, "user", "valid_rank", "test_rank")))
 
 
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,32 +93,13 @@ def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what the figures may depend on."""
-    import peft
-    import sklearn
-    import torch
-    import transformers
-
-    libraries = {"torch": torch, "transformers": transformers, "peft": peft, "numpy": np, "scikit-learn": sklearn}
-    return {"python": platform.python_version()} | {name: library.__version__ for name, library in libraries.items()}
+    libraries = ("torch", "transformers", "peft", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in libraries}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write readable JSON, whole or not at all."""
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw the training curves as PNG, as `curves_figure`."""
-    from utils.run import plots  # matplotlib takes a while to import
-
-    plots.save_png(path, plots.curves_figure(rows))
-
-
-def draw_groups(path: Path, sizes: list[int]) -> None:
-    """Draw how many users each group has as PNG."""
-    from utils.run import plots
-
-    plots.save_png(path, plots.group_sizes_figure(sizes))
 
 
 def results_table(summary: dict[str, Any]) -> str:

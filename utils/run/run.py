@@ -17,7 +17,7 @@ from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_true_groups
 from utils.data.histories import leave_last_out
 from utils.items.source import ItemSource
-from utils.run import reports
+from utils.run import plots, reports
 from utils.run.distributed import StopSignal
 from utils.run.folder import RunFolder
 from utils.run.settings import has_groups
@@ -100,16 +100,21 @@ class Run:
         exists = path.is_file()
         self.accelerator.wait_for_everyone()  # every rank has looked before rank 0 writes
         if not exists:
-            vectors = None if self.options.grouping == "random" else self.user_vectors(self.item_inputs(0))
+            by_taste = self.options.grouping == "kmeans"
+            vectors = self.user_vectors(self.item_inputs(0)) if by_taste else None  # all ranks encode together
             if self.accelerator.is_main_process:
-                reports.write_groups(path, self.dataset.user_ids, self._make_groups(vectors))
+                C, seed = self.options.C, self.options.trial
+                groups = kmeans_groups(vectors, C, seed) if by_taste else random_groups(self.dataset.num_users, C, seed)
+                reports.write_groups(path, self.dataset.user_ids, groups)
             self.accelerator.wait_for_everyone()
         self.groups = self._read_groups()
         self._grouping_seconds = time.monotonic() - started
         sizes = self.group_sizes()
         if self.accelerator.is_main_process:
-            reports.draw_groups(self.folder / "groups.png", sizes)
-        print(f"groups of {', '.join(map(str, sizes))} users{self._format_agreement()}", flush=True)
+            plots.draw_groups(self.folder / "groups.png", sizes)
+        agreement = self.agreement()
+        shown = "" if agreement is None else f"; adjusted Rand index to the true groups {agreement:.2f} (chance 0)"
+        print(f"groups of {', '.join(map(str, sizes))} users{shown}", flush=True)
 
     def train_personalized(self) -> None:
         """Stage 3: an adapter and a projector a group, warm-started from stage 1, negatives from the group's own items."""
@@ -120,7 +125,7 @@ class Run:
         else:
             candidates = group_items(self.split.train, self.groups, num_groups)
         self._train(Stage("personalized", self.options.num_epochs, candidates))
-        checkpoints.load_personalized(self.model, self.folder / "personalized")
+        checkpoints.load_weights(self.model, self.folder / "personalized", "personalized")
 
     def report(self) -> None:
         """Write summary.json, print the closing table, and remove what only a continuation needs."""
@@ -199,8 +204,7 @@ class Run:
     def _save_best(self, stage: str, ranks: Ranks) -> None:
         """Save the weights, and the ranks that they reach."""
         if self.accelerator.is_main_process:
-            save = checkpoints.save_global if stage == "global" else checkpoints.save_personalized
-            save(self.model, self.folder / stage)
+            checkpoints.save_weights(self.model, self.folder / stage, stage)
             reports.write_ranks(self.folder / f"{stage}_ranks.csv", self.dataset.user_ids, ranks)
         self.accelerator.wait_for_everyone()
 
@@ -225,13 +229,13 @@ class Run:
 
     def load_global(self) -> None:
         """Load the saved best weights of stage 1; the model has one group."""
-        checkpoints.load_global(self.model, self.folder / "global")
+        checkpoints.load_weights(self.model, self.folder / "global", "global")
 
     def load_personalized(self) -> None:
         """Load the saved groups and best weights of stage 3."""
         self.groups = self._read_groups()
         self.model.clone_groups(self.options.C)
-        checkpoints.load_personalized(self.model, self.folder / "personalized")
+        checkpoints.load_weights(self.model, self.folder / "personalized", "personalized")
 
     def evaluate_saved(self) -> dict[str, Any]:
         """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
@@ -246,20 +250,14 @@ class Run:
         reports.print_results(summary, self.folder)
         return summary
 
-    def _make_groups(self, vectors: np.ndarray | None) -> np.ndarray:
-        if vectors is None:
-            return random_groups(self.dataset.num_users, self.options.C, self.options.trial)
-        return kmeans_groups(vectors, self.options.C, self.options.trial)
-
     def group_sizes(self) -> list[int]:
         """Users in each group."""
         return np.bincount(self.groups, minlength=self.options.C).tolist()
 
-    def _format_agreement(self) -> str:
+    def agreement(self) -> float | None:
+        """Adjusted Rand index of the groups to the data set's true groups, where it has some."""
         true_groups = read_true_groups(self.dataset)
-        if true_groups is None:
-            return ""
-        return f"; adjusted Rand index to the true groups {adjusted_rand_score(true_groups, self.groups):.2f} (chance 0)"
+        return None if true_groups is None else adjusted_rand_score(true_groups, self.groups)
 
     def _read_groups(self) -> np.ndarray:
         path = self.folder / "groups.csv"
@@ -271,7 +269,7 @@ class Run:
     def _write_metrics(self) -> None:
         rows = self._rows["global"] + self._rows["personalized"]
         reports.write_metrics(self.folder / "metrics.csv", rows)
-        reports.draw_curves(self.folder / "curves.png", rows)
+        plots.draw_curves(self.folder / "curves.png", rows)
         if self.epoch_log is not None:
             self.epoch_log.log(rows)
 

@@ -26,66 +26,47 @@ def _read(path: Path) -> Any:
         raise PerPEFTError(f"{path} cannot be read ({reason}); delete it, or start over with --restart") from error
 
 
-def _on_cpu(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A state_dict that opens on machines without this one's device."""
-    return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+def _save_module(module: torch.nn.Module, path: Path) -> None:
+    save_tensors({name: tensor.cpu() for name, tensor in module.state_dict().items()}, path)  # opens without this device
 
 
-def save_global(model: PerPEFT, folder: Path) -> None:
-    """Write `sasrec.pth`, `projector.pth` and the adapter of a model with one group; the folder is replaced as a whole."""
+def _group_folders(model: PerPEFT, folder: Path, stage: str) -> list[Path]:
+    """Where each group's projector and adapter lie; the global ones beside SASRec."""
+    return [folder] if stage == "global" else [folder / f"group_{group}" for group in range(model.num_groups)]
+
+
+def save_weights(model: PerPEFT, folder: Path, stage: str) -> None:
+    """Write `sasrec.pth` and every group's `projector.pth` and adapter; the folder is replaced as a whole.
+
+    Args:
+        model: of one group for the stage "global", else of as many as there are.
+        folder: `global/` or `personalized/` of a run; in the latter, each group has a folder `group_{g}/`.
+        stage: "global" or "personalized".
+    """
     with folder_written_atomically(folder) as temporary:
-        save_tensors(_on_cpu(model.sasrec), temporary / "sasrec.pth")
-        save_tensors(_on_cpu(model.projectors[0]), temporary / "projector.pth")
-        save_adapter(model.encoder, temporary, 0)
-
-
-def save_personalized(model: PerPEFT, folder: Path) -> None:
-    """Write `sasrec.pth` and, in `group_{g}/`, every group's `projector.pth` and adapter; the folder is replaced as a whole."""
-    with folder_written_atomically(folder) as temporary:
-        save_tensors(_on_cpu(model.sasrec), temporary / "sasrec.pth")
-        for group, projector in enumerate(model.projectors):
-            own = temporary / f"group_{group}"
-            own.mkdir()
-            save_tensors(_on_cpu(projector), own / "projector.pth")
+        _save_module(model.sasrec, temporary / "sasrec.pth")
+        for group, own in enumerate(_group_folders(model, temporary, stage)):
+            own.mkdir(exist_ok=True)
+            _save_module(model.projectors[group], own / "projector.pth")
             save_adapter(model.encoder, own, group)
 
 
-def _load_group(model: PerPEFT, folder: Path, group: int) -> None:
+def load_weights(model: PerPEFT, folder: Path, stage: str) -> None:
+    """Read what `save_weights` wrote into a model with as many groups.
+
+    Raises:
+        PerPEFTError: a file is missing, damaged, or of a model of another shape.
+    """
+    where = folder
     try:
-        model.projectors[group].load_state_dict(_read(folder / "projector.pth"))
-        load_adapter(model.encoder, folder, group)
+        model.sasrec.load_state_dict(_read(folder / "sasrec.pth"))
+        for group, where in enumerate(_group_folders(model, folder, stage)):
+            model.projectors[group].load_state_dict(_read(where / "projector.pth"))
+            load_adapter(model.encoder, where, group)
     except PerPEFTError:
         raise
     except Exception as error:  # a damaged file raises errors of its format's library
-        raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
-
-
-def _load_sasrec(model: PerPEFT, folder: Path) -> None:
-    try:
-        model.sasrec.load_state_dict(_read(folder / "sasrec.pth"))
-    except (RuntimeError, TypeError) as error:
-        raise PerPEFTError(f"the weights in {folder} do not fit this model: {error}") from error
-
-
-def load_global(model: PerPEFT, folder: Path) -> None:
-    """Read what `save_global` wrote into a model with one group.
-
-    Raises:
-        PerPEFTError: a file is missing, damaged, or of a model of another shape.
-    """
-    _load_sasrec(model, folder)
-    _load_group(model, folder, 0)
-
-
-def load_personalized(model: PerPEFT, folder: Path) -> None:
-    """Read what `save_personalized` wrote into a model with as many groups.
-
-    Raises:
-        PerPEFTError: a file is missing, damaged, or of a model of another shape.
-    """
-    _load_sasrec(model, folder)
-    for group in range(model.num_groups):
-        _load_group(model, folder / f"group_{group}", group)
+        raise PerPEFTError(f"the weights in {where} do not fit this model: {error}") from error
 
 
 def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: str) -> None:
@@ -104,7 +85,7 @@ def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: st
     if (where / "resume").is_dir():
         raise PerPEFTError(f"--init_from {where} is a run that has not ended; finish it first, with its own command")
     if own:
-        load_global(model, own[0])
+        load_weights(model, own[0], "global")
         return
     prefix = f"sasrec_{peft_type}_{dataset}_"
     found = [where] if where.is_file() else sorted(where.glob(f"{glob.escape(prefix)}*.pth"))
@@ -125,7 +106,7 @@ def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: st
             if (folder / theirs).exists():
                 (Path(temporary) / ours).symlink_to((folder / theirs).resolve())
         try:
-            load_global(model, Path(temporary))
+            load_weights(model, Path(temporary), "global")
         except PerPEFTError as error:
             raise PerPEFTError(f"--init_from {found[0]}: {str(error).replace(temporary, str(folder))}") from error
 
