@@ -103,6 +103,8 @@ def test_histories_keep_every_interaction_in_order(histories, count, data):
         assert split.train_and_valid[user].tolist() == (items[:-1] if held_out else items)
         assert (user in split.evaluated_users) == (len(items) >= 3)
     assert found.has_every_item(2).tolist() == [len(set(items)) == 2 for items in histories]
+    assert lists(found) == histories and found.lengths.tolist() == list(map(len, histories))
+    assert found.users.tolist() == [user for user, items in enumerate(histories) for _ in items]
     users = data.draw(st.lists(st.integers(0, len(histories) - 1), max_size=6))
     last = found.last(np.array(users, dtype=np.int64), count)
     assert last.tolist() == [([0] * count + histories[user])[-count:] for user in users]
@@ -131,8 +133,10 @@ def test_nothing_is_printed_and_no_image_opened_if_nothing_is_wrong(folder, caps
 
 def test_items_of_nobody_and_in_any_order_and_a_padding_entry_are_no_error(folder):
     write_pickle(folder, "item2id", {3: "B003", 0: "padding", 1: "B001", 5: "B005", 2: "B002", 4: "B004"})
+    write_pickle(folder, "texts", {**dict(zip(RAW_IDS, TITLES)), "B999": "of another shop"})
     write_final(folder, "1 1\n1 2\n1 1\n")
-    assert read_dataset(folder, "shop").raw_ids == RAW_IDS
+    dataset = read_dataset(folder, "shop")
+    assert dataset.raw_ids == RAW_IDS and dataset.titles == TITLES
 
 
 def test_without_contents_titles_and_images_may_be_missing(folder):

@@ -18,7 +18,6 @@ from tests.conftest import NUM_ITEMS, iisan_arguments, run_script, tiny_argument
 from tests.run.test_pipeline import read_csv, rows_of, without_seconds
 from utils.common.errors import PerPEFTError
 from utils.run.opening import open_run
-from utils.run.options import parse_options
 from utils.run.run import Run
 from utils.training.sampling import Sampler
 
@@ -346,11 +345,6 @@ def test_init_from_nothing_several_or_another_shape_is_one_clear_error(tiny_run,
     shutil.rmtree(theirs / "clip_encoder_lora_tiny_20_0.001_0.0001")
     message = run(init_from=theirs / "sasrec_lora_tiny_20_0.001_0.0001.pth", output_dir=tmp_path / "incomplete")
     assert "pretrained_models" in message
-
-
-def test_defaults_are_the_papers_method():
-    options = parse_options("", ("lora", "ia3"), ["--dataset", "arts"])
-    assert (options.method, options.modality, options.negatives, options.grouping) == ("perpeft", "both", "group", "kmeans")
 
 
 def test_a_source_that_cannot_be_used_costs_nothing_that_is_there(copied_run, tiny_run, tmp_path):

@@ -3,7 +3,6 @@ import csv
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -17,12 +16,11 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, BertConfig, BertModel, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from models import SASRec
 from tests.conftest import NUM_ITEMS, run_script, tiny_arguments, tiny_histories, tiny_options, tiny_titles, write_dataset
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import read_dataset
 from utils.items.foundation import load_foundation
 from utils.run.opening import open_run
 from utils.run.options import parse_options
@@ -486,33 +484,6 @@ def test_missing_clip_weights_say_what_to_do(tiny_dataset, tmp_path):
     assert "openai/clip-vit-base-patch32" in message and "--clip_model" in message and "network" in message
 
 
-def test_unknown_data_set_lists_what_is_there(tiny_dataset, tiny_clip, tmp_path):
-    with pytest.raises(PerPEFTError, match="'tinny'.*: tiny"):
-        run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, dataset="tinny"))
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cuda:x", "meta"])
-def test_device_that_is_not_there_is_named(tiny_dataset, tiny_clip, tmp_path, device):
-    with pytest.raises(PerPEFTError, match=f"--device {device}"):
-        run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, device=device))
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--lr", "0"), ("--lr", "-1e-4"), ("--lr", "fast"), ("--lr", "nan"), ("--lr", "inf"), ("--wdecay", "-1"), ("--C", "0"),
-        ("--rank", "0"), ("--batch_size", "1.5"), ("--batch_size", "0"), ("--maxlen", "0"), ("--dropout_rate", "1"),
-        ("--dropout_rate", "-0.1"), ("--num_epochs", "0"), ("--global_epochs", "x"), ("--num_heads", "5"), ("--num_blocks", "0"),
-        ("--hidden_units", "-32"), ("--trial", "-1"), ("--l2_emb", "nan"), ("--peft_type", "adapter"), ("--dataset", "../tiny"),
-    ],
-)  # fmt: skip
-def test_bad_option_ends_with_code_2_and_its_name(option, value, capsys):
-    with pytest.raises(SystemExit) as raised:
-        parse_options("", ("lora", "ia3"), ["--dataset", "tiny", f"{option}={value}"])
-    assert raised.value.code == 2
-    assert option in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_help_groups_options_and_gives_the_papers_defaults_once(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as raised:
@@ -537,6 +508,7 @@ def test_defaults_are_the_papers():
         "hidden_units": 32, "num_blocks": 2, "num_heads": 4, "maxlen": 10, "dropout_rate": 0.3, "weight_scalar": 0.5, "rank": 4,
         "batch_size": 16, "global_epochs": 10, "num_epochs": 20, "C": 8, "l2_emb": 1e-6, "lr": 1e-4, "wdecay": 1e-4, "trial": 0,
         "clip_model": "openai/clip-vit-base-patch32", "train_dir": "./dataset", "output_dir": "./runs",
+        "method": "perpeft", "modality": "both", "negatives": "group", "grouping": "kmeans",
     }  # fmt: skip
     assert {name: getattr(options, name) for name in expected} == expected
 
@@ -557,16 +529,6 @@ def test_rate_and_decay_come_from_the_pickle_where_they_are_not_given():
 # ---------------------------------------------------------------- CLIP folders that are none
 
 
-def test_folder_of_another_model_is_refused(tmp_path, tiny_clip):
-    """transformers would only warn, and fill a CLIP with random weights."""
-    shutil.copytree(tiny_clip, tmp_path / "bert")
-    (tmp_path / "bert" / "model.safetensors").unlink()
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 555}
-    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(PerPEFTError, match="bert"):
-        load_foundation(str(tmp_path / "bert"))
-
-
 def test_folder_whose_weights_lack_a_part_is_refused(tmp_path, tiny_clip):
     """transformers would only warn, and draw the missing part at random."""
     shutil.copytree(tiny_clip, tmp_path / "clip")
@@ -575,15 +537,6 @@ def test_folder_whose_weights_lack_a_part_is_refused(tmp_path, tiny_clip):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(PerPEFTError, match="clip"):
         load_foundation(str(tmp_path / "clip"))
-
-
-def test_titles_pickle_of_another_shape_does_not_stop_a_run(tiny_dataset, tiny_clip, tmp_path):
-    """Titles of items that are not sold here are simply not used."""
-    folder = tmp_path / "data"
-    shutil.copytree(tiny_dataset.train_dir, folder, ignore=shutil.ignore_patterns("*_store"))
-    texts = pickle.loads((folder / "tiny_texts_final.pickle").read_bytes())
-    (folder / "tiny_texts_final.pickle").write_bytes(pickle.dumps({**texts, "B999": "of another shop"}))
-    assert read_dataset(folder, "tiny").titles == read_dataset(tiny_dataset.train_dir, "tiny").titles
 
 
 def test_options_that_change_no_figure_may_differ(tiny_run, tiny_dataset, tiny_clip):
