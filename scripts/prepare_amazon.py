@@ -24,7 +24,7 @@ def main() -> None:
     add_image_options(parser, "folder with {parent_asin}.jpg, in place of the web")
     options = parser.parse_args()
 
-    def open_shop(_con, _scratch) -> Shop:
+    def open_shop(_con) -> Shop:
         reviews, meta = open_reviews(options.reviews), open_meta(options.meta, with_images=options.images is None)
         return Shop(reviews, meta, ImageFinder(options.meta.parent, options.images), first_row_counts=True)
 

@@ -32,10 +32,10 @@ def main() -> None:
     form = table_options_of(options)
     columns = ("user", "item", "time") + (("rating",) if options.min_rating is not None else ())
 
-    def open_shop(con, scratch) -> Shop:
+    def open_shop(con) -> Shop:
         required, optional = (("item", "title"), ("image",)) if options.images else (("item", "title", "image"), ())
-        interactions = open_table(con, options.interactions, columns, (), form, scratch)
-        items = open_table(con, options.items, required, optional, form, scratch)
+        interactions = open_table(con, options.interactions, columns, (), form)
+        items = open_table(con, options.items, required, optional, form)
         finder = ImageFinder(items.files[0].parent, options.images)
         return Shop(interactions, items, finder, form, options.min_rating)
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from utils.prepare.tables import Table, files_of, select_json
+from utils.prepare.parts import json_part
+from utils.prepare.tables import Table, files_of
 
 REVIEWS = {  # by role, the first field with a value counts; all releases name their fields differently
     "user": ("user_id", "reviewerID"),
@@ -28,6 +29,5 @@ def open_meta(pattern: str | Path, with_images: bool = True) -> Table:
 
 
 def _open(pattern: str | Path, fields: dict[str, tuple[str, ...]]) -> Table:
-    files = files_of(pattern)
-    parts = [select_json(number, fields) for number in range(len(files))]
-    return Table(files, {role: "/".join(names) for role, names in fields.items()}, parts)
+    parts = [json_part(number, path, fields) for number, path in enumerate(files_of(pattern))]
+    return Table(parts, {role: "/".join(names) for role, names in fields.items()})

@@ -10,7 +10,8 @@ import duckdb
 
 from utils.common.errors import PerPEFTError
 from utils.prepare.columns import TableOptions
-from utils.prepare.tables import BLANK, PROBLEMS, Table, quote
+from utils.prepare.parts import BLANK, PROBLEMS, quote
+from utils.prepare.tables import ROWS, Table
 
 MEMORY = "1GB"  # of DuckDB; the process stays below 2 GiB with what lies outside it
 THREADS = 4  # each holds buffers of its own
@@ -39,8 +40,8 @@ def _unit(column: str) -> str:
 
 
 @contextlib.contextmanager
-def engine(folder: Path) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
-    """A DuckDB connection of bounded memory, and the temporary folder in `folder` that it spills to; both end with the block."""
+def engine(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection of bounded memory, which spills to a temporary folder in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".prepare_", suffix=".tmp", dir=folder))
     try:
@@ -48,12 +49,14 @@ def engine(folder: Path) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
             threads = con.execute("SELECT current_setting('threads')").fetchone()[0]
             con.execute(f"SET threads = {min(threads, THREADS)}; SET memory_limit = '{MEMORY}'; SET TimeZone = 'UTC'")
             con.execute(f"SET temp_directory = {quote(scratch)}")
-            yield con, scratch
+            yield con
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def stage(con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, min_rating: float | None) -> int:
+def stage(
+    con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, min_rating: float | None, stable_keys: bool
+) -> int:
     """Read all interactions once into the table `staged`: place, reason, user (a key), item (its number), time, kind.
 
     `reason` says why a row cannot be used; NULL where it can. Dates are microseconds since 1970, numbers as they are.
@@ -63,6 +66,7 @@ def stage(con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, m
         table: of the roles user, item, time and, with `min_rating`, rating.
         options: for the format of dates.
         min_rating: rows with a lower rating are left out; None keeps all.
+        stable_keys: whether a user's key is the same in every version of DuckDB, which takes longer.
     Returns:
         how many rows there are, blank ones not counted
     """
@@ -73,20 +77,20 @@ def stage(con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, m
         f"WHEN TRY_CAST(rating AS DOUBLE) IS NULL THEN 'rating not a number' "
         f"WHEN TRY_CAST(rating AS DOUBLE) < {min_rating!r} THEN '{LOW}' "
     )  # fmt: skip
-    with table.rows() as rows:
-        con.execute(f"""
+    key = "md5_number_lower" if stable_keys else "hash"  # 64 bits each
+    table.execute(con, f"""
         CREATE OR REPLACE TABLE staged AS
-        WITH cells AS (SELECT *, {number} AS number FROM {rows}),
+        WITH cells AS (SELECT *, {number} AS number FROM {ROWS}),
         timed AS (
             SELECT *, CASE WHEN number IS NULL THEN epoch_us({date}) WHEN abs(number) < 9e18 THEN number END::DOUBLE AS value,
                    CASE WHEN number IS NULL THEN {DATE} WHEN {_unit('number')} IS NULL THEN 0 ELSE {EPOCH} END::UTINYINT AS kind
             FROM cells)
-        SELECT place, md5_number_lower(timed.user) AS user, items.number AS item, value AS time, kind,
+        SELECT place, {key}(timed.user) AS user, items.number AS item, value AS time, kind,
                CASE WHEN problem IS NOT NULL THEN problem WHEN timed.user IS NULL THEN 'user missing'
                     WHEN timed.item IS NULL THEN 'item missing' WHEN time IS NULL THEN 'time missing'
                     WHEN value IS NULL THEN '{NO_TIME}' {low}
                     WHEN items.number IS NULL THEN '{UNKNOWN}' END::{REASON_TYPE} AS reason
-        FROM timed LEFT JOIN items ON items.raw_id = timed.item""")
+        FROM timed LEFT JOIN items ON items.raw_id = timed.item""")  # fmt: skip
     return _one(con, f"SELECT count(*) FROM staged WHERE reason IS DISTINCT FROM '{BLANK}'")
 
 

@@ -1,23 +1,22 @@
-"""The physical lines of a text file for DuckDB: unpacked, decoded and verified on the way, through a pipe.
+"""The text of a file, unpacked and decoded: for DuckDB by its name or through a pipe, for Python verified line by line.
 
-DuckDB could open the files itself, but it passes over damage in compressed ones without a word, and knows few encodings.
+DuckDB could unpack files itself, but it passes over damage in compressed ones without a word, and knows few encodings.
 """
 import bz2
 import codecs
 import contextlib
+import glob
 import gzip
 import io
-import json
+import itertools
 import lzma
 import os
 import threading
 import zlib
-from ast import literal_eval
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import duckdb
 from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
@@ -35,14 +34,32 @@ MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
 
 
+class _ShownFile(io.FileIO):
+    """A file with a progress bar of the bytes read."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        size = os.path.getsize(path)
+        self._bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, delay=1, disable=None)
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = super().readinto(buffer)
+        self._bar.update(count)
+        return count
+
+    def close(self) -> None:
+        self._bar.close()
+        super().close()
+
+
 class _ZstdStream(io.RawIOBase):
     """Decompresses a .zst file, several frames too, and raises EOFError where it is cut off."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, path: Path):
         try:
             import zstandard
         except ImportError:
-            raise PerPEFTError(f"{file.name}: reading .zst needs the package zstandard; install it, or unpack: zstd -d") from None
+            raise PerPEFTError(f"{path}: reading .zst needs the package zstandard; install it, or unpack: zstd -d") from None
         self._file, self._start, self._ready = file, zstandard.ZstdDecompressor().decompressobj, b""
         self._frame = self._start()
 
@@ -51,38 +68,38 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self._ready:
-            if self._frame.eof:  # another frame may follow
-                packed = self._frame.unused_data or self._file.read(2**16)
-                if not packed:
+            packed = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(2**16)
+            if not packed:
+                if self._frame.eof:
                     return 0
+                raise EOFError
+            if self._frame.eof:  # another frame follows
                 self._frame = self._start()
-            else:
-                packed = self._file.read(2**16)
-                if not packed:
-                    raise EOFError
             self._ready = self._frame.decompress(packed)
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
 
-def unpacked(file: BinaryIO) -> BinaryIO:
-    """A reader of a file's content, decompressed if its first bytes say that it is compressed, whatever its name."""
-    start = file.read(8)
-    file.seek(0)
-    if start.startswith(ZIP):
-        raise PerPEFTError(f"{file.name} is a zip or Excel file; unpack it, or save the sheet as CSV")
-    if start.startswith(ZSTD):
-        return io.BufferedReader(_ZstdStream(file), BLOCK)
-    return next((opener(file) for magic, opener in OPENERS.items() if start.startswith(magic)), file)
+@contextlib.contextmanager
+def _open(path: Path, encoding: str | None) -> Iterator[tuple[BinaryIO, str, bool]]:
+    """A file's unpacked content, its encoding, and whether the file itself holds it as it is.
 
-
-def recognise_encoding(start: bytes, path: Path) -> str:
-    """UTF-8 unless the first bytes of a file say otherwise.
-
-    Raises:
-        PerPEFTError: it is no text.
+    Its first bytes say how it is compressed, whatever its name.
     """
+    with io.BufferedReader(_ShownFile(path), BLOCK) as file:
+        start = file.peek(8)[:8]
+        if start.startswith(ZIP):
+            raise PerPEFTError(f"{path} is a zip or Excel file; unpack it, or save the sheet as CSV")
+        opener = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), None)
+        content = opener(file) if opener else file
+        if start.startswith(ZSTD):
+            content = io.BufferedReader(_ZstdStream(file, path), BLOCK)
+        yield content, encoding or _recognise_encoding(content.peek(BLOCK), path), content is file
+
+
+def _recognise_encoding(start: bytes, path: Path) -> str:
+    """UTF-8 unless the first bytes of a file say otherwise."""
     for mark, encoding in MARKS.items():
         if start.startswith(mark):
             return encoding
@@ -91,126 +108,131 @@ def recognise_encoding(start: bytes, path: Path) -> str:
             return encoding
     if b"\0" in start[:2**16]:
         raise PerPEFTError(f"{path} is not a text file; use CSV, TSV, JSON lines or Parquet")
-    return "utf-8-sig"
+    return "utf-8"
 
 
-def is_damage(error: Exception) -> bool:
-    """Whether an error says that a compressed file is cut off or damaged."""
-    kinds = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-    return isinstance(error, kinds) or type(error).__name__ == "ZstdError" or (type(error) is OSError and error.errno is None)
+def require_encoding(encoding: str | None) -> None:
+    """Do nothing if Python knows an encoding, or None is named.
 
-
-def _readable(error: Exception, path: Path) -> Exception:
-    """The error of a reading thread as a sentence."""
-    if is_damage(error):
-        return PerPEFTError(f"{path} is cut off or damaged; fetch it again")
-    if isinstance(error, UnicodeError):
-        return PerPEFTError(f"{path} is not text in the encoding {error.encoding} ({error.reason}); choose another --encoding")
-    return error
-
-
-class _Pump(threading.Thread):
-    """Writes a file's text into a pipe as UTF-8, and JSON arrays or Python dicts as JSON lines."""
-
-    def __init__(self, path: Path, encoding: str | None, target: int):
-        super().__init__(daemon=True)
-        self.path, self.encoding, self.target = path, encoding, target
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        """Write until the end of the file, or until nobody reads any more."""
-        try:
-            size = os.path.getsize(self.path)
-            with (
-                os.fdopen(self.target, "wb", buffering=0) as pipe,
-                self.path.open("rb") as file,
-                tqdm(desc=self.path.name, total=size, unit="B", unit_scale=True, delay=1, disable=None) as bar,
-            ):
-                for block in self._blocks(unpacked(file)):
-                    pipe.write(block)
-                    bar.update(file.tell() - bar.n)
-        except BrokenPipeError:
-            pass
-        except Exception as error:
-            self.error = _readable(error, self.path)
-
-    def _blocks(self, file: BinaryIO) -> Iterator[bytes]:
-        block = file.read(BLOCK)
-        encoding = self.encoding or recognise_encoding(block, self.path)
-        start = block[:1000].lstrip()
-        if start.startswith(b"{'"):
-            yield from map(_json_line, _lines_of(block, file))
-        elif start.startswith(b"[") and start[1:].lstrip().startswith((b"{", b"]")):
-            yield from _array_lines(block + file.read(), self.path)
-        elif codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
-            while block:
-                yield block
-                block = file.read(BLOCK)
-        else:
-            decoder = codecs.getincrementaldecoder(encoding)()
-            while block:
-                yield decoder.decode(block).encode()
-                block = file.read(BLOCK)
-            yield decoder.decode(b"", final=True).encode()
-
-
-def _lines_of(block: bytes, file: BinaryIO) -> Iterator[bytes]:
-    yield from (block + file.readline()).splitlines(keepends=True)
-    yield from file
-
-
-def _json_line(line: bytes) -> bytes:
-    """A line of the 2014 release, a Python dict, as JSON; any other line as it is."""
-    try:
-        return json.dumps(literal_eval(line.decode())).encode() + b"\n"
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return line
-
-
-def _array_lines(content: bytes, path: Path) -> Iterator[bytes]:
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise PerPEFTError(f"{path} is neither a JSON array nor JSON lines ({error})") from error
-    yield from (json.dumps(row).encode() + b"\n" for row in rows)
-
-
-@contextlib.contextmanager
-def lines_of(path: Path, encoding: str | None) -> Iterator[str]:
-    """A name under which DuckDB can read a file's text once, by `LINES`.
-
-    Args:
-        path: a text file, also compressed by gzip, bzip2, xz or zstd.
-        encoding: None: UTF-8, or what its byte order mark says.
     Raises:
-        PerPEFTError: when the block ends: the file is damaged or no text in that encoding, or a line is too long.
+        PerPEFTError: it does not.
     """
     try:
         codecs.lookup(encoding or "utf-8")
     except LookupError:
         raise PerPEFTError(f"--encoding {encoding[:40]}: no such encoding; common ones are utf-16, latin-1, cp1252") from None
+
+
+def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
+    """The lines of a text file without their ends.
+
+    Args:
+        path: also compressed by gzip, bzip2, xz or zstd.
+        encoding: None: UTF-8, or what its byte order mark says.
+    Raises:
+        PerPEFTError: the file is damaged; a line is not of the encoding, or too long.
+    """
+    number = 0
+    try:
+        with _open(path, encoding) as (content, encoding, _):
+            for number, line in enumerate(io.TextIOWrapper(content, encoding), 1):
+                if len(line) > LONGEST_LINE:
+                    raise PerPEFTError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes")
+                yield line.removesuffix("\n")
+    except Exception as error:
+        if isinstance(error, UnicodeError):
+            error = _undecodable(path, encoding, getattr(error, "reason", str(error)))
+        if not _is_damage(error):
+            raise error from None
+        raise PerPEFTError(f"{path} is cut off or damaged after line {number:,}; fetch it again") from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error says that a compressed file is cut off or damaged."""
+    kinds = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+    return isinstance(error, kinds) or type(error).__name__ == "ZstdError" or (type(error) is OSError and error.errno is None)
+
+
+def _undecodable(path: Path, encoding: str, reason: str) -> Exception:
+    """The error of a file that cannot be decoded: damage if that is why, else one that names the line.
+
+    Lines are split as bytes, which holds for encodings that contain ASCII.
+    """
+    first = None
+    try:
+        with _open(path, encoding) as (content, _, _):
+            for number, line in enumerate(content, 1):
+                if first is None and not _can_decode(line, encoding):
+                    first = number
+    except Exception as error:
+        return error
+    advice = "name its encoding by --encoding, for example --encoding cp1252"
+    return PerPEFTError(f"{path}, line {first or 1}: not {encoding} text ({reason}); {advice}")
+
+
+def _can_decode(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def named_text(path: Path, encoding: str | None) -> Iterator[str]:
+    """A name under which DuckDB can read a file's text once: its own where it is plain UTF-8, else a pipe's."""
+    with _open(path, encoding) as (content, name, is_plain):
+        is_utf8 = codecs.lookup(name).name == "utf-8"
+        if is_plain and is_utf8:
+            yield glob.escape(str(path))
+        else:
+            with _pipe(_blocks(content) if is_utf8 else _decoded(content, name)) as source:
+                yield source
+
+
+def named_lines(lines: Iterable[str]) -> contextlib.AbstractContextManager[str]:
+    """A name under which DuckDB can read some lines once.
+
+    Raises:
+        Exception: when the block ends: what `lines` raised.
+    """
+    lines = iter(lines)
+    batches = iter(lambda: "".join(f"{line}\n" for line in itertools.islice(lines, 1000)), "")
+    return _pipe(batch.encode(errors="replace") for batch in batches)
+
+
+def _blocks(content: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: content.read(BLOCK), b"")
+
+
+def _decoded(content: BinaryIO, encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    yield from (decoder.decode(block).encode() for block in _blocks(content))
+    yield decoder.decode(b"", final=True).encode()
+
+
+@contextlib.contextmanager
+def _pipe(blocks: Iterator[bytes]) -> Iterator[str]:
+    """A pipe's name, and a thread that writes blocks into it until their end, or until nobody reads any more."""
+    errors: list[Exception] = []
+
+    def write() -> None:
+        try:
+            with os.fdopen(target, "wb", buffering=0) as pipe:
+                for block in blocks:
+                    pipe.write(block)
+        except BrokenPipeError:
+            pass
+        except Exception as error:
+            errors.append(error)
+
     source, target = os.pipe()
-    pump = _Pump(path, encoding, target)
-    pump.start()
-    failed = None
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
     try:
         yield f"/dev/fd/{source}"
-    except duckdb.InvalidInputException as error:
-        failed = error
     finally:
         os.close(source)
-        pump.join()
-    if pump.error is not None:
-        raise pump.error
-    if failed is not None:
-        raise PerPEFTError(_csv_error(path, str(failed))) from failed
-
-
-def _csv_error(path: Path, text: str) -> str:
-    line = text.partition("CSV Error on Line: ")[2].partition("\n")[0]
-    where = f"{path}, line {line}" if line else str(path)
-    if "unicode" in text.lower() or "utf" in text.lower():
-        return f"{where}: not utf-8 text; name its encoding by --encoding, for example --encoding cp1252"
-    if "maximum" in text.lower():
-        return f"{where}: longer than {LONGEST_LINE:,} bytes"
-    return f"{where}: cannot be read ({text.splitlines()[0][:200]})"
+        writer.join()
+        if errors:
+            raise errors[0]

@@ -1,7 +1,5 @@
 """The two tables of a shop, read into DuckDB and reduced to the interactions that a data set holds."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import duckdb
@@ -11,7 +9,8 @@ from utils.data.image_names import is_raw_id
 from utils.prepare import interactions
 from utils.prepare.columns import TableOptions
 from utils.prepare.image_cells import ImageFinder, is_there
-from utils.prepare.tables import BLANK, Table
+from utils.prepare.parts import BLANK
+from utils.prepare.tables import ROWS, Table
 from utils.prepare.titles import clean_title
 
 FIRST_ROWS = 5  # that a dry run shows
@@ -43,21 +42,20 @@ class Shop:
     items_left_out: LeftOut = field(default_factory=dict)
     interactions_left_out: LeftOut = field(default_factory=dict)
 
-    def read(self, con: duckdb.DuckDBPyConnection, strict: bool) -> None:
+    def read(self, con: duckdb.DuckDBPyConnection, strict: bool, stable_keys: bool) -> None:
         """Make the tables `items` (number, raw_id, title, source) and `kept` (user, item, rank).
 
         Args:
             con: a connection on which nothing was made before.
             strict: raise where rows cannot be used, instead of leaving them out.
+            stable_keys: as in `utils.prepare.interactions.stage`.
         Raises:
             PerPEFTError: nothing can be used, rows of one item differ, or times of two kinds are mixed.
         """
-        with _reading(self.items):
-            self._read_items(con)
+        self._read_items(con)
         if strict:
             _refuse(self.items, self.items_left_out)
-        with _reading(self.interactions):
-            self.counts["read"] = interactions.stage(con, self.interactions, self.options, self.min_rating)
+        self.counts["read"] = interactions.stage(con, self.interactions, self.options, self.min_rating, stable_keys)
         self.interactions_left_out = interactions.left_out(con, self.interactions, "staged")
         if strict:
             _refuse(self.interactions, self.interactions_left_out)
@@ -76,15 +74,14 @@ class Shop:
             ("is_raw_id", is_raw_id, 1, "BOOLEAN"),
         ):
             con.create_function(name, function, ["VARCHAR"] * arguments, kind, null_handling="special")
-        with self.items.rows() as rows:
-            con.execute(f"""
-            CREATE TABLE item_rows AS
+        self.items.execute(con, f"""
+            CREATE OR REPLACE TABLE item_rows AS
             WITH found AS (SELECT place, problem, item AS raw_id, clean(title) AS title, find_image(item, image) AS source
-                           FROM {rows})
+                           FROM {ROWS})
             SELECT *, CASE WHEN problem IS NOT NULL THEN problem WHEN raw_id IS NULL THEN 'item missing'
                       WHEN NOT is_raw_id(raw_id) THEN 'item with a line break' WHEN title IS NULL THEN 'no title'
                       WHEN source IS NULL THEN 'no image' WHEN NOT is_there(source) THEN 'image file not found' END AS reason
-            FROM found""")
+            FROM found""")  # fmt: skip
         self.items_left_out = interactions.left_out(con, self.items, "item_rows")
         differing = con.execute("""
             SELECT raw_id, min(place), arg_min((title, source), place) FROM item_rows WHERE reason IS NULL
@@ -144,19 +141,8 @@ class Shop:
 
 def _first(con: duckdb.DuckDBPyConnection, table: Table, roles: str, count: int) -> list[tuple]:
     """Some columns of the first usable rows that have a value in the first of them."""
-    with table.rows() as rows:
-        query = f"SELECT {roles} FROM {rows} WHERE problem IS NULL AND {roles.partition(',')[0]} IS NOT NULL LIMIT {count}"
-        return con.execute(query).fetchall()
-
-
-@contextlib.contextmanager
-def _reading(table: Table) -> Iterator[None]:
-    """Raise what DuckDB finds wrong with a table's files as an error of the user."""
-    try:
-        yield
-    except (duckdb.IOException, duckdb.InvalidInputException) as error:
-        names = ", ".join(map(str, table.files[:3]))
-        raise PerPEFTError(f"{names} cannot be read; is it cut off or damaged? ({str(error).splitlines()[0][:200]})") from error
+    where = f"problem IS NULL AND {roles.partition(',')[0]} IS NOT NULL"
+    return table.execute(con, f"SELECT {roles} FROM {ROWS} WHERE {where} LIMIT {count}")
 
 
 def _pair(value: dict | tuple) -> tuple:

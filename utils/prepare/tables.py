@@ -1,71 +1,88 @@
-"""A table in any usual format as a DuckDB relation whose columns are recognised by their names; every value is text."""
+"""A table of any usual format: its files, its columns recognised by their names, and queries on its rows."""
 
 import contextlib
 import glob
+import itertools
 import json
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
 import duckdb
 
 from utils.common.errors import PerPEFTError
 from utils.prepare.columns import TableOptions, recognise_columns
-from utils.prepare.lines import LINES, lines_of
-from utils.prepare.text_tables import CELL, NEWLINE, TextFile, is_plain, open_text, write_rows
-
-BLANK, TOO_MANY, TOO_FEW, NO_OBJECT = (
-    "blank",
-    "more values than columns",
-    "fewer values than columns",
-    "not a JSON object with these fields",
+from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
+from utils.prepare.parts import (
+    ARRAY,
+    FILE_BITS,
+    SOURCE,
+    Part,
+    json_lines,
+    json_part,
+    parquet_part,
+    parquet_source,
+    quote,
+    text_part,
 )
-PROBLEMS = (BLANK, TOO_MANY, TOO_FEW, NO_OBJECT)
-SOURCE = "{source}"
-FILE_BITS = 40  # a row's place is its file's number shifted by so many bits, plus its line
+from utils.prepare.text_tables import recognise_form
+
+ROWS = "{rows}"
+HEAD = 1000  # lines by which a file's form is recognised
 
 
-@dataclass
 class Table:
-    """A table opened.
+    """A table opened. Its rows have a place (BIGINT), a problem (VARCHAR, NULL for a usable row), and each role (VARCHAR).
 
-    Attributes:
-        files: the files it consists of.
+    Args:
+        parts: its files, of which each SELECT returns such rows.
         columns: the name of each role's column in the first file; None where there is none.
-        parts: a SELECT for each file: place (BIGINT), problem (VARCHAR, NULL for a usable row), and each role (VARCHAR).
-            Where it holds SOURCE, the file has to be opened by `lines_of` for it.
-        encoding: of the files; None recognises it.
+        encoding: of text files; None recognises it.
     """
 
-    files: list[Path]
-    columns: dict[str, str | None]
-    parts: list[str]
-    encoding: str | None = None
+    def __init__(self, parts: list[Part], columns: dict[str, str | None], encoding: str | None = None):
+        self.parts, self.columns, self.encoding = parts, columns, encoding
+        self.files = [part.path for part in parts]
+        self._careful = False
 
-    @contextlib.contextmanager
-    def rows(self) -> Iterator[str]:
-        """A relation for one query: the rows of all files.
+    def execute(self, con: duckdb.DuckDBPyConnection, query: str) -> list[tuple]:
+        """Run a query in which ROWS stands for the rows of all files; return its result.
+
+        It runs twice if a file cannot be read the fast way.
 
         Raises:
-            PerPEFTError: when the block ends: a file is damaged, or not in its encoding.
+            PerPEFTError: a file is damaged, not in its encoding, or has a line that cannot be read.
         """
-        with contextlib.ExitStack() as opened:
-            selects = [
-                part.replace(SOURCE, quote(opened.enter_context(lines_of(path, self.encoding)))) if SOURCE in part else part
-                for path, part in zip(self.files, self.parts)
-            ]
-            yield f"({' UNION ALL '.join(selects)})"
+        while True:
+            try:
+                with contextlib.ExitStack() as opened:
+                    rows = " UNION ALL ".join(self._select(part, opened) for part in self.parts)
+                    return con.execute(query.replace(ROWS, f"({rows})")).fetchall()
+            except duckdb.OutOfMemoryException:
+                raise
+            except Exception as error:
+                if not self._careful:
+                    self._careful = True  # the errors of this way name the line
+                elif isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)):
+                    names, reason = ", ".join(map(str, self.files[:3])), str(error).splitlines()[0][:200]
+                    raise PerPEFTError(f"{names} cannot be read; is it cut off or damaged? ({reason})") from error
+                else:
+                    raise
+
+    def _select(self, part: Part, opened: contextlib.ExitStack) -> str:
+        if SOURCE not in part.fast:
+            return part.fast
+        if self._careful:
+            lines = named_lines(part.prepare_lines(text_lines(part.path, self.encoding)))
+            return part.careful.replace(SOURCE, quote(opened.enter_context(lines)))
+        return part.fast.replace(SOURCE, quote(opened.enter_context(named_text(part.path, self.encoding))))
 
     def where(self, place: int) -> str:
         """The line of a row, with its file where there are several."""
-        line = f"line {place & (1 << FILE_BITS) - 1}"
-        return line if len(self.files) == 1 else f"{self.files[place >> FILE_BITS].name} {line}"
-
-
-def quote(text: object) -> str:
-    """A text as an SQL literal."""
-    return "'" + str(text).replace("'", "''") + "'"
+        part, line = self.parts[place >> FILE_BITS], place & (1 << FILE_BITS) - 1
+        if part.skips_blank and not self._careful:
+            numbers = (number for number, text in enumerate(text_lines(part.path, self.encoding), 1) if text.strip())
+            line = next(itertools.islice(numbers, line - 1, None), line)
+        return f"line {line}" if len(self.parts) == 1 else f"{part.path.name} line {line}"
 
 
 def files_of(pattern: str | Path) -> list[Path]:
@@ -89,59 +106,53 @@ def open_table(
     required: tuple[str, ...],
     optional: tuple[str, ...],
     options: TableOptions,
-    scratch: Path,
 ) -> Table:
     """Recognise the format and the columns of a table.
 
     Args:
-        con: the connection that will read it.
+        con: reads the names of Parquet's columns.
         pattern: a file, or several by a pattern.
         required, optional: the roles (keys of `columns.NAMES`) of the columns to read.
         options: what need not be recognised.
-        scratch: a folder for what has to be rewritten before DuckDB reads it.
     Raises:
         PerPEFTError: a file cannot be read, a column is missing, named twice, or ambiguous.
     """
-    table = Table(files_of(pattern), {}, [], options.encoding)
-    for number, path in enumerate(table.files):
-        rows = _open_rows(con, path, required, options, scratch)
-        columns = recognise_columns(path, rows.header, required, optional, options)
-        table.columns = table.columns or columns
-        needed = [columns[role] for role in required]
-        table.parts.append(_select(rows, number, columns, needed, Path(tempfile.mkstemp(".rows", dir=scratch)[1])))
-    return table
+    require_encoding(options.encoding)
+    files = files_of(pattern)
+    opened = [_open_part(con, number, path, required, optional, options) for number, path in enumerate(files)]
+    return Table([part for part, _ in opened], opened[0][1], options.encoding)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A file whose rows DuckDB can number and take apart; `text` is None for Parquet and JSON."""
-
-    path: Path
-    kind: str  # text, json or parquet
-    header: list[str]
-    text: TextFile | None = None
-    types: dict[str, str] = field(default_factory=dict)  # of Parquet's columns
-
-
-def _open_rows(
-    con: duckdb.DuckDBPyConnection, path: Path, required: tuple[str, ...], options: TableOptions, scratch: Path
-) -> _Rows:
+def _open_part(
+    con: duckdb.DuckDBPyConnection,
+    number: int,
+    path: Path,
+    required: tuple[str, ...],
+    optional: tuple[str, ...],
+    options: TableOptions,
+) -> tuple[Part, dict[str, str | None]]:
+    """A file of a table, and its columns by role."""
     with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"PAR1":
+        is_parquet = file.read(4) == b"PAR1"
+    if is_parquet:
         try:
-            described = con.execute(f"DESCRIBE SELECT * FROM read_parquet({quote(path)})").fetchall()
+            described = con.execute(f"DESCRIBE SELECT * EXCLUDE file_row_number FROM {parquet_source(path)}").fetchall()
         except duckdb.Error as error:
             reason = str(error).splitlines()[0][:200]
             raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({reason})") from error
-        return _Rows(path, "parquet", [row[0] for row in described], types={row[0]: row[1] for row in described})
-    with lines_of(path, options.encoding) as source:
-        lines = con.execute(f"SELECT line FROM {LINES % quote(source)} WHERE trim(line) <> '' LIMIT 1000").fetchall()
-    if lines and lines[0][0].lstrip().startswith("{"):
-        return _Rows(path, "json", _keys(line for (line,) in lines))
+        types = {row[0]: row[1] for row in described}
+        columns = recognise_columns(path, list(types), required, optional, options)
+        return parquet_part(number, path, columns, types), columns
+    head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
+    start = "\n".join(head)
+    if start.lstrip().startswith("{") or ARRAY.match(start):
+        header = _keys(itertools.islice(json_lines(text_lines(path, options.encoding)), HEAD))
+        columns = recognise_columns(path, header, required, optional, options)
+        return json_part(number, path, {role: (name,) if name else () for role, name in columns.items()}), columns
     numbered = all(options.columns.get(role, "").isdecimal() for role in required)
-    text = open_text(path, options.separator, options.encoding, has_header=not numbered)
-    return _Rows(path, "text", text.header, text)
+    form = recognise_form(path, head, options.separator, has_header=not numbered)
+    columns = recognise_columns(path, form.header, required, optional, options)
+    return text_part(number, form, columns, [columns[role] for role in required]), columns
 
 
 def _keys(lines: Iterable[str]) -> list[str]:
@@ -152,79 +163,3 @@ def _keys(lines: Iterable[str]) -> list[str]:
             value = json.loads(line)
             keys.update(dict.fromkeys(value) if isinstance(value, dict) else {})
     return list(keys)
-
-
-def _parquet_text(name: str, kind: str) -> str:
-    """SQL of a Parquet value as text: whole numbers without a fraction, lists and structures as JSON."""
-    column = '"' + name.replace('"', '""') + '"'
-    if kind in ("DOUBLE", "FLOAT"):
-        whole = f"{column} = trunc({column}) AND abs({column}) < 1e15"
-        return f"CASE WHEN isnan({column}) THEN NULL WHEN {whole} THEN {column}::BIGINT::VARCHAR ELSE {column}::VARCHAR END"
-    if kind == "BLOB":
-        return f"decode({column})"
-    nested = kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
-    return f"to_json({column})::VARCHAR" if nested else f"{column}::VARCHAR"
-
-
-def _select(rows: _Rows, number: int, columns: dict[str, str | None], needed: list[str], scratch: Path) -> str:
-    """A SELECT of place, problem and each role of one file."""
-    if rows.kind == "json":
-        return select_json(number, {role: (name,) if name else () for role, name in columns.items()})
-    if rows.kind == "parquet":
-        roles = [
-            f"{'NULL::VARCHAR' if name is None else _parquet_text(name, rows.types[name])} AS {role}"
-            for role, name in columns.items()
-        ]
-        source = f"read_parquet({quote(rows.path)}, file_row_number=true)"
-        return f"SELECT {number << FILE_BITS} + file_row_number + 1 AS place, NULL AS problem, {', '.join(roles)} FROM {source}"
-    places = {role: rows.header.index(name) for role, name in columns.items() if name is not None}
-    least = max(rows.header.index(name) for name in needed) + 1
-    if is_plain(rows.text):
-        separator, values = quote(rows.text.separator), {role: f"parts[{place + 1}]" for role, place in places.items()}
-        source = (
-            f"SELECT line, parts, CASE WHEN trim(replace(coalesce(text, ''), {separator}, ''), ' \t') = '' THEN 0 WHEN "
-            f"trim(array_to_string(parts[{len(rows.header) + 1}:], ''), ' \t') = '' THEN least(len(parts), {len(rows.header)}) "
-            f"ELSE len(parts) END AS width FROM (SELECT line, text, string_split(text, {separator}) AS parts FROM "
-            f"(SELECT row_number() OVER () AS line, line AS text FROM {LINES % SOURCE})) WHERE line > {rows.text.header_line}"
-        )
-    else:
-        write_rows(rows.text, list(places.values()), scratch)
-        values = {role: f"replace(parts[{place + 3}], '{NEWLINE}', chr(10))" for place, role in enumerate(places)}
-        source = (
-            f"SELECT parts[1]::BIGINT AS line, parts, parts[2]::INTEGER AS width "
-            f"FROM (SELECT string_split(line, '{CELL}') AS parts FROM {LINES % quote(scratch)})"
-        )
-    roles = [f"nullif(trim({values[role]}, ' \t'), '') AS {role}" if role in values else f"NULL AS {role}" for role in columns]
-    problem = (
-        f"CASE WHEN width = 0 THEN '{BLANK}' WHEN width > {len(rows.header)} THEN '{TOO_MANY}' "
-        f"WHEN width < {least} THEN '{TOO_FEW}' END"
-    )
-    return f"SELECT {number << FILE_BITS} + line AS place, {problem} AS problem, {', '.join(roles)} FROM ({source})"
-
-
-def select_json(number: int, keys: dict[str, tuple[str, ...]]) -> str:
-    """A SELECT of place, problem and each role of the JSON lines file with a number; only the named keys are read.
-
-    Args:
-        keys: by role, the keys of which the first with a value counts; all values of the role "image" become one JSON list.
-    """
-    texts = [name for role, names in keys.items() if role != "image" for name in names]
-    values = {role: [f"nullif(trim(texts[{texts.index(name) + 1}]), '')" for name in names]
-              for role, names in keys.items() if role != "image"}  # fmt: skip
-    roles = [f"coalesce({', '.join([*found, 'NULL'])}) AS {role}" for role, found in values.items()]
-    columns = ["line", f"{_extract('json_extract_string', texts)} AS texts"]
-    if "image" in keys:
-        roles.append("to_json(images)::VARCHAR AS image")
-        columns.append(f"{_extract('json_extract', keys['image'])} AS images" if keys["image"] else "NULL AS images")
-    usable = f"coalesce({', '.join(f'texts[{place}]' for place in range(1, len(texts) + 1))})"
-    # the line itself is looked at only where it has no value, and dropped before rows are numbered: both take long
-    problem = f"CASE WHEN {usable} IS NOT NULL THEN NULL WHEN trim(coalesce(line, '')) = '' THEN '{BLANK}' ELSE '{NO_OBJECT}' END"
-    rows = f"SELECT {problem} AS problem, {', '.join(roles)} FROM (SELECT {', '.join(columns)} FROM {LINES % SOURCE})"
-    return f"SELECT {number << FILE_BITS} + row_number() OVER () AS place, * FROM ({rows})"
-
-
-def _extract(function: str, keys: Sequence[str]) -> str:
-    """SQL of the values of some keys of the JSON in `line`, as a list; a half surrogate pair, which is no text, is replaced."""
-    paths = f"[{', '.join(quote(f'$.{json.dumps(key, ensure_ascii=False)}') for key in keys)}]"
-    repaired = r"regexp_replace(line, '\\u[dD][89a-fA-F][0-9a-fA-F]{2}', '\\ufffd', 'g')"
-    return f"coalesce(try({function}(line, {paths})), try({function}({repaired}, {paths})))"

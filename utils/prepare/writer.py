@@ -21,8 +21,8 @@ from utils.prepare.downloads import Downloader
 from utils.prepare.image_cells import WEB
 from utils.prepare.image_folder import Filling, fill_folder, read_image
 from utils.prepare.interactions import engine, keep_core, keep_sample
+from utils.prepare.parts import quote
 from utils.prepare.shop import LeftOut, Shop, format_columns, format_lines
-from utils.prepare.tables import quote
 
 LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a temporary one must fit behind it
 EVALUATED = 3  # interactions without which a user is never evaluated
@@ -108,7 +108,7 @@ def target_of(options: argparse.Namespace) -> Target:
 
 def prepare(
     target: Target,
-    open_shop: Callable[[duckdb.DuckDBPyConnection, Path], Shop],
+    open_shop: Callable[[duckdb.DuckDBPyConnection], Shop],
     get: Callable[[str], bytes],
     workers: int,
     stop: Callable[[], None] = lambda: None,
@@ -121,7 +121,7 @@ def prepare(
 
     Args:
         target: the data set to make.
-        open_shop: opens the tables on a connection, with a folder for temporary files.
+        open_shop: opens the tables on a connection.
         get, workers, stop, give_up: as in `utils.prepare.image_folder.fill_folder`.
     Returns:
         a report: what was read, what was left out and why, what remained, and the next command
@@ -131,11 +131,11 @@ def prepare(
     _require_name(target)
     try:
         if target.dry_run:
-            with engine(Path(tempfile.gettempdir())) as (con, scratch):
-                return _dry_run(target, open_shop(con, scratch), con)
+            with engine(Path(tempfile.gettempdir())) as con:
+                return _dry_run(target, open_shop(con), con)
         target.train_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.train_dir / f".{target.name}_prepare.lock", timeout=0), engine(target.train_dir) as (con, scratch):
-            shop = open_shop(con, scratch)
+        with FileLock(target.train_dir / f".{target.name}_prepare.lock", timeout=0), engine(target.train_dir) as con:
+            shop = open_shop(con)
             _select(target, shop, con)
             filling = _fetch(target, shop, con, get, workers, stop, give_up)
             _write(target, con)
@@ -155,7 +155,7 @@ def _require_name(target: Target) -> None:
 
 def _select(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection) -> None:
     """Read the tables and keep the core."""
-    shop.read(con, target.strict)
+    shop.read(con, target.strict, stable_keys=target.max_users is not None)
     if target.max_users is not None:
         shop.counts["of users not drawn"] = keep_sample(con, target.max_users, target.core, target.seed)
     shop.counts[f"outside the {target.core}-core"] = keep_core(con, target.core)
@@ -222,14 +222,15 @@ def _write_failures(path: Path, sources: dict[str, str], failed: dict[str, str])
 
 
 def _write(target: Target, con: duckdb.DuckDBPyConnection) -> None:
-    """Number users and items from 1, items in the order of their raw ids, and write the three files."""
+    """Number users and items from 1, users by their first interaction and items by their raw ids; write the three files."""
     con.execute("""
         CREATE TABLE used AS SELECT number, row_number() OVER (ORDER BY number) AS item, raw_id, title
         FROM items SEMI JOIN kept ON items.number = kept.item""")
     rows = con.execute("SELECT item, raw_id, title FROM used ORDER BY item").fetchall()
     lines = """
-        SELECT dense_rank() OVER (ORDER BY kept.user), used.item FROM kept JOIN used ON used.number = kept.item
-        ORDER BY kept.user, kept.rank"""
+        SELECT dense_rank() OVER (ORDER BY first), used.item
+        FROM (SELECT *, min(rank) OVER (PARTITION BY user) AS first FROM kept) bought JOIN used ON used.number = bought.item
+        ORDER BY first, bought.rank"""
     for ending in ("_final.txt", "_preX.pt", "_preX.json"):  # from here on an old data set is being replaced
         target.file(ending).unlink(missing_ok=True)
     raw_ids = {item: raw_id for item, raw_id, _ in rows}
