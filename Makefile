@@ -32,16 +32,15 @@ $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
 	touch $@
 
 # torch first, as on a machine that has one: requirements.txt must keep it
-.venv-oldest/.installed: requirements.txt tests/requirements.txt
+.venv-oldest/.installed: requirements.txt constraints-torch2.2.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/$(PIP_INSTALL) torch==2.2.0 numpy==1.26.3 transformers==4.49.0 peft==0.18.1
-	.venv-oldest/$(PIP_INSTALL) -r requirements.txt -r tests/requirements.txt
+	.venv-oldest/$(PIP_INSTALL) -r requirements.txt -r tests/requirements.txt -c constraints-torch2.2.txt
 	touch $@
 
-# the names of requirements.txt without their bounds
 .venv-newest/.installed: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/$(PIP_INSTALL) --upgrade $$(sed -n 's/^\([a-z0-9-]*\)[<>=].*/\1/p' requirements.txt | sort -u) -r tests/requirements.txt
+	.venv-newest/$(PIP_INSTALL) --upgrade -r requirements.txt -r tests/requirements.txt
 	touch $@
 
 clean:

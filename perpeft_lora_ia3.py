@@ -1,4 +1,5 @@
 """PerPEFT with LoRA, (IA)3 or another peft tuner: global PEFT, user grouping, personalized PEFT, full-ranking evaluation."""
+import utils  # noqa: F401  # first, since it refuses versions of libraries that do not work together
 from models.peft_configs import PEFT_TYPES
 from utils.common.console import run_main
 from utils.run.opening import train

@@ -95,7 +95,7 @@ def items_worth_measuring(foundation: Foundation, dataset: Dataset, device: torc
 
 def bare_step(encoder: nn.Module, parameters: list[nn.Parameter], inputs: tuple, device: torch.device) -> Callable[[], None]:
     """Forward, backward and fused AdamW of an encoder alone: the least that a training step must cost."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=has_fused_adamw(device))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=has_fused_adamw(device.type))
 
     def step() -> None:
         encoder(*inputs).square().sum().backward()
@@ -252,7 +252,7 @@ def item_table_costs(num_items: int, device: torch.device, repeats: int, hidden_
     """What a step pays for the whole item table, which the loss's L2 norm and AdamW read and write."""
     rows = torch.randperm(num_items)[:200].to(device) + 1
     table = nn.Embedding(num_items + 1, hidden_units, device=device)
-    optimizer = torch.optim.AdamW(table.parameters(), lr=1e-4, weight_decay=1e-4, fused=has_fused_adamw(device))
+    optimizer = torch.optim.AdamW(table.parameters(), lr=1e-4, weight_decay=1e-4, fused=has_fused_adamw(device.type))
 
     def step() -> None:
         (table(rows).sum() + 1e-6 * torch.linalg.vector_norm(table.weight)).backward()

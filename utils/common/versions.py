@@ -1,9 +1,36 @@
 """What differs between the versions of the libraries that this project runs with; nothing else asks for a version."""
-import torch
+from importlib import metadata
 
-TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+from utils.common.errors import PerPEFTError
+
+NEEDS_TORCH = {("numpy", 2): (2, 3), ("transformers", 5): (2, 4)}  # from that major version on, that torch or a newer one
 
 
-def has_fused_adamw(device: torch.device) -> bool:
-    """Whether AdamW can update all its parameters in one kernel there: on a CPU only from torch 2.4 on."""
-    return device.type == "cuda" or (device.type == "cpu" and TORCH >= (2, 4))
+def _version(library: str) -> tuple[int, int]:
+    """Major and minor version of an installed library, (0, 0) of one that is not there; does not import it."""
+    try:
+        major, minor = metadata.version(library).split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
+def check_versions() -> None:
+    """Refuse libraries that do not work together, which would otherwise end somewhere inside them; imports none.
+
+    Raises:
+        PerPEFTError: numpy or transformers is too new for the installed torch.
+    """
+    torch = _version("torch")
+    too_new = [name for (name, major), least in NEEDS_TORCH.items() if (0, 0) < torch < least and _version(name)[0] >= major]
+    if too_new:
+        found = " and ".join(f"{name} {metadata.version(name)}" for name in too_new)
+        raise PerPEFTError(
+            f"torch {metadata.version('torch')} cannot work with {found}; run pip install -r requirements.txt -c "
+            "constraints-torch2.2.txt, or install torch 2.4 or later"
+        )
+
+
+def has_fused_adamw(device_type: str) -> bool:
+    """Whether AdamW can update all its parameters in one kernel on such a device: on a CPU only from torch 2.4 on."""
+    return device_type == "cuda" or (device_type == "cpu" and _version("torch") >= (2, 4))

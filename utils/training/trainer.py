@@ -59,7 +59,7 @@ class Trainer:
         self.accelerator = accelerator
         self._l2_emb = settings.l2_emb
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._fused = has_fused_adamw(device)
+        self._fused = has_fused_adamw(device.type)
         # One optimizer, so that an fp16 overflow skips the whole step and not the part that the adapters or SASRec take in it.
         adamw = torch.optim.AdamW(self._parameters, lr=settings.lr, weight_decay=settings.wdecay, fused=self._fused)
         self.optimizer = accelerator.prepare_optimizer(adamw)

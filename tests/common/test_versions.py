@@ -1,0 +1,70 @@
+"""Versions of libraries that do not work together are refused before any of them is imported."""
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from utils.common.errors import PerPEFTError
+from utils.common.versions import check_versions, has_fused_adamw
+
+ROOT = Path(__file__).parents[2]
+
+
+def pretend(monkeypatch, versions):
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+@pytest.mark.parametrize(
+    ("torch", "numpy", "transformers", "refused"),
+    [
+        ("2.2.0", "1.26.3", "4.49.0", ()),
+        ("2.2.0", "2.0.1", "4.49.0", ("numpy 2.0.1",)),
+        ("2.2.2+cu121", "2.4.6", "5.0.0", ("numpy 2.4.6", "transformers 5.0.0")),
+        ("2.3.1", "2.4.6", "4.57.6", ()),
+        ("2.3.1", "2.4.6", "5.24.0", ("transformers 5.24.0",)),
+        ("2.4.0", "2.4.6", "5.24.0", ()),
+        ("2.14.1+cpu", "1.26.4", "4.49.0", ()),
+    ],
+)
+def test_too_new_for_the_installed_torch_is_refused_by_name(monkeypatch, torch, numpy, transformers, refused):
+    pretend(monkeypatch, {"torch": torch, "numpy": numpy, "transformers": transformers})
+    if not refused:
+        check_versions()
+        return
+    with pytest.raises(PerPEFTError, match=f"torch {torch[:5]}.* cannot work with {' and '.join(refused)}; .*constraints"):
+        check_versions()
+
+
+def test_data_is_unpacked_before_torch_is_installed(monkeypatch):
+    pretend(monkeypatch, {"numpy": "2.4.6"})
+    check_versions()
+
+
+@pytest.mark.parametrize("script", ["perpeft_lora_ia3.py", "perpeft_iisan.py", "scripts/recommend.py"])
+def test_scripts_say_so_in_one_sentence_with_exit_code_2(tmp_path, script):
+    """A torch that is too old is found first on the path; it is never imported."""
+    (tmp_path / "torch-2.2.0.dist-info").mkdir()
+    (tmp_path / "torch-2.2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.2.0\n")
+    (tmp_path / "transformers-5.0.0.dist-info").mkdir()
+    (tmp_path / "transformers-5.0.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n"
+    )
+    module = script.removesuffix(".py").replace("/", ".")
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: torch 2.2.0 cannot work with ") and done.stderr.count("\n") == 1
+
+
+def test_fused_adamw_on_a_cpu_from_torch_2_4_on(monkeypatch):
+    for torch, on_cpu in (("2.2.0", False), ("2.3.1", False), ("2.4.0", True), ("2.13.0+cpu", True)):
+        pretend(monkeypatch, {"torch": torch})
+        assert (has_fused_adamw("cpu"), has_fused_adamw("cuda"), has_fused_adamw("mps")) == (on_cpu, True, False)
