@@ -25,7 +25,7 @@ from tests.run.test_resume import RUN, leftovers, outcome
 from tests.zygote import shared_zygote, write_instead_of_drawing
 from utils.common import console
 from utils.common.files import save_tensors
-from utils.common.versions import TORCH
+from utils.common.versions import installed_version
 from utils.items.foundation import load_foundation
 from utils.run import opening
 from utils.run import options as options_module
@@ -400,7 +400,7 @@ def test_metrics_that_are_not_finite_stop_the_run(run, end, expected, monkeypatc
 
 def scaled(monkeypatch, scale):
     """Let runs scale gradients as on CUDA with fp16; the largest float makes the first ones overflow."""
-    if TORCH < (2, 3):
+    if installed_version("torch") < (2, 3):
         pytest.skip("torch 2.2 scales gradients on CUDA alone")
     original = opening.make_accelerator
 

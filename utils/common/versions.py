@@ -6,7 +6,7 @@ from utils.common.errors import PerPEFTError
 NEEDS_TORCH = {("numpy", 2): (2, 3), ("transformers", 5): (2, 4)}  # from that major version on, that torch or a newer one
 
 
-def _version(library: str) -> tuple[int, int]:
+def installed_version(library: str) -> tuple[int, int]:
     """Major and minor version of an installed library, (0, 0) of one that is not there; does not import it."""
     try:
         major, minor = metadata.version(library).split(".")[:2]
@@ -21,8 +21,8 @@ def check_versions() -> None:
     Raises:
         PerPEFTError: numpy or transformers is too new for the installed torch.
     """
-    torch = _version("torch")
-    too_new = [name for (name, major), least in NEEDS_TORCH.items() if (0, 0) < torch < least and _version(name)[0] >= major]
+    torch = installed_version("torch")
+    too_new = [name for (name, major), least in NEEDS_TORCH.items() if (0, 0) < torch < least and installed_version(name)[0] >= major]
     if too_new:
         found = " and ".join(f"{name} {metadata.version(name)}" for name in too_new)
         raise PerPEFTError(
@@ -33,4 +33,4 @@ def check_versions() -> None:
 
 def has_fused_adamw(device_type: str) -> bool:
     """Whether AdamW can update all its parameters in one kernel on such a device: on a CPU only from torch 2.4 on."""
-    return device_type == "cuda" or (device_type == "cpu" and _version("torch") >= (2, 4))
+    return device_type == "cuda" or (device_type == "cpu" and installed_version("torch") >= (2, 4))
