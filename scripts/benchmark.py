@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from utils.analysis import benchmark
-from utils.common.console import HelpFormatter, number, run_main
+from utils.common.console import number, run_main, script_parser
 from utils.common.devices import choose_device, seed_everything
 from utils.common.files import write_text_atomically
 from utils.data.dataset import Dataset, read_dataset
@@ -105,17 +105,14 @@ def lines_of(figures: dict[str, Any], prefix: str = "") -> list[str]:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = script_parser(__doc__, "--train_dir", "--device")
     parser.add_argument("--dataset", default="demo", help="whose images, titles and histories")
-    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--clip_model", default=None, help=f"folder, hub name or {RANDOM_CLIP} (default; the demo: its own)")
     parser.add_argument("--peft", nargs="+", choices=("lora", "ia3", "iisan"), default=["lora", "ia3", "iisan"])
-    parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="users a batch")
     parser.add_argument("--repeats", type=number(int, 1), default=15, help="each figure is a median over at most so many")
     parser.add_argument("--steps_only", action="store_true", help="leave out the store and the large sizes")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures there")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args()
     figures = measure(options, torch.device(choose_device(options.device)))
     print("\n".join(["| figure | value |", "|---|---|", *lines_of(figures)]))

@@ -1,20 +1,15 @@
 """Check a data set's files, images included, and print what they hold and all that is wrong; exit code 0 if usable, else 2."""
-import argparse
 import sys
 
-from utils.common.console import HelpFormatter, number, run_main
+from utils.common.console import number, run_main, script_parser
 from utils.items.data_check import check_dataset
 from utils.prepare.demo import make_demo
 
 
 def main() -> None:
     """Parse, check, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
-    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
+    parser = script_parser(__doc__, "--dataset", "--train_dir", "--missing_images")
     parser.add_argument("--C", type=number(int, 1), default=8, help="number of user groups; the data set needs as many users")
-    parser.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without an image")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args()
     if options.dataset == "demo":
         make_demo(options.train_dir)

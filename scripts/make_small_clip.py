@@ -1,8 +1,7 @@
 """Train a small CLIP on a data set's own images and titles, for where openai/clip-vit-base-patch32 cannot be had."""
-import argparse
 from pathlib import Path
 
-from utils.common.console import HelpFormatter, number, run_main
+from utils.common.console import number, run_main, script_parser
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.prepare import small_clip
@@ -12,10 +11,9 @@ from utils.prepare.demo_clip import demo_pairs
 
 def main() -> None:
     """Parse, read images and titles, train, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = script_parser(__doc__, "--train_dir")
     count = number(int, 1, 1_000_000)
     parser.add_argument("--dataset", required=True, help="name of the data set; 'demo' learns from other drawn items")
-    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument("--output", type=Path, default=None, help="folder to make (default: {train_dir}/{dataset}_small_clip)")
     parser.add_argument("--image_size", type=count, default=small_clip.IMAGE_SIZE, help="pixels a side")
     parser.add_argument("--patch_size", type=count, default=small_clip.PATCH_SIZE, help="pixels a side of a patch")
@@ -25,7 +23,6 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=small_clip.STEPS, help="training steps")
     parser.add_argument("--batch_size", type=count, default=small_clip.BATCH_SIZE, help="pairs a step")
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights and batches")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args()
 
     folder = options.output or Path(options.train_dir) / f"{options.dataset}_small_clip"

@@ -1,12 +1,11 @@
 """Reproduce the paper's Tables 2 and 3 on a data set: run what is missing, then write the tables."""
-import argparse
 from pathlib import Path
 
 import perpeft_iisan
 import perpeft_lora_ia3
 from utils.analysis.reproduction import PEFT_TYPES, TABLES, format_plan, plan_runs
 from utils.analysis.tables import finished_blocks, markdown, write_tables
-from utils.common.console import HelpFormatter, launched_ranks, number, run_main
+from utils.common.console import launched_ranks, number, run_main, script_parser
 from utils.common.errors import PerPEFTError
 
 MAINS = {"perpeft_lora_ia3.py": perpeft_lora_ia3.main, "perpeft_iisan.py": perpeft_iisan.main}
@@ -14,19 +13,14 @@ MAINS = {"perpeft_lora_ia3.py": perpeft_lora_ia3.main, "perpeft_iisan.py": perpe
 
 def main() -> None:
     """Parse, plan, run, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        epilog="All other options are passed to the training scripts (--device, --lr, --global_epochs, --output_dir, ...).",
-    )
+    passed_on_too = "All other options are passed to the training scripts (--device, --lr, --global_epochs, --output_dir, ...)."
+    parser = script_parser(__doc__, allow_abbrev=False, epilog=passed_on_too)
     parser.add_argument("--dataset", required=True, help="name of the data set")
     parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TABLES), default=list(TABLES), help="which tables")
     parser.add_argument("--peft", nargs="+", choices=PEFT_TYPES, default=["lora"], help="kinds of adapter")
     parser.add_argument("--trials", type=number(int, 1, 1000), default=5, help="seeds 0 .. trials - 1")
     parser.add_argument("--tables_dir", type=Path, default=Path("./tables"), help="where the tables are written")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and an estimate of their time, run nothing")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options, passed_on = parser.parse_known_args()
     if launched_ranks() > 1:
         raise PerPEFTError("reproduce_tables runs in one process; start it without a launcher")

@@ -1,21 +1,18 @@
 """Compare a PerPEFT run with another by rank depth, user, item and group; share of its top 20 outside the group's items."""
-import argparse
 from pathlib import Path
 
 from utils.analysis.where_it_wins import compare
-from utils.common.console import HelpFormatter, run_main
+from utils.common.console import run_main, script_parser
 
 
 def main() -> None:
     """Parse, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = script_parser(__doc__, "--train_dir", allow_abbrev=False)
     parser.add_argument("run_folder", type=Path, help="folder of a finished PerPEFT run, as in ./runs")
     parser.add_argument("other_folder", type=Path, help="folder of the finished run that it is compared with")
-    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
     parser.add_argument(
         "--vectors", type=Path, nargs="+", default=[], help="folders of scripts.export_vectors with --histories train_and_valid"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args()
     print(compare(options.run_folder, options.other_folder, options.train_dir, options.vectors))
 

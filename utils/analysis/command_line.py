@@ -3,18 +3,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.common.console import HelpFormatter
+from utils.common.console import script_parser
 
 
 def run_folder_parser(description: str, several: bool = False) -> argparse.ArgumentParser:
     """The options of a script that opens a finished run, or `several`; a script adds its own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = script_parser(description, "--train_dir", "--device", allow_abbrev=False)
     name, more = ("run_folders", {"nargs": "+", "metavar": "run_folder"}) if several else ("run_folder", {})
     parser.add_argument(name, type=Path, help="folder of a finished run, as in ./runs", **more)
-    parser.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
-    parser.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
     parser.add_argument("--clip_model", default=None, help="folder of the run's CLIP, if it was moved since training")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -1,5 +1,4 @@
 """Item and user vectors of a finished run as plain arrays, for a vector search engine: an inner product is the model's score."""
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +6,6 @@ import torch
 
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically
-from utils.data.histories import Histories
 from utils.run.run import Run
 from utils.run.settings import has_groups
 from utils.training.evaluation import last_states
@@ -38,37 +36,24 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
     """
     if folder.exists():
         raise PerPEFTError(f"{folder} exists; remove it, or choose another folder by --output")
-    dataset = run.dataset
+    dataset, grouped = run.dataset, has_groups(run.options)
     exported = dataset.histories if histories == "all" else run.split.train_and_valid
+    users = np.zeros((dataset.num_users, run.options.hidden_units), dtype=np.float32)
     with folder_written_atomically(folder) as temporary:
         run.load_global()
         table = run.item_inputs(0)
         _save_items(temporary / "items_global.npy", table)
-        if has_groups(run.options):
+        if grouped:
             run.load_personalized()
             np.save(temporary / "user_groups.npy", run.groups)
-            users = _save_groups(run, temporary, exported)
-        else:
-            users = _user_vectors(run, table, exported, np.arange(dataset.num_users))
+        for group in range(run.model.num_groups):
+            if grouped:
+                table = run.item_inputs(group)
+                _save_items(temporary / f"items_group_{group}.npy", table)
+            members = np.flatnonzero(run.groups == group)
+            users[members] = last_states(run.model.sasrec, table, exported, members).cpu().numpy()
         np.save(temporary / "users.npy", users)
-        _write_lines(temporary / "item_ids.txt", dataset.raw_ids)
-        _write_lines(temporary / "user_ids.txt", map(str, dataset.user_ids.tolist()))
+        for name, ids in (("item_ids.txt", dataset.raw_ids), ("user_ids.txt", dataset.user_ids.tolist())):
+            (temporary / name).write_text("".join(f"{each}\n" for each in ids), encoding="utf-8")
     return {path.name: np.load(path, mmap_mode="r").shape for path in sorted(folder.glob("*.npy"))}
 
-
-def _save_groups(run: Run, folder: Path, histories: Histories) -> np.ndarray:
-    users = np.zeros((run.dataset.num_users, run.options.hidden_units), dtype=np.float32)
-    for group in range(run.options.C):
-        table = run.item_inputs(group)
-        _save_items(folder / f"items_group_{group}.npy", table)
-        members = np.flatnonzero(run.groups == group)
-        users[members] = _user_vectors(run, table, histories, members)
-    return users
-
-
-def _user_vectors(run: Run, table: torch.Tensor, histories: Histories, users: np.ndarray) -> np.ndarray:
-    return last_states(run.model.sasrec, table, histories, users).cpu().numpy().astype(np.float32)
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

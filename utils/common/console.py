@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils.common.errors import PerPEFTError
 
@@ -37,6 +37,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         stated = action.default is None or action.default is False or "default" in (action.help or "")
         return action.help if stated else super()._get_help_string(action)
+
+
+SHARED_OPTIONS = {  # of several scripts
+    "--dataset": {"required": True, "help": "name of the data set; 'demo' makes its own"},
+    "--train_dir": {"default": "./dataset", "help": "folder of the data sets"},
+    "--device": {"default": None, "help": "cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)"},
+    "--missing_images": {"choices": ("error", "blank"), "default": "error", "help": "what to do without an image"},
+    "--debug": {"action": "store_true", "help": "show tracebacks"},
+}
+
+
+def script_parser(description: str, *shared: str, **settings: Any) -> argparse.ArgumentParser:
+    """A script's parser, with --debug and those of SHARED_OPTIONS that it names; `settings` as of ArgumentParser."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, **settings)
+    for name in (*shared, "--debug"):
+        parser.add_argument(name, **SHARED_OPTIONS[name])
+    return parser
 
 
 def launched_rank() -> int:

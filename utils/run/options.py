@@ -7,7 +7,7 @@ from typing import Any
 from models.item_encoder import MODALITIES
 from models.pair import TEXT_POOLINGS
 from models.peft_configs import ORIGIN, peft_config
-from utils.common.console import HelpFormatter, number
+from utils.common.console import SHARED_OPTIONS, HelpFormatter, number
 from utils.common.devices import PRECISIONS
 from utils.data.dataset import is_dataset_name
 from utils.items.foundation import DEFAULT_CLIP
@@ -43,16 +43,16 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     """The options of a training script for some kinds of adapter; those that only one kind needs are left out for others."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     run = parser.add_argument_group("run")
-    run.add_argument("--dataset", required=True, help="name of the data set; 'demo' makes its own")
-    run.add_argument("--train_dir", default="./dataset", help="folder of the data sets")
+    run.add_argument("--dataset", **SHARED_OPTIONS["--dataset"])
+    run.add_argument("--train_dir", **SHARED_OPTIONS["--train_dir"])
     run.add_argument("--output_dir", default="./runs", help="where the run folder is made")
-    run.add_argument("--device", default=None, help="cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)")
+    run.add_argument("--device", **SHARED_OPTIONS["--device"])
     run.add_argument("--trial", type=number(int, 0, 2**31), default=0, help="the seed")
     run.add_argument("--restart", action="store_true", help="start over instead of continuing")
     run.add_argument("--inference_only", action="store_true", help="evaluate a finished run's saved weights")
     run.add_argument("--save_every", type=COUNT, default=500, help="steps between saves of the state to continue from")
     run.add_argument("--log_with", choices=("none", *TRACKERS), default="none", help="log every epoch there too (wandb: offline)")
-    run.add_argument("--debug", action="store_true", help="show tracebacks")
+    run.add_argument("--debug", **SHARED_OPTIONS["--debug"])
 
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=RATE, default=None, help="learning rate (default: perpeft_hyperparameter.pickle's)")
@@ -103,7 +103,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     else:
         parser.set_defaults(peft_config=None, rank=None, gradient_checkpointing=False, precision="fp32")
     adapters.add_argument("--C", type=COUNT, default=None, help="user groups (default: 8; demo: 4)")
-    adapters.add_argument("--missing_images", choices=("error", "blank"), default="error", help="what to do without an image")
+    adapters.add_argument("--missing_images", **SHARED_OPTIONS["--missing_images"])
     if len(peft_types) == 1:
         parser.set_defaults(peft_type=peft_types[0])
 
