@@ -15,7 +15,7 @@ def main() -> None:
     """Parse, compute, print."""
     parser = script_parser(__doc__, "--dataset", "--train_dir", "--device", "--missing_images")
     add_model_options(parser)
-    parser.add_argument("--restart", action="store_true", help="compute them anew where they are there")
+    parser.add_argument("--restart", action="store_true", help="compute them again if they exist")
     options = parser.parse_args()
     resolve_model(parser, options)
     if options.dataset == "demo":
@@ -25,8 +25,8 @@ def main() -> None:
     path = states_path(options.train_dir, options.dataset)
     there = path.is_file()
     clip_model = clip_folder(foundation_name(options), dataset)
-    ensure_hidden_states(dataset, clip_model, device, options.missing_images, anew=options.restart)
-    print(f"{path} {'was there already (--restart computes it anew)' if there and not options.restart else 'is written'}")
+    ensure_hidden_states(dataset, clip_model, device, options.missing_images, recompute=options.restart)
+    print(f"{path} {'was there already (--restart computes it again)' if there and not options.restart else 'is written'}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
         dataset = read_dataset(options.train_dir, options.dataset)
         images, titles = small_clip.read_images(dataset.image_paths, options.image_size), dataset.titles
     training = {name: getattr(options, name) for name in ("steps", "batch_size", "seed")}
-    # drawn images are many, and their brand signs too small to be shifted; photographs are few and bear it
+    # drawn images are many, and their brand signs too small to be shifted; photographs are few and must not be memorised
     small_clip.train_small_clip(images, titles, folder, **sizes, **training, vary=options.dataset != "demo")
     print(f"Use it by --dataset {options.dataset} --clip_model {folder}")
 

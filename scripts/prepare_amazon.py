@@ -1,7 +1,7 @@
 """Make a data set of a category of Amazon Reviews 2023, 2018 or 2014: first interactions, the core, titles, images from the web.
 
 Users and items with fewer than --core interactions are removed, round by round, until all have as many. Items without title or
-image are left out before; those whose image fails are left out after, and the core is formed anew. Interrupted, the same command
+image are left out before; those whose image fails are left out after, and the core is formed again. Interrupted, the same command
 continues.
 """
 

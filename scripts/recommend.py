@@ -10,9 +10,9 @@ from utils.run.reports import write_json
 def main() -> None:
     """Parse, rank, write, print."""
     parser = run_folder_parser(__doc__)
-    whom = parser.add_mutually_exclusive_group(required=True)
-    whom.add_argument("--user", type=number(int, 1, 2**63 - 1), default=None, help="the user's number in {name}_final.txt")
-    whom.add_argument(
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", type=number(int, 1, 2**63 - 1), default=None, help="the user's number in {name}_final.txt")
+    who.add_argument(
         "--history", type=raw_id, nargs="+", metavar="RAW_ID", default=None, help="raw ids of a new user's history, in time order"
     )
     parser.add_argument("--top_k", type=number(int, 1, 100), default=10, help="items to recommend")

@@ -170,7 +170,7 @@ def make_trainer(model, fetch, lr=1e-2, wdecay=0.0, l2_emb=0.0):
 
 
 def run_on_folder(module, folder, *arguments):
-    """Run the main of a script that looks at a run folder, in this process."""
+    """Run the main of a script that reads a run folder, in this process."""
     before = sys.argv
     sys.argv = [module.__name__, *map(str, (folder, *arguments, "--device", "cpu"))]
     try:

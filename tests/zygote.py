@@ -141,7 +141,7 @@ class Events:
         setattr(owner, name, wrapped)
 
     def save(self, owner, name):
-        """Make every `torch.save` into a file an event amid which half of it is written."""
+        """Make every `torch.save` into a file an event during which half of it is written."""
         original = getattr(owner, name)
 
         def wrapped(value, file, *args, **options):
@@ -151,7 +151,7 @@ class Events:
                 file.write(content.getvalue()[: len(content.getvalue()) // 2])
                 file.flush()
 
-            self.happen(f"amid {name}", half)
+            self.happen(f"during {name}", half)
             return original(value, file, *args, **options)
 
         setattr(owner, name, wrapped)

@@ -14,7 +14,7 @@ from utils.training.evaluation import rank_targets
 CPU = torch.device("cpu")
 
 
-def test_plain_ranking_loop_gives_the_same_ranks():
+def test_plain_ranking_loop_computes_the_same_ranks():
     random = np.random.default_rng(0)
     histories = Histories.of_lists([random.integers(1, 31, size=random.integers(1, 9)).tolist() for _ in range(12)])
     states, inputs = torch.from_numpy(random.normal(size=(12, 4))), torch.from_numpy(random.normal(size=(31, 4)))

@@ -138,7 +138,7 @@ def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_t
         assert_recommended(by_global, plain_top(plain["global"], history, 10))
         assert result["user"] is None and result["test_item"] is None and own["rank_of_test_item"] is None
         assigned.add(own["group"])
-    assert len(assigned) > 1  # else this test would say little
+    assert len(assigned) > 1  # otherwise this test shows little
 
 
 def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain):

@@ -265,7 +265,7 @@ def test_the_papers_figures():
     assert paper_figures(3, "ia3", "Random grouping", "arts") == {} == paper_figures(2, "lora", "PerPEFT", "mine")
 
 
-def test_nothing_finished_gives_no_table(tmp_path):
+def test_nothing_finished_makes_no_table(tmp_path):
     runs = plan_runs("arts", [2, 3], ["lora"], 1, ["--output_dir", str(tmp_path)])
     assert blocks_of(runs, "arts") == [] == finished_blocks("arts", 1, ["--output_dir", str(tmp_path)])
     assert "arts" in markdown("arts", [], 1)

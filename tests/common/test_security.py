@@ -402,7 +402,7 @@ def test_scripts_refuse_such_a_name(folder, name, tiny_dataset, tiny_clip, monke
 
 
 def test_image_that_another_program_would_draw_is_not_handed_to_it(folder, monkeypatch):
-    """Pillow gives PostScript to Ghostscript, which has run many an image's commands."""
+    """Pillow passes PostScript to Ghostscript, which has run commands from images."""
     handed = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: handed.append(args))
     monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: handed.append(args))

@@ -131,7 +131,7 @@ def test_nothing_is_printed_and_no_image_opened_if_nothing_is_wrong(folder, caps
     assert capsys.readouterr() == ("", "")
 
 
-def test_items_of_nobody_and_in_any_order_and_a_padding_entry_are_no_error(folder):
+def test_items_without_users_and_in_any_order_and_a_padding_entry_are_no_error(folder):
     write_pickle(folder, "item2id", {3: "B003", 0: "padding", 1: "B001", 5: "B005", 2: "B002", 4: "B004"})
     write_pickle(folder, "texts", {**dict(zip(RAW_IDS, TITLES)), "B999": "of another shop"})
     write_final(folder, "1 1\n1 2\n1 1\n")
@@ -369,7 +369,7 @@ def test_title_with_half_a_surrogate_pair_can_still_be_written(folder):
 
 def test_nested_value_is_reported_without_unfolding_it(folder, capsys):
     laughs = ["ha"]
-    for _ in range(16):  # 2 ** 16 laughs in 17 lists; with 60, whoever unfolds them never ends
+    for _ in range(16):  # 2 ** 16 laughs in 17 lists; with 60, unfolding them never ends
         laughs = [laughs, laughs]
     write_title(folder, laughs)
     write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS, 1)), 6: laughs})

@@ -139,7 +139,7 @@ def test_published_files_are_read_in_any_order_with_or_without_a_padding_row(cop
 def test_missing_ids_and_rows_with_nan_are_named_together_with_what_to_do(copied, computed):
     image_states, text_states, ids = (computed.content[0].clone(), computed.content[1].clone(), list(computed.content[2]))
     copied.rewrite(image_states[:-2], text_states[:-2], ids[:-2])
-    with pytest.raises(PerPEFTError, match=rf"(?s)compute it anew.*without states \(2\): {ids[-2]}, {ids[-1]}"):
+    with pytest.raises(PerPEFTError, match=rf"(?s)to compute it.*without states \(2\): {ids[-2]}, {ids[-1]}"):
         HiddenStateStore.open(copied.dataset)
     image_states[4, 1, 3], text_states[7, 0, 0] = float("nan"), float("inf")
     copied.rewrite(image_states, text_states, ids)
@@ -172,7 +172,7 @@ def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, compute
 @pytest.mark.parametrize("content", [("a", "b", "c"), (torch.zeros(3, 2, 4), torch.zeros(3, 2, 4)), {"image": 1}, "text"])
 def test_files_of_another_form_are_one_clear_error(copied, content):
     torch.save(content, copied.path)
-    with pytest.raises(PerPEFTError, match="tiny_preX.pt.*anew"):
+    with pytest.raises(PerPEFTError, match="tiny_preX.pt.*to compute it"):
         HiddenStateStore.open(copied.dataset)
 
 
@@ -200,7 +200,7 @@ def test_iisan_trains_all_stages_from_the_states_alone_without_images_titles_or_
         assert summary["trainable_parameters"]["adapter_of_one_group"] == sum(tensor.numel() for tensor in weights.values())
 
 
-def test_iisan_gives_the_same_figures_twice_and_groups_train_apart(copied, tiny_clip, tmp_path):
+def test_iisan_has_the_same_figures_twice_and_groups_train_apart(copied, tiny_clip, tmp_path):
     dataset = SimpleNamespace(name="tiny", train_dir=copied.folder)
     rows = []
     for place in ("a", "b"):

@@ -215,7 +215,7 @@ def test_store_is_decoded_once(shop, tokenizer, decoded):
     np.testing.assert_array_equal(again.tokens, first.tokens)
 
 
-def test_store_is_built_anew_when_a_image_changes(shop, tokenizer, decoded):
+def test_store_is_rebuilt_when_an_image_changes(shop, tokenizer, decoded):
     before = np.array(open_store(shop, tokenizer).pixels)
     decoded.clear()
     path = image_path(shop, 4)
@@ -228,7 +228,7 @@ def test_store_is_built_anew_when_a_image_changes(shop, tokenizer, decoded):
     np.testing.assert_array_equal(np.delete(after, 3, 0), np.delete(before, 3, 0))
 
 
-def test_store_is_built_anew_when_a_title_changes(shop, tokenizer):
+def test_store_is_rebuilt_when_a_title_changes(shop, tokenizer):
     before = open_store(shop, tokenizer)
     dataset = read_dataset(shop, "shop")
     changed = dataclasses.replace(dataset, titles=["another title", *dataset.titles[1:]])
@@ -238,7 +238,7 @@ def test_store_is_built_anew_when_a_title_changes(shop, tokenizer):
     assert before.fetch(np.array([1]), CPU)[1][0].tolist() != expected
 
 
-def test_store_is_built_anew_for_another_processor_or_title_length(shop, tokenizer):
+def test_store_is_rebuilt_for_another_processor_or_title_length(shop, tokenizer):
     open_store(shop, tokenizer)
     other = open_store(shop, tokenizer, PROCESSORS["nearest neighbour"])
     expected = original(
@@ -263,7 +263,7 @@ def damage(folder):
     return ["B002.jpg", "B005.jpg", "B009.jpg"]
 
 
-def test_bad_images_are_all_told_at_once_and_leave_no_half_store(shop, tokenizer, decoded):
+def test_bad_images_are_all_reported_at_once_and_leave_no_half_store(shop, tokenizer, decoded):
     bad = damage(shop)
     with pytest.raises(PerPEFTError) as raised:
         open_store(shop, tokenizer)
@@ -277,7 +277,7 @@ def test_bad_images_are_all_told_at_once_and_leave_no_half_store(shop, tokenizer
     assert len(open_store(shop, tokenizer).pixels) == 12 and len(decoded) == 12
 
 
-def test_blank_images_stand_in_where_asked_for(shop, tokenizer):
+def test_blank_images_replace_missing_ones_on_request(shop, tokenizer):
     damage(shop)
     image_path(shop, 11).unlink()
     store = open_store(shop, tokenizer, missing_images="blank")
@@ -328,7 +328,7 @@ def test_two_runs_that_build_the_store_at_the_same_time_both_get_it_and_decode_o
     assert len(decoded) == 12
 
 
-def test_folder_that_cannot_be_written_is_told(shop, tokenizer):
+def test_folder_that_cannot_be_written_is_reported(shop, tokenizer):
     (shop / "shop_store").write_text("a file where the folder would be")
     with pytest.raises(PerPEFTError, match="shop_store"):
         open_store(shop, tokenizer)

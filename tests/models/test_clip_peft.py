@@ -32,7 +32,7 @@ def processors(tiny_clip):
 
 @pytest.fixture(scope="module")
 def inputs(processors, tmp_path_factory):
-    """Pixels and tokens as the item store gives them, and pixel_values and masked tokens as the real processors do."""
+    """Pixels and tokens as the item store returns them, and pixel_values and masked tokens as the real processors do."""
     image_processor, tokenizer = processors
     folder = tmp_path_factory.mktemp("images")
     for item in range(1, 5):
@@ -138,7 +138,7 @@ def test_parameter_counts_on_vit_b_32_are_those_computed_by_hand(kind, expected,
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_fresh_adapter_gives_clips_own_embeddings(tiny_clip, processors, inputs, kind):
+def test_fresh_adapter_computes_clips_own_embeddings(tiny_clip, processors, inputs, kind):
     expected = clip_features(CLIPModel.from_pretrained(tiny_clip).eval(), inputs)
     encoder = make_encoder(tiny_clip, processors, kind)
     assert encoder.feature_dim == expected.shape[1] == 32
@@ -301,7 +301,7 @@ def test_step_is_adamw_with_decoupled_weight_decay(tiny_clip, processors, inputs
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_saved_adapter_opens_with_peft_alone_and_gives_the_same_features(tiny_clip, processors, inputs, kind, tmp_path):
+def test_saved_adapter_opens_with_peft_alone_and_computes_the_same_features(tiny_clip, processors, inputs, kind, tmp_path):
     encoder = make_encoder(tiny_clip, processors, kind)
     encoder.clone_groups(3)
     fresh = clip_features(CLIPModel.from_pretrained(tiny_clip).eval(), inputs)
@@ -347,7 +347,7 @@ def test_adapter_of_another_kind_or_rank_is_refused_and_nothing_is_loaded(tiny_c
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no safetensors", "a tensor less", "missing"])
-def test_damaged_adapter_is_told_as_one_clear_error(tiny_clip, processors, damage, tmp_path):
+def test_damaged_adapter_is_reported_in_one_sentence(tiny_clip, processors, damage, tmp_path):
     model = make_model(tiny_clip, processors, "lora", groups=1)
     save_weights(model, tmp_path / "global", "global")
     path = tmp_path / "global" / "adapter" / "adapter_model.safetensors"
@@ -366,7 +366,7 @@ def test_damaged_adapter_is_told_as_one_clear_error(tiny_clip, processors, damag
 
 
 def test_an_adapter_that_acts_at_another_strength_is_refused(tiny_clip, processors, tmp_path):
-    """The shapes of its weights would not tell."""
+    """The shapes of its weights do not show it."""
     save_adapter(make_encoder(tiny_clip, processors, "lora"), tmp_path, 0)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 32}))

@@ -132,7 +132,7 @@ def test_padding_is_read_as_an_item_at_position_zero(vectors):
 
 
 @torch.no_grad()
-def test_locally_renumbered_rows_give_the_same_states_as_the_full_table(vectors):
+def test_locally_renumbered_rows_have_the_same_states_as_the_full_table(vectors):
     model = make_sasrec()
     items = torch.tensor([0, 3, 5, 7, 9, 12])
     local = torch.tensor([[0, 0, 1, 2, 1], [0, 4, 3, 5, 2]])

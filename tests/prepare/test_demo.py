@@ -104,7 +104,7 @@ def test_what_is_there_is_kept(tmp_path):
     assert (tmp_path / "demo_final.txt").read_text() == before
 
 
-def test_broken_off_making_is_started_again(tmp_path, monkeypatch):
+def test_interrupted_making_is_started_again(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
@@ -125,7 +125,7 @@ def test_too_small_a_demo_is_refused(tmp_path, users, items):
     assert not list(tmp_path.iterdir())
 
 
-def test_titles_tell_brand_material_category_and_nothing_that_only_the_image_shows(folder):
+def test_titles_name_brand_material_category_and_nothing_that_only_the_image_shows(folder):
     hidden = {*demo.COLOURS, *demo.PATTERNS, *demo.SHAPES}
     for title, item in zip(read_dataset(folder, "demo").titles, rows_of(folder / "demo_attributes.csv")):
         assert {item["brand"].lower(), item["material"], item["category"]} <= words_of(title)

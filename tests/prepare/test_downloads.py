@@ -136,7 +136,7 @@ def test_trouble_that_stays_ends(server, trouble):
 
 
 @pytest.mark.parametrize("status", [204, 304, 400, 403, 404, 410])
-def test_what_no_other_attempt_mends_is_asked_for_once(server, status):
+def test_what_no_other_attempt_helps_is_asked_for_once(server, status):
     server.answers["/a.jpg"] = answer(status, b"")
     with pytest.raises(ImageError, match=f"HTTP {status}") as caught:
         downloader().get(server.url + "/a.jpg")
@@ -249,7 +249,7 @@ def test_what_is_no_image_leaves_nothing(tmp_path, content):
     assert not os.listdir(tmp_path)
 
 
-def test_a_folder_is_filled_and_failures_are_told(server, tmp_path):
+def test_a_folder_is_filled_and_failures_are_reported(server, tmp_path):
     server.answers.update({"/html": answer(content=b"<html>"), "/gone": answer(404, b""), "/down": answer(500)})
     sources = {name: f"{server.url}/{name}" for name in ("html", "gone", "down", "a", "b", "x" * 251)}
     filling = fill_folder(tmp_path / "images", sources, downloader().get, 3)

@@ -36,7 +36,7 @@ def write_lines(path, lines):
 
 @pytest.fixture
 def category(tmp_path):
-    """Gives the options of the script for some lines; with `images`, images lie in a folder."""
+    """The options of the script for some lines; with `images`, images lie in a folder."""
 
     def make(reviews, items, images=True, ending=".jsonl.gz"):
         paths = write_lines(tmp_path / f"Lamps{ending}", reviews), write_lines(tmp_path / f"meta_Lamps{ending}", items)
@@ -76,7 +76,7 @@ def test_by_hand(category, run, monkeypatch, tmp_path, capsys):
     options = category(reviews, items[:4] + items[4:7])
     write_lines(tmp_path / "meta_Lamps.jsonl.gz", items)
     assert run(prepare_amazon.main, *options, "--core", 3) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     dataset = read_dataset(tmp_path / "data", "lamps")
     expected = [["B1", "B2", "B3"], ["B2", "B1", "B3"], ["B3", "B1", "B2"]]  # of cid, ann and bob
     assert histories_of(tmp_path / "data", "lamps") == expected
@@ -84,14 +84,14 @@ def test_by_hand(category, run, monkeypatch, tmp_path, capsys):
     assert dataset.titles == ["one & only", "two", "three"]
     assert len(leave_last_out(dataset.histories).evaluated_users) == 3
     assert "usable" in str(check_dataset(tmp_path / "data", "lamps", 3))
-    assert [line.split()[-1] for line in told.splitlines() if line.startswith("interactions read")] == ["16"]
-    assert counts_of(told) == {
+    assert [line.split()[-1] for line in printed.splitlines() if line.startswith("interactions read")] == ["16"]
+    assert counts_of(printed) == {
         "no title": 1, "item with a line break": 2, "listed again": 1, "not a JSON object with these fields": 1,
         "item unknown or left out": 2,
         "not the user's first of the item": 1, "outside the 3-core": 3, "fetched": 3, "already there": 0, "failed": 0,
         "users": 3, "items": 3, "interactions": 9,
     }  # fmt: skip
-    assert told.endswith(f"Next: python3 -m scripts.check_data --dataset lamps --train_dir {tmp_path / 'data'} --C 3\n")
+    assert printed.endswith(f"Next: python3 -m scripts.check_data --dataset lamps --train_dir {tmp_path / 'data'} --C 3\n")
     assert {path.name for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")} == {
         "lamps_final.txt", "lamps_item2id_final.pickle", "lamps_texts_final.pickle", "lamps_images"
     }  # fmt: skip
@@ -114,13 +114,13 @@ def test_images_from_the_web_and_what_fails(category, run, monkeypatch, tmp_path
     server.answers["/B6"] = answer(404, b"")
     options = category(reviews, items, images=False)
     assert run(prepare_amazon.main, *options, "--core", 5) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert histories_of(tmp_path / "data", "lamps") == [[f"B{item}" for item in range(6)]] * 9
     assert check_dataset(tmp_path / "data", "lamps", 8).usable
     with (tmp_path / "data" / "lamps_failed_images.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["raw_id", "source", "reason"], ["B6", f"{server.url}/B6", "HTTP 404"]]
-    assert "failed" in told and "lamps_failed_images.csv" in told
-    assert counts_of(told)["of items whose image failed, and outside the core without them"] == 9 + 5
+    assert "failed" in printed and "lamps_failed_images.csv" in printed
+    assert counts_of(printed)["of items whose image failed, and outside the core without them"] == 9 + 5
     assert (tmp_path / "data" / "lamps_images" / "B0.jpg").read_bytes() == JPEG
     server.answers.clear()  # next time all goes well, and the old report goes
     assert run(prepare_amazon.main, *options, "--restart") == 0
@@ -153,8 +153,8 @@ def test_interrupted_the_same_command_goes_on(category, run, monkeypatch, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(Downloader, "get", interrupted)
         assert run(prepare_amazon.main, *options) == 130
-    told = capsys.readouterr().err
-    assert "the images so far are in" in told and "the same command continues from there" in told
+    printed = capsys.readouterr().err
+    assert "the images so far are in" in printed and "the same command continues from there" in printed
     assert not (tmp_path / "data" / "lamps_final.txt").exists()
     assert run(prepare_amazon.main, *options) == 0
     assert check_dataset(tmp_path / "data", "lamps", 8).usable
@@ -209,22 +209,22 @@ def test_names_that_cannot_be(category, run, monkeypatch, tmp_path, name):
 def test_files_of_no_use_are_one_sentence(category, run, monkeypatch, tmp_path, capsys):
     reviews, items = many()
 
-    def told(*more, reviews=reviews, items=items, images=True):
+    def printed(*more, reviews=reviews, items=items, images=True):
         options = category(reviews, items, images)
         assert run(prepare_amazon.main, *options, *more) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "image (not a JSON object with these fields: 72" in told(items=[{"a": 1}] * 72, images=False)
-    assert "no interaction can be used (user missing: 6 (line 1, line 2, line 3, ...))" in told(reviews=items, images=False)
-    assert "no interaction can be used (it has no rows)" in told(reviews=[])
-    assert "(no title: 6 (" in told(items=[meta(f"B{i}", "") for i in range(6)])
-    assert "(no image: 6 (" in told(items=[meta(f"B{i}", "t", None) for i in range(6)], images=False)
-    assert "do both files fit together?" in told(reviews=[review("u", "C1", 1)])
-    assert "no user has the 3 interactions" in told("--core", 1, reviews=reviews[:24])
-    assert "with 5 interactions each are left; lower --core\n" in told(reviews=reviews[:24])
-    assert "with 6 interactions each are left; lower --core or raise --max_users\n" in told("--core", 6, "--max_users", 5)
+    assert "image (not a JSON object with these fields: 72" in printed(items=[{"a": 1}] * 72, images=False)
+    assert "no interaction can be used (user missing: 6 (line 1, line 2, line 3, ...))" in printed(reviews=items, images=False)
+    assert "no interaction can be used (it has no rows)" in printed(reviews=[])
+    assert "(no title: 6 (" in printed(items=[meta(f"B{i}", "") for i in range(6)])
+    assert "(no image: 6 (" in printed(items=[meta(f"B{i}", "t", None) for i in range(6)], images=False)
+    assert "do both files fit together?" in printed(reviews=[review("u", "C1", 1)])
+    assert "no user has the 3 interactions" in printed("--core", 1, reviews=reviews[:24])
+    assert "with 5 interactions each are left; lower --core\n" in printed(reviews=reviews[:24])
+    assert "with 6 interactions each are left; lower --core or raise --max_users\n" in printed("--core", 6, "--max_users", 5)
     assert not list((tmp_path / "data").glob("lamps_*"))
 
 
@@ -256,8 +256,8 @@ def test_own_images_of_any_kind(category, run, monkeypatch, tmp_path, capsys):
     assert check_dataset(tmp_path / "data", "lamps", 8).usable
     with (tmp_path / "data" / "lamps_item2id_final.pickle").open("rb") as file:
         assert list(pickle.load(file).values()) == ["B1", "B3", "B4", "B5", "B6", "B7"]
-    told = capsys.readouterr().out
-    assert counts_of(told)["no image"] == 1
+    printed = capsys.readouterr().out
+    assert counts_of(printed)["no image"] == 1
 
 
 @pytest.mark.parametrize("image", [

@@ -277,6 +277,6 @@ def test_script_ends_a_mistake_with_one_sentence_and_code_2(tmp_path, monkeypatc
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ending.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: data set 'nowhere'")
-    assert len(told.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: data set 'nowhere'")
+    assert len(printed.splitlines()) == 1

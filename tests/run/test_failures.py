@@ -155,7 +155,7 @@ def test_disk_that_is_full_at_any_write_is_reported_and_the_run_goes_on(zygote, 
     for event in through.events:
         part, what = event.split(": ")
         counts[part] += 1
-        if any(word in what for word in ("amid save", "replace", "rename .", "mkdir adapter", "mkdir .")):
+        if any(word in what for word in ("during save", "replace", "rename .", "mkdir adapter", "mkdir .")):
             writes.setdefault(part, []).append(counts[part])
     assert writes.keys() >= {"global/state", "global/best weights", "personalized/draw_curves", "report/write_json"}
     seeded, num_runs = random.Random(0), 5
@@ -270,7 +270,7 @@ def test_full_memory_is_reported_with_what_is_saved_and_what_to_try(run, end, ex
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a mistake"), KeyError("x"), AssertionError()])
-def test_mistakes_in_the_code_are_not_dressed_up(run, end, monkeypatch, error):
+def test_mistakes_in_the_code_end_with_a_traceback(run, end, monkeypatch, error):
     def fail(*_):
         raise error
 
@@ -290,7 +290,7 @@ def encoder_with(tiny_clip, checkpointing):
     return encoder.train()
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(tiny_clip):
+def test_gradient_checkpointing_has_the_same_gradients_for_less_memory(tiny_clip):
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.tensor([[1, 5, 6, 2]]).repeat(4, 1)
     kept, results = {}, {}

@@ -250,7 +250,7 @@ def test_flags_without_effect_are_refused(tiny_dataset, tiny_clip, tmp_path, cap
 
 
 @pytest.mark.parametrize("stage", ["global", "personalized"])
-def test_ranks_give_the_reported_metrics(tiny_run, tiny_dataset, stage):
+def test_ranks_agree_with_the_reported_metrics(tiny_run, tiny_dataset, stage):
     rows = read_csv(tiny_run.folder / f"{stage}_ranks.csv")
     evaluated = sorted(user for user, items in tiny_dataset.histories.items() if len(items) >= 3)
     assert [int(row["user"]) for row in rows] == evaluated

@@ -212,13 +212,13 @@ def test_best_epoch_is_that_of_the_highest_valid_ndcg_20_and_test_figures_are_it
         assert summary[stage]["best_epoch"] == best + 1
         for split in ("valid", "test"):
             assert summary[stage][split] == {name: float(rows[best][f"{split}_{name}"]) for name in METRICS}
-    assert {summary[stage]["best_epoch"] for stage in ("global", "personalized")} != {6}  # else this test would say little
+    assert {summary[stage]["best_epoch"] for stage in ("global", "personalized")} != {6}  # otherwise this test shows little
 
 
 # ---------------------------------------------------------------- figures can be reproduced
 
 
-def test_inference_only_gives_the_reported_metrics_and_writes_nothing(hasty_run, tiny_dataset, tiny_clip, capsys):
+def test_inference_only_reproduces_the_reported_metrics_and_writes_nothing(hasty_run, tiny_dataset, tiny_clip, capsys):
     before = tree(hasty_run)
     changes = {"lr": 0.02, "wdecay": 0, "global_epochs": 6, "num_epochs": 6, "inference_only": True}
     arguments = tiny_arguments(tiny_dataset, tiny_clip, hasty_run.parent, **changes)
@@ -243,7 +243,7 @@ def without_seconds(folder):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in read_csv(folder / "metrics.csv")]
 
 
-def test_same_seed_gives_the_same_figures_and_weights_and_another_seed_does_not(tiny_run, tiny_dataset, tiny_clip, tmp_path):
+def test_same_seed_has_the_same_figures_and_weights_and_another_seed_does_not(tiny_run, tiny_dataset, tiny_clip, tmp_path):
     torch.randn(5)  # other draws of the process do not matter
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path))
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, trial=1))
@@ -484,7 +484,7 @@ def test_missing_clip_weights_say_what_to_do(tiny_dataset, tmp_path):
     assert "openai/clip-vit-base-patch32" in message and "--clip_model" in message and "network" in message
 
 
-def test_help_groups_options_and_gives_the_papers_defaults_once(capsys, monkeypatch):
+def test_help_groups_options_and_shows_the_papers_defaults_once(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as raised:
         parse_options("PerPEFT", ("lora", "ia3"), ["--help"])

@@ -124,7 +124,7 @@ def files(run):
     return sorted(path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file())
 
 
-def test_two_processes_give_one_processs_losses_figures_and_files_also_when_stopped_and_continued(begin):
+def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stopped_and_continued(begin):
     zygote = shared_zygote()
     expected, run = begin("expected"), begin("run")
     (alone,) = zygote.run_together(expected.arguments, size=1)
@@ -182,7 +182,7 @@ def launch(script, arguments, **options):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_gives_one_processs_figures(begin):
+def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_processs_figures(begin):
     zygote = shared_zygote()
     expected, run = begin("expected", "iisan"), begin("run", "iisan")
     (alone,) = zygote.run_together(expected.arguments, script="perpeft_iisan", size=1)

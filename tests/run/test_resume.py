@@ -95,12 +95,12 @@ def through(zygote, tiny_dataset, tiny_clip, tmp_path_factory):
 
 @pytest.mark.slow
 def test_run_killed_at_any_moment_and_continued_ends_the_same(zygote, through, begin):
-    """Every part of a run is struck once, at a moment drawn from a seeded generator, and six kills come by the clock."""
+    """Every part of a run is killed once, at a moment drawn from a seeded generator, and six kills come at random times."""
     seeded = random.Random(0)
     moments = collections.Counter(label.split(":")[0] for label in through.events)  # part of the run: its events
     parts = list(moments)
     assert {"opening/store", "global/state", "global/evaluation", "grouping", "personalized/best weights", "report"} <= set(parts)
-    struck = []
+    kills = []
     num_runs = 8
     for number in range(num_runs):
         run = begin(f"run{number}")
@@ -108,23 +108,23 @@ def test_run_killed_at_any_moment_and_continued_ends_the_same(zygote, through, b
             moment = (part, seeded.randint(1, moments[part]))
             killed = zygote.run(run.arguments, kill_at=moment)
             if killed.code == 0:  # the kill before had left fewer events of this part: strike it in a run of its own
-                assert outcome(run.folder) == through.outcome, struck
+                assert outcome(run.folder) == through.outcome, kills
                 run = begin(f"run{number}_{part.replace('/', '_').replace(' ', '_')}")
                 killed = zygote.run(run.arguments, kill_at=moment)
             assert killed.code == -signal.SIGKILL, killed.output
-            struck.append(killed.events[-1])
+            kills.append(killed.events[-1])
         end = zygote.run(run.arguments)
         assert end.code == 0, end.output
-        assert outcome(run.folder) == through.outcome, struck
-        assert not leftovers(run.folder) + leftovers(run.train_dir), struck
+        assert outcome(run.folder) == through.outcome, kills
+        assert not leftovers(run.folder) + leftovers(run.train_dir), kills
     run = begin("by_the_clock")
     for _ in range(6):
         killed = zygote.run(run.arguments, kill_after=seeded.uniform(0.05, 1.5))
-        struck.append(killed.events[-1] if killed.code else "after the end")
+        kills.append(killed.events[-1] if killed.code else "after the end")
     assert zygote.run(run.arguments).code == 0
-    assert outcome(run.folder) == through.outcome, struck[-6:]
-    assert len(struck) >= 20
-    print(f"\n{len(struck)} kills survived:", *struck, sep="\n  ")
+    assert outcome(run.folder) == through.outcome, kills[-6:]
+    assert len(kills) >= 20
+    print(f"\n{len(kills)} kills survived:", *kills, sep="\n  ")
 
 
 def test_kill_between_the_renames_that_replace_a_folder_loses_nothing(zygote, begin):
@@ -177,7 +177,8 @@ def test_iisan_killed_while_hidden_states_are_saved_and_in_training_ends_the_sam
     assert through.code == 0, through.output
     opening = [label for label in through.events if label.startswith("opening: ")]
     arguments, folder, train_dir = iisan("run")
-    for kill_at in (("opening", 1 + opening.index("opening: amid save")), ("global/state", 3), ("personalized/best weights", 9)):
+    saving = ("opening", 1 + opening.index("opening: during save"))
+    for kill_at in (saving, ("global/state", 3), ("personalized/best weights", 9)):
         assert zygote.run(arguments, script="perpeft_iisan", kill_at=kill_at).code == -signal.SIGKILL
     assert zygote.run(arguments, script="perpeft_iisan").code == 0
     assert outcome(folder) == outcome(expected)
@@ -206,13 +207,13 @@ def test_kill_right_after_the_summary_leaves_a_finished_run_whose_state_is_remov
 def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, through, monkeypatch, stage):
     run = begin()
 
-    def broken_off(self, at, epochs):
+    def interrupted(self, at, epochs):
         if at == stage and len(self._rows[stage]) == epochs:
             raise KeyboardInterrupt
         report(self, at, epochs)
 
     report = Run._report_epoch
-    monkeypatch.setattr(Run, "_report_epoch", broken_off)
+    monkeypatch.setattr(Run, "_report_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_script(run.arguments)
     (run.folder / "curves.png").unlink()

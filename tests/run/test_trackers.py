@@ -52,17 +52,17 @@ def arguments(tiny_dataset, tiny_clip, tmp_path):
 
 
 def run_interrupted(arguments, epochs):
-    """Run until so many epochs were reported, and then break off."""
+    """Run until so many epochs were reported, and then interrupt."""
     report, reported = Run._report_epoch, []
 
-    def report_and_break_off(self, stage, of):
+    def report_and_interrupt(self, stage, of):
         report(self, stage, of)
         reported.append(stage)
         if len(reported) == epochs:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "_report_epoch", report_and_break_off)
+        patch.setattr(Run, "_report_epoch", report_and_interrupt)
         run_script(arguments)
 
 
@@ -106,7 +106,7 @@ def wandb(monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD, LoggerType.WANDB])
     monkeypatch.syspath_prepend(place)
     monkeypatch.setenv("WANDB_CALLS", str(tmp_path / "calls"))
-    monkeypatch.setenv("WANDB_MODE", "")  # so that it is undone, whoever sets it
+    monkeypatch.setenv("WANDB_MODE", "")  # so that it is undone after the test
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     yield tmp_path / "calls"
@@ -128,10 +128,10 @@ def test_tensorboard_holds_every_epoch_once_after_an_interruption_too(arguments,
 
 
 def test_epoch_whose_report_was_missed_is_logged_by_the_continuation(arguments, monkeypatch, tmp_path):
-    def broken_off(self, stage, epochs):
+    def interrupted(self, stage, epochs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "_report_epoch", broken_off)
+    monkeypatch.setattr(Run, "_report_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_script(arguments("tensorboard"))
     monkeypatch.undo()
@@ -157,8 +157,8 @@ def test_restart_removes_what_trackers_wrote(arguments, tmp_path):
 
 def test_wandb_gets_settings_once_and_every_epoch_once_offline(arguments, wandb, tmp_path):
     run_interrupted(arguments("wandb"), 1)
-    broken_off = calls(wandb)
-    assert [call[0] for call in broken_off] == ["init", "config", "log", "finish"]
+    interrupted = calls(wandb)
+    assert [call[0] for call in interrupted] == ["init", "config", "log", "finish"]
     run_script(arguments("wandb"))
     all_calls = calls(wandb)
     assert [call[0] for call in all_calls[4:]] == ["init", "log", "log", "log", "finish"]

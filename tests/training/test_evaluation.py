@@ -73,7 +73,7 @@ def test_ranks_by_hand():
 
 
 @pytest.mark.parametrize("num_items", [31, 100, 1003])
-def test_constant_scores_give_no_hit(num_items):
+def test_constant_scores_are_no_hit(num_items):
     """A model that says the same of every item must not look good: every other candidate ties, in rounded arithmetic too."""
     torch.manual_seed(0)
     users = 37
@@ -97,7 +97,7 @@ def test_scores_that_are_nan_count_against_the_model(where):
     assert rank >= 48  # 50 items, less the target, less one in the history
 
 
-def test_no_users_give_no_ranks():
+def test_no_users_have_no_ranks():
     nobody = np.zeros(0, dtype=np.int64)
     assert not len(rank_targets(torch.zeros(0, 2), torch.zeros(4, 2), nobody, Histories.of_lists([[1]]), nobody))
 

@@ -1,4 +1,4 @@
-"""The one image decoder: only kinds that run no other program, only whole images, only of bearable size, always 8-bit RGB."""
+"""The one image decoder: only kinds that run no other program, only whole images, only of bounded size, always 8-bit RGB."""
 import contextlib
 import functools
 import os

@@ -184,13 +184,13 @@ def _loading(name: str) -> Iterator[dict[str, bool]]:
     is_folder = Path(name).is_dir()
     try:
         with _quiet_transformers():
-            # No code from a model's folder is ever run, nor is it asked whether it should be.
+            # No code from a model's folder is ever run, and nobody is asked whether to run it.
             yield {"local_files_only": is_folder, "trust_remote_code": False}
     except PerPEFTError:
         raise
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
         reason = _first_line(error)
-        what = "the folder is no complete model folder" if is_folder else "there is no such folder and the hub gave none"
+        what = "the folder is no complete model folder" if is_folder else "there is no such folder and the hub has none"
         raise PerPEFTError(
             f"CLIP weights '{name}' cannot be loaded: {what} ({reason}). Run once with network access so that they are "
             "downloaded, or name a CLIPModel folder by --clip_model DIR, or train a small one on your data with "
@@ -295,12 +295,12 @@ def ensure_hidden_states(
     device: torch.device,
     missing_images: str = "error",
     modality: str = "both",
-    anew: bool = False,
+    recompute: bool = False,
 ) -> Path:
-    """The path of a data set's hidden states, which are computed first if they are not there, or in any case if `anew`."""
+    """The path of a data set's hidden states, which are computed first if they are not there, or in any case if `recompute`."""
     path = states_path(dataset.folder, dataset.name)
     with build_once(path) as missing:
-        if missing or anew or not has_states(dataset.folder, dataset.name, modality):
+        if missing or recompute or not has_states(dataset.folder, dataset.name, modality):
             foundation = load_foundation(name)
             states = foundation.hidden_states(foundation.store(dataset, missing_images), device, modality)
             save_hidden_states(path, *states, dataset.raw_ids, name)

@@ -128,7 +128,7 @@ def _is_dense(states: Any) -> bool:
 
 
 def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
-    again = "delete it and start again to compute it anew, or fetch it again"
+    again = "delete it and start again to compute it, or download it again"
     try:
         refuse_damaged_tensors(path)
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
@@ -162,7 +162,7 @@ def _refuse_other_model(note: Path, model: FoundationName) -> None:
     if files != own if files and own else made_by != str(model):
         raise PerPEFTError(
             f"{note.with_suffix('.pt')} was computed by CLIP '{made_by}', not '{model}'; pass --clip_model {made_by}, or "
-            "delete it and start again to compute it anew"
+            "delete it and start again to compute it"
         )
 
 
@@ -241,7 +241,7 @@ class HiddenStateStore:
             rows = np.array([place[raw_id] for raw_id in dataset.raw_ids], dtype=np.int64)
             wrong = _rows_with_numbers_missing(image_states, rows) | _rows_with_numbers_missing(text_states, rows)
             problems.add("items whose states hold NaN or infinity", [ids[row] for row in sorted(wrong)])
-        problems.raise_any(f"{path} cannot be used; delete it and start again to compute it anew, or fetch it again:")
+        problems.raise_any(f"{path} cannot be used; delete it and start again to compute it, or download it again:")
         return cls(image_states, text_states, rows)
 
     def place_on(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The image and title store: every image decoded once, every title tokenized once, read by item number ever after."""
+"""The image and title store: every image decoded once, every title tokenized once, then read by item number."""
 import hashlib
 import json
 import os
@@ -132,7 +132,7 @@ def _store_key(
 
 
 def _claim_room(path: Path, header: int) -> None:
-    """Have the disk give a file all its room now: a full disk is an error here, where a memory map would crash on it later."""
+    """Reserve a file's whole size on the disk: a full disk is an error here, where a memory map would crash on it later."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         if hasattr(os, "posix_fallocate"):
@@ -242,7 +242,7 @@ class ImageTitleStore:
             return cls(pixels, titles["tokens"], titles["lengths"], form.masked)
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
             reason = str(error) or type(error).__name__
-            raise PerPEFTError(f"the image store {folder} is damaged ({reason}); delete it, it is then made anew") from error
+            raise PerPEFTError(f"the image store {folder} is damaged ({reason}); delete it, it will be rebuilt") from error
 
     def place_on(self, device: torch.device) -> None:
         """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no image."""

@@ -83,7 +83,7 @@ def draw_image(item: Item, rng: np.random.Generator) -> Image.Image:
 
 
 def _outline(shape: str, tilt: float) -> np.ndarray:
-    """Give the corner points [points, 2] of a shape of about radius 1 around (0, 0), turned by `tilt` radians."""
+    """The corner points [points, 2] of a shape of about radius 1 around (0, 0), turned by `tilt` radians."""
     if shape == "heart":
         turn = np.linspace(0, 2 * math.pi, 60, endpoint=False)
         x = 16 * np.sin(turn) ** 3

@@ -64,7 +64,7 @@ def read_images(paths: Sequence[Path], image_size: int = IMAGE_SIZE) -> torch.Te
         else:
             unreadable.append(format_image_problem(paths[row], row + 1, image))
     problems = Problems()
-    problems.add("unreadable images (mend them, or leave their items out)", unreadable)
+    problems.add("unreadable images (replace them, or leave their items out)", unreadable)
     problems.raise_any("a small CLIP cannot be trained on these images:")
     return torch.from_numpy(images)
 
@@ -92,7 +92,7 @@ def train_small_clip(
     """Train a small CLIPModel contrastively on images and their titles, and save it with its tokenizer and processor.
 
     The folder is one that `CLIPModel`, `CLIPImageProcessor` and `AutoTokenizer` open by from_pretrained. It appears when
-    training is done, in place of what was there. The same arguments on the same machine give the same weights.
+    training is done, in place of what was there. On one machine, the same arguments lead to the same weights.
 
     Args:
         images: uint8 [pairs, 3, image_size, image_size], from `read_images`.
@@ -102,7 +102,7 @@ def train_small_clip(
         image_size, patch_size: pixels a side, of an image and of a patch.
         width, layers, heads: of both towers.
         steps, batch_size, learning_rate: of AdamW, with warm-up and a half cosine.
-        vary: whether to shift and mirror images anew in every step, so that a few thousand are not learnt by heart.
+        vary: whether to shift and mirror images at random in every step, so that a few thousand are not memorised.
         progress: whether to show a bar and print the result.
     Returns:
         `image_to_title` and `title_to_image`, the shares of `held_out` unseen pairs whose partner comes first among all of

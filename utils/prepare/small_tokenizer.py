@@ -22,7 +22,7 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = VOCAB_SIZE, max_tok
         vocab_size: the most tokens there may be; 514 are the bytes, BOS and EOS.
         max_tokens: the tokenizer's model_max_length.
     Returns:
-        The tokenizer; the same titles give the same one.
+        The tokenizer; the same for the same titles.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     last_letters = [letter + "</w>" for letter in letters]

@@ -116,7 +116,7 @@ def prepare(
 ) -> str:
     """Make a data set; `{name}_final.txt` comes last, so that without it nothing counts as made.
 
-    Items whose image fails are left out and the core is formed anew. Interrupted, the same call continues with the images
+    Items whose image fails are left out and the core is formed again. Interrupted, the same call continues with the images
     that are missing.
 
     Args:

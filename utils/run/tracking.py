@@ -23,7 +23,7 @@ def require_tracker(name: str | None) -> None:
     if name is None:
         return
     found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:  # without an origin it is but a folder of that name
+    if found is None or found.origin is None:  # without an origin it is only a folder of that name
         raise PerPEFTError(f"--log_with {name} needs a package that is not installed: pip install {name}")
 
 
