@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
@@ -183,6 +184,34 @@ def test_ways_to_write_the_same_interactions(folder, kind):
     end = b"\r\n" if b"\r\n" in text else b"\r" if b"\r" in text else b"\n"  # lines are numbered alike however they end
     write_final(folder, text + (b"" if text.endswith(end) else end) + b"1 2 3" + end)
     assert re.search(rf"not two integers \(1\): line {7 if b'	' in text else 5} '1 2 3'$", complaint(folder))
+
+
+def naive_histories(pairs):
+    """Each user's items in the order of the lines, users by number."""
+    found = defaultdict(list)
+    for user, item in pairs:
+        found[user].append(item)
+    return sorted(found), [found[user] for user in sorted(found)]
+
+
+user_numbers = st.one_of(st.integers(1, 6), st.integers(1, 2**63 - 1))
+pairs_of_lines = st.lists(st.tuples(user_numbers, st.integers(1, 5)), min_size=3, max_size=40)
+indent = st.sampled_from(["", " ", "\t"])
+blank = st.sampled_from([" ", "\t", "  ", " \t "])
+line_end = st.sampled_from(["\n", "\r\n", "\n\n", " \n", "\n \t\n"])
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(pairs_of_lines, st.data())
+def test_lines_become_the_histories_that_they_list(folder, pairs, data):
+    users, expected = naive_histories(pairs)
+    assume(max(map(len, expected)) >= 3)
+    lines = [f"{data.draw(indent)}{user}{data.draw(blank)}{item}{data.draw(line_end)}" for user, item in pairs]
+    write_final(folder, "".join(lines))
+    dataset = read_dataset(folder, "shop", contents=False)
+    assert dataset.user_ids.tolist() == users
+    assert lists(dataset.histories) == expected
+    assert dataset.counts() == {"users": len(users), "items": 5, "interactions": len(pairs)}
 
 
 # ---------------------------------------------------------------- one report for everything

@@ -539,12 +539,6 @@ def test_folder_whose_weights_lack_a_part_is_refused(tmp_path, tiny_clip):
         load_foundation(str(tmp_path / "clip"))
 
 
-def test_options_that_change_no_figure_may_differ(tiny_run, tiny_dataset, tiny_clip):
-    options = tiny_options(tiny_dataset, tiny_clip, tiny_run.folder.parent, save_every=7, debug=True)
-    with open_run(options) as run:
-        assert run is None  # found finished
-
-
 def test_true_groups_that_come_with_drawn_data_are_compared_with_those_found(copied_run, tiny_dataset, tmp_path, capsys):
     found = {int(user): group for user, group in (line.split(",") for line in read_lines(copied_run.folder / "groups.csv")[1:])}
     folder = tmp_path / "dataset"

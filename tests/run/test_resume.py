@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +20,7 @@ from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_titl
 from tests.zygote import ROOT, shared_zygote, write_instead_of_drawing
 from utils.common import console
 from utils.common.errors import PerPEFTError
-from utils.common.files import build_once, folder_written_atomically, remove_leftovers, write_atomically, write_text_atomically
+from utils.common.files import folder_written_atomically, remove_leftovers, write_atomically, write_text_atomically
 from utils.run.distributed import StopSignal
 from utils.run.run import Run
 from utils.training.trainer import Trainer
@@ -427,20 +425,6 @@ def test_second_run_in_one_folder_is_refused(started, through):
     assert outcome(started.folder) == through.outcome
 
 
-def test_lock_of_a_dead_process_does_not_hold(started, through):
-    code = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(100)"
-    lock = started.folder / ".lock"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    with pytest.raises(PerPEFTError, match="another process is training in"):
-        run_script(started.arguments)
-    holder.kill()
-    holder.communicate()
-    assert lock.is_file()
-    run_script(started.arguments)
-    assert outcome(started.folder) == through.outcome
-
-
 @pytest.mark.parametrize("damage", ["cut off", "another shape", "no state"])
 def test_damaged_state_is_reported_with_the_way_out(started, damage):
     path = started.folder / "resume" / "global.pt"
@@ -523,22 +507,3 @@ def test_leftovers_of_a_kill_are_removed_and_a_folder_that_stepped_aside_comes_b
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other", "global", "personalized"]
     assert (tmp_path / "global" / "file").read_text() == ".global.old"
     assert (tmp_path / "personalized" / "file").read_text() == "personalized"
-
-
-def test_what_several_processes_need_is_built_by_one_of_them(tmp_path):
-    path, made, there = tmp_path / "inner" / "thing", [], threading.Barrier(2)
-
-    def need():
-        there.wait()
-        with build_once(path) as missing:
-            if missing:
-                made.append(threading.get_ident())
-                time.sleep(0.2)
-                path.mkdir()
-
-    threads = [threading.Thread(target=need) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1

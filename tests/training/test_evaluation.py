@@ -184,15 +184,6 @@ def test_every_user_is_ranked_as_a_naive_loop_does_by_their_own_groups_vectors()
     assert ranks_of(model, histories, np.zeros(50, int)).test.tolist() != found.test.tolist()
 
 
-def test_item_of_the_history_is_a_candidate_when_it_is_the_target():
-    model = Vectors(make_sasrec(), torch.randn(1, ITEMS + 1, 8))
-    histories = [[3, 7, 3, 5, 5]]
-    found = ranks_of(model, histories, np.zeros(1, int))
-    # valid: 5 after [3, 7, 3], others are the 38 items but 3, 7 and 5; test: 5 after [3, 7, 3, 5], the same others
-    expected = naive_ranks(model.sasrec, histories, [0], model.vectors)[0]
-    assert (found.valid[0], found.test[0]) == expected and max(expected) <= 37
-
-
 def test_user_whose_group_has_no_adapter_is_an_error_and_not_a_perfect_hit():
     histories, _, vectors = rank_example()
     with pytest.raises(ValueError, match="a user is in group 5, but the model has 3 groups"):

@@ -152,19 +152,19 @@ def inspect_dataset(
     except OSError as error:
         raise PerPEFTError(f"{final} cannot be read ({error.strerror})") from error
     raw_ids = read_raw_ids(folder / f"{name}_item2id_final.pickle", np.unique(pairs[:, 1]), problems)
-
-    order = np.argsort(pairs[:, 0], kind="stable")
-    user_ids, counts = np.unique(pairs[:, 0], return_counts=True)
-    histories = Histories(pairs[order, 1], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-    _note_users(user_ids, histories, len(raw_ids), problems, remarks)
-    if 0 < len(counts) < num_groups:
-        problems.add(f"fewer users than the {num_groups} groups of --C", [f"{len(counts)} users"])
-
     titles, present = [MISSING_TITLE] * len(raw_ids), {}
     images = folder / f"{name}_images"
     if contents:
         titles = read_titles(folder / f"{name}_texts_final.pickle", list(raw_ids.values()), problems, remarks)
         present = {} if missing_images == "unused" else find_images(images, raw_ids, missing_images, problems, remarks)
+
+    order = np.argsort(pairs[:, 0], kind="stable")
+    user_ids, counts = np.unique(pairs[:, 0], return_counts=True)
+    histories = Histories(pairs[order, 1], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    if 0 < len(counts) < num_groups:
+        problems.add(f"fewer users than the {num_groups} groups of --C", [f"{len(counts)} users"])
+    _note_users(user_ids, histories, len(raw_ids), problems, remarks)
+
     dataset = Dataset(
         name=name,
         folder=folder,

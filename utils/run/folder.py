@@ -2,7 +2,6 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +30,21 @@ class RunFolder:
         self._resume, self._summary = path / "resume", path / "summary.json"
         self._config = self._resume / "config.json"
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Make the folder and keep other processes from training in it.
+    def lock(self) -> contextlib.AbstractContextManager:
+        """Make the folder and keep other processes from training in it, until the returned lock is released.
 
         Raises:
             PerPEFTError: it cannot be made, or another process holds it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # Held by the operating system: a process that dies releases it.
+            return FileLock(self.path / ".lock").acquire(blocking=False)
+        except Timeout:
+            message = f"another process is training in {self.path}; wait for it, or choose another --output_dir"
+            raise PerPEFTError(message) from None
         except OSError as error:
             raise PerPEFTError(f"cannot make the run folder {self.path} ({error}); choose another --output_dir") from error
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(blocking=False)  # held by the operating system: a process that dies releases it
-        except Timeout:
-            raise PerPEFTError(
-                f"another process is training in {self.path}; wait for it, or choose another --output_dir"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     @property
     def is_finished(self) -> bool:

@@ -65,7 +65,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     settings = run_settings(options, dataset)
     with contextlib.ExitStack() as stack:
         if writes and accelerator.is_main_process:
-            stack.enter_context(folder.locked())
+            stack.enter_context(folder.lock())
         if not restart:
             folder.check_settings(settings)
         finished, started = folder.is_finished and not restart, folder.has_state and not restart

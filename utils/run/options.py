@@ -15,7 +15,7 @@ from utils.run.hyperparameters import FALLBACK, demo_hyperparameters, read_hyper
 from utils.run.tracking import TRACKERS
 
 METHODS = ("perpeft", "global", "large_global", "frozen", "none")
-COUNT = number(int, 1)
+COUNT, BLOCKS, SEED = number(int, 1), number(int, 1, 1000), number(int, 0, 2**31)
 SIZE = number(int, 1, 10_000)  # of layers and tables: what is beyond would not fit into any memory
 RATE, WEIGHT, SHARE = number(float, 0, 10, above=True), number(float, 0, 1000), number(float, 0, 0.99)
 
@@ -47,7 +47,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     run.add_argument("--train_dir", **SHARED_OPTIONS["--train_dir"])
     run.add_argument("--output_dir", default="./runs", help="where the run folder is made")
     run.add_argument("--device", **SHARED_OPTIONS["--device"])
-    run.add_argument("--trial", type=number(int, 0, 2**31), default=0, help="the seed")
+    run.add_argument("--trial", type=SEED, default=0, help="the seed")
     run.add_argument("--restart", action="store_true", help="start over instead of continuing")
     run.add_argument("--inference_only", action="store_true", help="evaluate a finished run's saved weights")
     run.add_argument("--save_every", type=COUNT, default=500, help="steps between saves of the state to continue from")
@@ -65,7 +65,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     recommender = parser.add_argument_group("recommender")
     recommender.add_argument("--maxlen", type=SIZE, default=10, help="longest history that is read")
     recommender.add_argument("--hidden_units", type=SIZE, default=32, help="width")
-    recommender.add_argument("--num_blocks", type=number(int, 1, 1000), default=2, help="attention blocks")
+    recommender.add_argument("--num_blocks", type=BLOCKS, default=2, help="attention blocks")
     recommender.add_argument("--num_heads", type=SIZE, default=4, help="attention heads a block")
     recommender.add_argument("--dropout_rate", type=SHARE, default=0.3, help="dropout")
     recommender.add_argument("--weight_scalar", type=WEIGHT, default=0.5, help="weight of the multimodal item vector")

@@ -32,16 +32,19 @@ from utils.training.trainer import Trainer, TrainerSettings
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained: "global" (stage 1) or "personalized" (stage 3), its epochs, and each group's candidates for negatives."""
+    """What is trained.
+
+    Attributes:
+        name: "global" or "personalized".
+        number: 1 or 3, as in the paper; the stage's random draws are a function of it.
+        epochs: how many.
+        candidates: for each group the items that negatives are drawn from.
+    """
 
     name: str
+    number: int
     epochs: int
     candidates: list[np.ndarray]
-
-    @property
-    def number(self) -> int:
-        """In the paper's order, of which the stage's random draws are a function."""
-        return {"global": 1, "personalized": 3}[self.name]
 
 
 class Run:
@@ -90,7 +93,7 @@ class Run:
             self._copy_global()
             return
         epochs = options.global_epochs + (0 if has_groups(options) else options.num_epochs)
-        self._train(Stage("global", epochs, [self._all_items()]))
+        self._train(Stage("global", 1, epochs, [self._all_items()]))
         self.load_global()
 
     def group_users(self) -> None:
@@ -124,7 +127,7 @@ class Run:
             candidates = [self._all_items()] * num_groups
         else:
             candidates = group_items(self.split.train, self.groups, num_groups)
-        self._train(Stage("personalized", self.options.num_epochs, candidates))
+        self._train(Stage("personalized", 3, self.options.num_epochs, candidates))
         checkpoints.load_weights(self.model, self.folder / "personalized", "personalized")
 
     def report(self) -> None:
