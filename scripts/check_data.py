@@ -1,6 +1,7 @@
 """Check a data set's files, images included, and print what they hold and all that is wrong; exit code 0 if usable, else 2."""
 import sys
 
+from models.item_encoder import MODALITIES
 from utils.common.console import number, run_main, script_parser
 from utils.items.data_check import check_dataset
 from utils.prepare.demo import make_demo
@@ -10,10 +11,11 @@ def main() -> None:
     """Parse, check, print."""
     parser = script_parser(__doc__, "--dataset", "--train_dir", "--missing_images")
     parser.add_argument("--C", type=number(int, 1), default=8, help="number of user groups; the data set needs as many users")
+    parser.add_argument("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
     options = parser.parse_args()
     if options.dataset == "demo":
         make_demo(options.train_dir)
-    report = check_dataset(options.train_dir, options.dataset, options.C, options.missing_images)
+    report = check_dataset(options.train_dir, options.dataset, options.C, options.missing_images, options.modality)
     print(report)
     sys.exit(0 if report.usable else 2)
 

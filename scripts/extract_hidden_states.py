@@ -1,13 +1,14 @@
-"""Compute CLIP's hidden states of a data set's items for IISAN and save them as {name}_preX.pt."""
+"""Compute a foundation model's hidden states of a data set's items for IISAN and save them as {name}_preX.pt."""
 import torch
 
+from models.item_encoder import MODALITIES
 from utils.common.console import run_main, script_parser
 from utils.common.devices import choose_device
 from utils.data.dataset import read_dataset
 from utils.items.foundation import ensure_hidden_states
-from utils.items.hidden_states import states_path
+from utils.items.hidden_states import has_states, states_path
 from utils.prepare.demo import make_demo
-from utils.run.build import clip_folder, foundation_name
+from utils.run.build import clip_folder, foundation_name, image_use
 from utils.run.options import add_model_options, resolve_model
 
 
@@ -15,17 +16,20 @@ def main() -> None:
     """Parse, compute, print."""
     parser = script_parser(__doc__, "--dataset", "--train_dir", "--device", "--missing_images")
     add_model_options(parser)
+    parser.add_argument("--modality", choices=tuple(MODALITIES), default=None, help="default: both; text without an image model")
     parser.add_argument("--restart", action="store_true", help="compute them again if they exist")
     options = parser.parse_args()
+    options.modality = options.modality or ("text" if options.text_model and not options.image_model else "both")
     resolve_model(parser, options)
     if options.dataset == "demo":
         make_demo(options.train_dir)
-    dataset = read_dataset(options.train_dir, options.dataset, missing_images=options.missing_images)
+    images = image_use(options)
+    dataset = read_dataset(options.train_dir, options.dataset, missing_images=images)
     device = torch.device(choose_device(options.device))
     path = states_path(options.train_dir, options.dataset)
-    there = path.is_file()
+    there = has_states(options.train_dir, options.dataset, options.modality)
     clip_model = clip_folder(foundation_name(options), dataset)
-    ensure_hidden_states(dataset, clip_model, device, options.missing_images, recompute=options.restart)
+    ensure_hidden_states(dataset, clip_model, device, images, options.modality, options.restart)
     print(f"{path} {'was there already (--restart computes it again)' if there and not options.restart else 'is written'}")
 
 

@@ -321,7 +321,7 @@ def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_da
     path.write_text(json.dumps(summary))
     with pytest.raises(PerPEFTError, match="'moved/away', which is no folder here, lies elsewhere: name it by --clip_model DIR"):
         open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir)
-    run = open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir, str(tiny_clip))
+    run = open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir, {"clip_model": str(tiny_clip)})
     assert run.dataset.num_items == NUM_ITEMS
 
 

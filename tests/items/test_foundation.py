@@ -11,11 +11,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor, ViTModel
 
-import perpeft_iisan
 from models.clip_peft import ClipPeftEncoder
 from models.peft_configs import peft_config
 from models.towers import layers_of
-from tests.conftest import iisan_arguments, run_script, save_tiny_clip, tiny_arguments, tiny_titles
+from tests.conftest import save_tiny_clip, tiny_titles
 from tests.items.families import RESIZED, SMALL, TOWER, available_families, seeded
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
@@ -125,21 +124,6 @@ def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, ki
     assert len(of_titles) == 2 * (2 if kind == "lora" else 3)
     fused = family == "blip"
     assert len(layers) - len(of_titles) == (0 if family == "align" else 2 * ((2 if kind == "lora" else 3) - fused))
-
-
-def test_siglip_trains_all_stages_with_lora_and_with_iisan(folders, tiny_dataset, tmp_path):
-    epochs = {"global_epochs": 1, "num_epochs": 1}
-    run_script(tiny_arguments(tiny_dataset, folders("siglip"), tmp_path / "lora", **epochs))
-    (folder,) = (tmp_path / "lora").iterdir()
-    assert (folder / "personalized" / "group_2" / "adapter" / "adapter_model.safetensors").is_file()
-    train_dir = tmp_path / "dataset"
-    train_dir.mkdir()
-    for path in tiny_dataset.train_dir.iterdir():
-        if "_preX" not in path.name:  # another model's hidden states may lie there
-            (train_dir / path.name).symlink_to(path)
-    arguments = iisan_arguments(tiny_dataset, folders("siglip"), tmp_path / "iisan", train_dir=train_dir, **epochs)
-    perpeft_iisan.main(arguments)
-    assert json.loads((train_dir / "tiny_preX.json").read_text())["clip_model"] == str(folders("siglip"))
 
 
 # ---------------------------------------------------------------- what is no dual encoder, or does not fit together

@@ -153,9 +153,9 @@ def titles_only(tiny_dataset, folder):
     return folder
 
 
-def shown_words(folder, train_dir, capsys):
+def shown_words(folder, train_dir, capsys, *more):
     """The words of item 3's title that explain_item prints for group 0."""
-    run_on_folder(explain_item, folder, "--train_dir", train_dir, "--item", "3")
+    run_on_folder(explain_item, folder, "--train_dir", train_dir, "--item", "3", *more)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("group 0")]
     return re.findall(r"(\S+) \d+(?:  |$)", line.split("users)")[1])
 
@@ -180,16 +180,34 @@ def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_d
         assert counts["foundation_model"] == sum(p.numel() for p in AutoModel.from_pretrained(folders / "bert").parameters())
     (folder,) = (tmp_path / "lora").iterdir()
     assert shown_words(folder, train_dir, capsys) == ["pale", "clock", "number", "3"]
-    with pytest.raises(PerPEFTError, match=r"computed by CLIP '.*bert \(mean\)', not '.*bert \(cls\)'"):
+    options["text_model"] = shutil.copytree(folders / "bert", tmp_path / "moved")
+    perpeft_iisan.main(iisan_arguments(tiny_dataset, None, tmp_path / "iisan", **options))
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(PerPEFTError, match=r"computed by CLIP '.*bert \(mean\)', not '.*moved \(cls\)'"):
         perpeft_iisan.main(iisan_arguments(tiny_dataset, None, tmp_path / "other", **options, text_pooling="cls"))
 
 
-def test_a_pair_trains_and_its_attention_is_shown(folders, tiny_dataset, tmp_path, capsys):
-    options = {"clip_model": None, "image_model": folders / "vit", "text_model": folders / "bert"}
-    run_script(tiny_arguments(tiny_dataset, None, tmp_path, **options, global_epochs=1, num_epochs=1))
-    (folder,) = tmp_path.iterdir()
-    assert shown_words(folder, tiny_dataset.train_dir, capsys) == ["pale", "clock", "number", "3"]
+def arguments_for(root, dataset, runs):
+    """The command line of a run on the pair in a folder."""
+    options = {"clip_model": None, "image_model": root / "vit", "text_model": root / "bert"}
+    return tiny_arguments(dataset, None, runs, **options, global_epochs=1, num_epochs=1)
+
+
+def test_a_pair_trains_and_opens_again_where_its_folders_have_moved(folders, tiny_dataset, tmp_path, capsys):
+    here, there = shutil.copytree(folders, tmp_path / "here"), tmp_path / "there"
+    run_script(arguments_for(here, tiny_dataset, tmp_path / "runs"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    here.rename(there)
+    with pytest.raises(PerPEFTError, match="name it by --image_model DIR and .* name it by --text_model DIR"):
+        shown_words(folder, tiny_dataset.train_dir, capsys)
+    moved = ("--image_model", there / "vit", "--text_model", there / "bert")
+    assert shown_words(folder, tiny_dataset.train_dir, capsys, *moved) == ["pale", "clock", "number", "3"]
     assert "of 2 × 2 patches" in (folder / "figures" / "explain_item_3.html").read_text()
+    run_script(arguments_for(there, tiny_dataset, tmp_path / "runs"))  # the same run
+    assert "is finished" in capsys.readouterr().out
+    (there / "bert" / "config.json").write_text((there / "bert" / "config.json").read_text() + " ")
+    with pytest.raises(PerPEFTError, match="holds a run with other settings: contents_fingerprint was"):
+        run_script(arguments_for(there, tiny_dataset, tmp_path / "runs"))
 
 
 @pytest.mark.parametrize(

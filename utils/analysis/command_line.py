@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from utils.common.console import script_parser
+from utils.run.build import MODEL_OPTIONS
 
 
 def run_folder_parser(description: str, several: bool = False) -> argparse.ArgumentParser:
@@ -11,8 +12,14 @@ def run_folder_parser(description: str, several: bool = False) -> argparse.Argum
     parser = script_parser(description, "--train_dir", "--device", allow_abbrev=False)
     name, more = ("run_folders", {"nargs": "+", "metavar": "run_folder"}) if several else ("run_folder", {})
     parser.add_argument(name, type=Path, help="folder of a finished run, as in ./runs", **more)
-    parser.add_argument("--clip_model", default=None, help="folder of the run's CLIP, if it was moved since training")
+    for option in MODEL_OPTIONS:
+        parser.add_argument(f"--{option}", default=None, help=f"folder of the run's --{option}, if it was moved since training")
     return parser
+
+
+def moved_models(options: argparse.Namespace) -> dict[str, str | None]:
+    """Where a run's models lie now, by option, as `finished_options` takes them."""
+    return {option: getattr(options, option) for option in MODEL_OPTIONS}
 
 
 def raw_id(text: str) -> str:

@@ -15,7 +15,7 @@ from utils.analysis.groups import Interval, intervals_by_group, mean_interval, t
 from utils.analysis.page import Page, TileRow
 from utils.analysis.recommendation import Recommender, known_user
 from utils.common.errors import PerPEFTError
-from utils.run.finished import open_finished
+from utils.run.finished import Models, open_finished
 from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
 from utils.run.settings import has_groups
@@ -57,14 +57,14 @@ class RunPart:
     """What the page shows of one run.
 
     Args:
-        folder, train_dir, device, clip_model: as in `finished_options`.
+        folder, train_dir, device, models: as in `finished_options`.
         name: how the run is called in tables that hold several: "A", "B", ...; "" where it is alone.
     """
 
-    def __init__(self, folder: Path, train_dir: str, device: str | None, clip_model: str | None, name: str):
+    def __init__(self, folder: Path, train_dir: str, device: str | None, models: Models | None, name: str):
         self.name, self.folder = name, folder
         self.title = f"{name}: {folder.resolve().name}" if name else folder.resolve().name
-        self.run = open_finished(folder, device, train_dir, clip_model)
+        self.run = open_finished(folder, device, train_dir, models)
         self.options = self.run.options
         self.stages = ["global", "personalized"] if has_groups(self.options) else ["global"]
         self.summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -213,7 +213,7 @@ def write_report(
     path: Path,
     train_dir: str = "./dataset",
     device: str | None = None,
-    clip_model: str | None = None,
+    models: Models | None = None,
     users: int = 30,
     items: int = 30,
 ) -> None:
@@ -222,13 +222,13 @@ def write_report(
     Args:
         folders: run folders of one data set, one or more.
         path: the HTML file.
-        train_dir, device, clip_model: as in `finished_options`.
+        train_dir, device, models: as in `finished_options`.
         users, items: how many users' recommendations and how many items' attention to show.
     Raises:
         PerPEFTError: a run is not finished, its data is missing or has changed, or the runs are of different data.
     """
     names = [""] if len(folders) == 1 else [chr(ord("A") + place) for place in range(len(folders))]
-    parts = [RunPart(folder, train_dir, device, clip_model, name) for folder, name in zip(folders, names)]
+    parts = [RunPart(folder, train_dir, device, models, name) for folder, name in zip(folders, names)]
     dataset = parts[0].run.dataset
     if len({part.summary["dataset_fingerprint"] for part in parts}) > 1:
         raise PerPEFTError("the runs are of different data sets; a report compares runs of one")

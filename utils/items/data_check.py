@@ -5,7 +5,7 @@ from pathlib import Path
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Inspection, inspect_dataset
 from utils.data.histories import leave_last_out
-from utils.items.hidden_states import HiddenStateStore, states_path
+from utils.items.hidden_states import HiddenStateStore, has_states
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,25 @@ class Report:
         return self.text
 
 
-def check_dataset(train_dir: str | Path, name: str, num_groups: int, missing_images: str = "error") -> Report:
-    """Check all files of a data set, every image included, and count what they hold.
+def check_dataset(
+    train_dir: str | Path, name: str, num_groups: int, missing_images: str = "error", modality: str = "both"
+) -> Report:
+    """Check all files of a data set, every image included unless titles alone are used, and count what they hold.
 
     Args:
         train_dir: the folder of all data sets.
         name: the data set.
         num_groups: how many groups the users will be put into (--C).
         missing_images: "error", or "blank" where items may lack a readable image.
+        modality: "both", "image" or "text"; with the latter, nothing is asked of images.
     Raises:
         PerPEFTError: there is no such data set.
     """
+    missing_images = "unused" if modality == "text" else missing_images
     found = inspect_dataset(train_dir, name, missing_images=missing_images, num_groups=num_groups)
-    unreadable = found.try_images(missing_images)
-    states = _check_states(found)
-    counts = {**_counts(found, unreadable), "hidden states": states}
+    unreadable = found.try_images(missing_images) if modality != "text" else []
+    states = _check_states(found, modality)
+    counts = {**_counts(found, unreadable, modality), "hidden states": states}
     lines = [f"data set '{name}' in {found.dataset.folder}"]
     lines += [f"  {what:<28}{_format_count(count):>12}" for what, count in counts.items()]
     if found.remarks:
@@ -50,14 +54,14 @@ def check_dataset(train_dir: str | Path, name: str, num_groups: int, missing_ima
     return Report(not found.problems, "\n".join(lines))
 
 
-def _counts(found: Inspection, unreadable: list[int]) -> dict[str, int | float]:
+def _counts(found: Inspection, unreadable: list[int], modality: str) -> dict[str, int | float | str]:
     """The columns of the paper's Table 1, and what else training depends on."""
     dataset = found.dataset
     counts = dataset.counts()
     return {
         **counts,
         "interactions per user (mean)": counts["interactions"] / max(1, counts["users"]),
-        "images found": len(found.present) - len(unreadable),
+        "images found": "unused" if modality == "text" else len(found.present) - len(unreadable),
         "titles missing": dataset.missing_titles,
         "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
     }
@@ -69,13 +73,13 @@ def _format_count(count: int | float | str) -> str:
     return f"{count:,.2f}" if isinstance(count, float) else f"{count:,}"
 
 
-def _check_states(found: Inspection) -> str:
+def _check_states(found: Inspection, modality: str) -> str:
     """Check IISAN's hidden states, if they exist; missing ones are computed on first use."""
     dataset = found.dataset
-    if not states_path(dataset.folder, dataset.name).is_file():
+    if not has_states(dataset.folder, dataset.name, modality):
         return "none yet"
     try:
-        HiddenStateStore.open(dataset)
+        HiddenStateStore.open(dataset, modality=modality)
     except PerPEFTError as error:
         found.problems.add("hidden states", [" ".join(str(error).split())])
         return "unusable"

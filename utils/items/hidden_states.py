@@ -151,18 +151,28 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
     return image_states.detach(), text_states.detach(), list(ids)
 
 
-def _refuse_other_model(note: Path, model: FoundationName) -> None:
-    """Raise a PerPEFTError unless the states beside a note come from this model, whatever its folder is called now."""
+def made_by(path: Path) -> tuple[str, str | None]:
+    """The name and the hash of the model that states came from, by the note beside them.
+
+    Raises:
+        PerPEFTError: the note does not say so.
+    """
+    note = path.with_suffix(".json")
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
-        made_by, files = str(content["clip_model"])[:200], content.get("clip_files")
+        return str(content["clip_model"])[:200], content.get("clip_files")
     except (AttributeError, ValueError, LookupError, TypeError, RecursionError, OSError) as error:
         raise PerPEFTError(f"{note} does not say which model made the states beside it; delete both and start again") from error
+
+
+def _refuse_other_model(path: Path, model: FoundationName) -> None:
+    """Raise a PerPEFTError unless states come from this model, whatever its folder is called now."""
+    name, files = made_by(path)
     own = model_hash(model)
-    if files != own if files and own else made_by != str(model):
+    if files != own if files and own else name != str(model):
         raise PerPEFTError(
-            f"{note.with_suffix('.pt')} was computed by CLIP '{made_by}', not '{model}'; pass --clip_model {made_by}, or "
-            "delete it and start again to compute it"
+            f"{path} was computed by CLIP '{name}', not '{model}'; pass --clip_model {name}, or delete it and start again to "
+            "compute it"
         )
 
 
@@ -214,7 +224,7 @@ class HiddenStateStore:
         image_states, text_states, ids = _read(path)
         note = path.with_suffix(".json")
         if model is not None and note.is_file():
-            _refuse_other_model(note, model)
+            _refuse_other_model(path, model)
         used, expected = MODALITIES[modality], {}
         if skeleton is not None and (model is None or not note.is_file()):
             expected = state_shapes(skeleton)

@@ -28,6 +28,8 @@ from utils.items.model_name import FoundationName, PairName
 from utils.items.source import ItemSource
 from utils.prepare.demo_clip import demo_clip
 
+MODEL_OPTIONS = ("clip_model", "image_model", "text_model")  # that name folders, which may move
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderKind:

@@ -1,5 +1,7 @@
 """A finished run opened again from its folder alone: options, data and model, checked to be those that it was trained with."""
 import argparse
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +9,17 @@ import numpy as np
 from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
-from utils.items.model_name import model_folders
-from utils.run.build import build_model, foundation_name, image_use, needs_contents
+from utils.run.build import MODEL_OPTIONS, build_model, image_use, needs_contents
 from utils.run.distributed import make_accelerator
 from utils.run.options import build_parser
 from utils.run.run import Run
-from utils.run.settings import FINGERPRINTS, contents_fingerprint, dataset_fingerprint, minimum_users, read_settings
+from utils.run.settings import FINGERPRINTS, contents_fingerprints, dataset_fingerprint, minimum_users, read_settings
+
+Models = Mapping[str, str | None]
 
 
 def finished_options(
-    folder: str | Path, train_dir: str | Path = "./dataset", device: str | None = None, clip_model: str | None = None
+    folder: str | Path, train_dir: str | Path = "./dataset", device: str | None = None, models: Models | None = None
 ) -> tuple[argparse.Namespace, dict[str, str | None]]:
     """The options of a finished run, from its summary.json.
 
@@ -24,7 +27,7 @@ def finished_options(
         folder: the run folder.
         train_dir: where the data sets lie now.
         device: as in `choose_device`.
-        clip_model: where the run's CLIP lies now, if elsewhere than in training.
+        models: where the run's models lie now, if elsewhere than in training, by option (MODEL_OPTIONS).
     Returns:
         the options as a training script parses them, and the fingerprints that the data had
     Raises:
@@ -41,8 +44,9 @@ def finished_options(
     options.train_dir, options.output_dir, options.device = str(train_dir), str(folder.parent), choose_device(device)
     if options.precision == "fp16" and not options.device.startswith("cuda"):
         options.precision = "fp32"  # trained on a GPU, shown elsewhere
-    if clip_model is not None and options.clip_model is not None:
-        options.clip_model = clip_model
+    for option, model in (models or {}).items():
+        if model and getattr(options, option):  # several runs in one report need not have the same
+            setattr(options, option, model)
     return options, {name: found[name] for name in FINGERPRINTS}
 
 
@@ -57,15 +61,20 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
     folder, name = Path(options.train_dir), options.dataset
     needed = needs_contents(options)
     at_hand = (folder / f"{name}_texts_final.pickle").is_file() and (folder / f"{name}_images").is_dir()
-    dataset = read_dataset(folder, name, needed or at_hand, image_use(options) if needed else "blank", minimum_users(options))
+    images = image_use(options)
+    if at_hand and (not needed or images == "unused"):
+        images = "blank"
+    dataset = read_dataset(folder, name, needed or at_hand, images, minimum_users(options))
     if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
         raise _other_data(name, "dataset_fingerprint", "")
-    models = model_folders(model) if (model := foundation_name(options)) else []
-    # A CLIP from the hub left no trace in the fingerprint; a copy of it in a folder may be named now.
-    possible = (contents_fingerprint(options.peft_type, dataset, where) for where in (models, []))  # the second if need be
+    named = {option: getattr(options, option) for option in MODEL_OPTIONS if getattr(options, option)}
+    # A model from the hub left no trace in the fingerprint; a copy of it in a folder may be named now.
+    without = argparse.Namespace(**{**vars(options), **dict.fromkeys(named)})
+    possible = itertools.chain.from_iterable(contents_fingerprints(given, dataset) for given in (options, without))
     if expected["contents_fingerprint"] not in possible:
-        lost = f"; or its model '{model}', which is no folder here, lies elsewhere: name it by --clip_model DIR"
-        raise _other_data(name, "contents_fingerprint", "" if all(Path(part).is_dir() for part in models) else lost)
+        lost = [f"'{model}', which is no folder here, lies elsewhere: name it by --{option} DIR"
+                for option, model in named.items() if not Path(model).is_dir()]  # fmt: skip
+        raise _other_data(name, "contents_fingerprint", f"; or its model {' and '.join(lost)}" if lost else "")
     return dataset
 
 
@@ -74,18 +83,18 @@ def _other_data(name: str, kind: str, more: str) -> PerPEFTError:
 
 
 def open_finished(
-    folder: str | Path, device: str | None = None, train_dir: str | Path = "./dataset", clip_model: str | None = None
+    folder: str | Path, device: str | None = None, train_dir: str | Path = "./dataset", models: Models | None = None
 ) -> Run:
     """Rebuild a finished run, its data and its model, which has one group and no trained weights yet; nothing is written.
 
     Call `load_global` on it, then `load_personalized`, and use the model as it is in between.
 
     Args:
-        folder, device, train_dir, clip_model: as in `finished_options`.
+        folder, device, train_dir, models: as in `finished_options`.
     Raises:
         PerPEFTError: the run is not finished, or its data or CLIP is missing or has changed.
     """
-    options, expected = finished_options(folder, train_dir, device, clip_model)
+    options, expected = finished_options(folder, train_dir, device, models)
     dataset = finished_dataset(options, expected)
     run = Run(options, dataset, *build_model(options, dataset), Path(folder), {}, make_accelerator(options.device))
     run.model.eval()

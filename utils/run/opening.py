@@ -14,7 +14,7 @@ from utils.run.distributed import choose_launched_device, make_accelerator
 from utils.run.folder import RunFolder
 from utils.run.options import parse_options
 from utils.run.run import Run
-from utils.run.settings import minimum_users, run_name, run_settings
+from utils.run.settings import minimum_users, run_name, run_settings, with_moved_models
 from utils.run.tracking import EpochLog, require_tracker
 
 
@@ -62,7 +62,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     # A run continues in the precision that it started with.
     options.precision = choose_precision(options.precision or (saved or {}).get("precision"), options.device)
     accelerator = make_accelerator(options.device, options.precision == "fp16", options.log_with, str(folder.path))
-    settings = run_settings(options, dataset)
+    settings = with_moved_models(run_settings(options, dataset), saved, options, dataset)
     with contextlib.ExitStack() as stack:
         if writes and accelerator.is_main_process:
             stack.enter_context(folder.lock())

@@ -2,7 +2,7 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from utils.common.devices import choose_precision
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
-from utils.items.model_name import add_model_files, model_folders
+from utils.items.hidden_states import made_by, states_path
+from utils.items.model_name import FoundationName, add_model_files, model_folders, model_hash
 from utils.items.store import image_status
-from utils.run.build import foundation_name
+from utils.run.build import MODEL_OPTIONS, foundation_name, image_use
 
 # Options that may differ between the start of a run and its continuation: they change no figure.
 FREE_OPTIONS = {
@@ -67,17 +68,17 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def contents_fingerprint(peft_type: str, dataset: Dataset, models: Sequence[str]) -> str | None:
+def contents_fingerprint(peft_type: str, dataset: Dataset, models: Sequence[str], images: bool = True) -> str | None:
     """A hash of what the encoder reads beside the histories: titles, sizes of images, and the files of model folders.
 
     None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A model from the hub adds
-    nothing.
+    nothing, and so do images that are not used.
     """
     if peft_type in ("iisan", "none"):
         return None
     digest = hashlib.sha256()
     for title, path in zip(dataset.titles, dataset.image_paths):
-        status = image_status(path)
+        status = image_status(path) if images else None
         digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
     for model in models:
         if Path(model).is_dir():
@@ -85,14 +86,50 @@ def contents_fingerprint(peft_type: str, dataset: Dataset, models: Sequence[str]
     return digest.hexdigest()[:16]
 
 
+def contents_fingerprints(options: argparse.Namespace, dataset: Dataset) -> Iterator[str | None]:
+    """What the contents are recognised by, and then what earlier versions wrote: they counted images that are not used."""
+    models = model_folders(name) if (name := foundation_name(options)) else []
+    for images in (False, True) if image_use(options) == "unused" else (True,):
+        yield contents_fingerprint(options.peft_type, dataset, models, images)
+
+
 def run_settings(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
     """All that a run's figures follow from."""
-    name = foundation_name(options)
     return {
         **fixed_options(options),
         "dataset_fingerprint": dataset_fingerprint(dataset),
-        "contents_fingerprint": contents_fingerprint(options.peft_type, dataset, model_folders(name) if name else []),
+        "contents_fingerprint": next(contents_fingerprints(options, dataset)),
     }
+
+
+def with_moved_models(
+    settings: dict[str, Any], saved: dict[str, Any] | None, options: argparse.Namespace, dataset: Dataset
+) -> dict[str, Any]:
+    """The settings of a run that continues, under the saved names of its model folders where these have only moved.
+
+    Args:
+        settings: of the command.
+        saved: of the run in the folder; None where there is none.
+        options, dataset: of the command.
+    """
+    name = foundation_name(options)
+    adopted = ("contents_fingerprint", *MODEL_OPTIONS)
+    if saved is None or name is None or all(saved.get(option) == settings[option] for option in adopted):
+        return settings
+    moved = any(saved.get(option) != settings[option] for option in MODEL_OPTIONS)
+    if moved and not all(Path(folder).is_dir() for folder in model_folders(name)):
+        return settings
+    if options.peft_type == "iisan":
+        states = states_path(dataset.folder, dataset.name)
+        noted = states.with_suffix(".json").is_file()  # published states have no note
+        same = noted and made_by(states) == (str(_saved_name(saved)), model_hash(name))
+    else:
+        same = saved.get("contents_fingerprint") in contents_fingerprints(options, dataset)
+    return settings | {option: saved[option] for option in adopted if same and option in saved}
+
+
+def _saved_name(saved: dict[str, Any]) -> FoundationName | None:
+    return foundation_name(argparse.Namespace(**{**dict.fromkeys((*MODEL_OPTIONS, "text_pooling")), **saved}))
 
 
 def read_settings(path: Path, nested: bool) -> dict[str, Any]:

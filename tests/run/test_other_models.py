@@ -1,0 +1,146 @@
+"""Runs on dual encoders other than CLIP, and on titles alone: training, attention, recommendations, tables."""
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoTokenizer
+
+import perpeft_iisan
+from scripts import check_data, explain_item, export_vectors, recommend
+from tests.conftest import iisan_arguments, run_on_folder, run_script, tiny_arguments
+from tests.items.families import seeded
+from utils.analysis.attention import explain_items
+from utils.analysis.tables import finished_blocks
+from utils.common.errors import PerPEFTError
+from utils.data.dataset import read_dataset
+from utils.items.foundation import ensure_hidden_states
+from utils.items.hidden_states import HiddenStateStore
+from utils.run.finished import finished_dataset, finished_options
+
+EPOCHS = {"global_epochs": 1, "num_epochs": 1}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset, tmp_path_factory):
+    """The model folder and the run folder of a family: SigLIP's run has groups, the others' only the global adapter."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            model, runs = seeded(family, tmp_path_factory.mktemp(family)), tmp_path_factory.mktemp(f"{family}_runs")
+            method = {} if family == "siglip" else {"method": "global"}
+            run_script(tiny_arguments(tiny_dataset, model, runs, **EPOCHS, **method))
+            made[family] = model, next(runs.iterdir())
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", ["siglip", "chinese_clip", "altclip"])
+def test_attention_is_that_of_the_plain_model_with_the_saved_adapter(family, trained, tiny_dataset):
+    model, folder = trained(family)
+    options, expected = finished_options(folder, tiny_dataset.train_dir, "cpu")
+    (explanation,) = explain_items(options, finished_dataset(options, expected), folder, [3])
+    assert explanation.words == ["pale", "clock", "number", "3"]  # a token each
+    plain = AutoModel.from_pretrained(model, attn_implementation="eager")
+    plain = PeftModel.from_pretrained(plain, folder / "global" / "adapter")
+    padding = "max_length" if family == "siglip" else False
+    tokens = AutoTokenizer.from_pretrained(model)(["pale clock number 3"], padding=padding, max_length=16, return_tensors="pt")
+    masked = {} if padding else {"attention_mask": tokens["attention_mask"]}
+    with torch.no_grad():
+        read = plain.eval().base_model.model.text_model(input_ids=tokens["input_ids"], output_attentions=True, **masked)
+    of_tokens = read.attentions[-1][0].mean(0)[-1 if padding else 0]
+    words = of_tokens[:4] if padding else of_tokens[1:5]  # SigLIP begins with no special token
+    assert explanation.views[0].words == pytest.approx((words / words.sum()).numpy(), abs=1e-5)
+    assert (explanation.views[0].patches is None) == (family == "siglip")
+
+
+def test_siglips_run_is_explained_exported_recommended_from_and_in_tables(trained, tiny_dataset, tmp_path, capsys):
+    model, folder = trained("siglip")
+    run_on_folder(explain_item, folder, "--train_dir", tiny_dataset.train_dir, "--item", "3")
+    assert re.search(r"group 1.*pale \d+  clock \d+  number \d+  3 \d+", capsys.readouterr().out)
+    run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--history", "B001", "B002")
+    found = json.loads((folder / "figures" / "recommend_new.json").read_text())
+    assert found["history"] and found["recommendations"]
+    run_on_folder(export_vectors, folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "vectors")
+    arguments = tiny_arguments(tiny_dataset, model, folder.parent, **EPOCHS)
+    passed_on = [part for flag, value in zip(arguments[::2], arguments[1::2]) if flag not in ("--dataset", "--peft_type")
+                 for part in (flag, value)]  # fmt: skip
+    (block,) = finished_blocks("tiny", 1, passed_on)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [100 * summary["personalized"]["test"]["HR@20"]] == pytest.approx([row.mean["HR@20"] for row in block.rows])
+    assert (tmp_path / "vectors" / "item_ids.txt").read_text().split() == [f"B{item:03d}" for item in range(1, 31)]
+
+
+def test_siglip_trains_with_iisan(trained, tiny_dataset, tmp_path):
+    model, _ = trained("siglip")
+    shutil.copytree(tiny_dataset.train_dir, tmp_path / "dataset", ignore=shutil.ignore_patterns("*_preX*"))
+    arguments = iisan_arguments(tiny_dataset, model, tmp_path / "runs", train_dir=tmp_path / "dataset", **EPOCHS)
+    perpeft_iisan.main(arguments)
+    assert json.loads((tmp_path / "dataset" / "tiny_preX.json").read_text())["clip_model"] == str(model)
+
+
+def test_an_image_only_run_without_a_class_token_shows_no_attention_and_says_why(trained, tiny_dataset, tmp_path):
+    model, _ = trained("siglip")
+    run_script(tiny_arguments(tiny_dataset, model, tmp_path, modality="image", method="global", **EPOCHS))
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(PerPEFTError, match="cannot be shown for .*its image tower has no class token"):
+        run_on_folder(explain_item, folder, "--train_dir", tiny_dataset.train_dir, "--item", "3")
+
+
+# ---------------------------------------------------------------- titles alone
+
+
+@pytest.fixture
+def titles_only(tiny_dataset, tmp_path):
+    """A copy of the data set without images."""
+    ignored = shutil.ignore_patterns("*_preX*", "*_images", "*_store")
+    return shutil.copytree(tiny_dataset.train_dir, tmp_path / "dataset", ignore=ignored)
+
+
+def test_a_dual_encoder_trains_on_titles_without_any_image(titles_only, tiny_clip, tiny_dataset, tmp_path):
+    options = {"train_dir": titles_only, "modality": "text", "method": "global", **EPOCHS}
+    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", **options))
+    (images,) = titles_only.rglob("images.npy")
+    assert np.load(images).shape == (30, 3, 1, 1)  # none are stored
+    (folder,) = (tmp_path / "runs").iterdir()
+    (titles_only / "tiny_images").mkdir()
+    shutil.copy(tiny_dataset.train_dir / "tiny_images" / "B001.jpg", titles_only / "tiny_images")
+    options, expected = finished_options(folder, titles_only, "cpu")
+    assert finished_dataset(options, expected).num_items == 30  # whatever images come later
+
+
+def test_states_of_titles_alone_hold_no_images_and_are_computed_again_where_those_are_needed(
+    titles_only, tiny_clip, tiny_dataset
+):
+    name = str(tiny_clip)
+    dataset = read_dataset(titles_only, "tiny", missing_images="unused")
+    path = ensure_hidden_states(dataset, name, CPU, "unused", "text")
+    alone = torch.load(path, weights_only=True)
+    assert alone[0].shape == (30, 3, 0) and alone[1].shape == (30, 3, 32)
+    with pytest.raises(PerPEFTError, match="holds no image states"):
+        HiddenStateStore.open(dataset, name)
+    shutil.copytree(tiny_dataset.train_dir / "tiny_images", titles_only / "tiny_images")
+    dataset = read_dataset(titles_only, "tiny")
+    ensure_hidden_states(dataset, name, CPU)
+    both = torch.load(path, weights_only=True)
+    assert both[0].shape == (30, 3, 32)
+    torch.testing.assert_close(both[1], alone[1], rtol=0, atol=1e-5)
+    images, titles = HiddenStateStore.open(dataset, name, modality="text").fetch(np.array([2, 7]), CPU)
+    assert images.shape == (2, 3, 0) and torch.equal(titles, both[1][[1, 6]])
+
+
+@pytest.mark.parametrize("modality", ["both", "text"])
+def test_check_data_asks_for_images_only_where_they_are_used(modality, titles_only, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check_data", "--dataset", "tiny", "--train_dir", str(titles_only), "--modality", modality])
+    with pytest.raises(SystemExit) as raised:
+        check_data.main()
+    printed = capsys.readouterr().out
+    assert raised.value.code == (0 if modality == "text" else 2)
+    assert ("tiny_images (No such file" in printed) == (modality == "both")
