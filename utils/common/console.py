@@ -72,13 +72,13 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the sentence that a script ends with; None for what needs a traceback."""
-    from utils.common.devices import is_out_of_memory  # only here: scripts that prepare data need no torch
-
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
         return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"
     if isinstance(error, PerPEFTError):
         return 2, f"error: {error}"
+    from utils.common.devices import is_out_of_memory  # only here: scripts that prepare data need no torch
+
     if is_out_of_memory(error):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return 1, (
