@@ -11,10 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hypothesis import settings
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_lora_ia3
+from tests.zygote import shared_zygote, write_instead_of_drawing
 from utils.prepare.small_tokenizer import train_tokenizer
 from utils.run.options import parse_options
 from utils.training.trainer import Trainer, TrainerSettings
@@ -29,6 +31,7 @@ settings.load_profile("perpeft")
 SHORT_USERS = {3: 1, 11: 2, 17: 3}  # user: interactions; the first two are never evaluated, the third has one training item
 NUM_USERS, NUM_ITEMS = 40, 30
 SHAPES = ("ellipse", "rectangle", "line")
+RUN = "tiny_{}_lr0.001_wd0.0001_seed0"  # the folder's name of a tiny run
 
 
 def write_dataset(folder, name, histories, titles, raw_ids=None, draw=True):
@@ -86,6 +89,12 @@ def tiny_dataset(tmp_path_factory):
     return SimpleNamespace(train_dir=folder, name="tiny", histories=histories, titles=titles)
 
 
+def fresh_data(tiny_dataset, folder):
+    """A copy of `tiny` without what runs keep beside it."""
+    shutil.copytree(tiny_dataset.train_dir, folder, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))
+    return SimpleNamespace(name="tiny", train_dir=folder)
+
+
 def save_tiny_clip(folder, titles, seed=0):
     """Save a random two-layer CLIPModel with a tokenizer that knows the titles and an image processor."""
     tokenizer = train_tokenizer([title for title in titles if title], vocab_size=600, max_tokens=16)
@@ -124,9 +133,7 @@ def tiny_arguments(tiny_dataset, tiny_clip, output_dir, peft_type="lora", **chan
 
 def iisan_arguments(dataset, clip, output_dir, **changes):
     """`tiny_arguments` for perpeft_iisan.py."""
-    arguments = tiny_arguments(dataset, clip, output_dir, **changes)
-    place = arguments.index("--peft_type")
-    return arguments[:place] + arguments[place + 2 :]
+    return tiny_arguments(dataset, clip, output_dir, peft_type=None, **changes)
 
 
 def tiny_options(*args, **changes):
@@ -146,12 +153,22 @@ def run_script(arguments):
 
 
 @pytest.fixture(scope="session")
+def zygote():
+    return shared_zygote()
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", write_instead_of_drawing)
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tiny_dataset, tiny_clip, tmp_path_factory):
     """A finished LoRA run: its folder, its parsed options and its arguments. Read only: tests that write copy the folder."""
     output_dir = tmp_path_factory.mktemp("runs")
     arguments = tiny_arguments(tiny_dataset, tiny_clip, output_dir)
     run_script(arguments)
-    folder = output_dir / "tiny_lora_lr0.001_wd0.0001_seed0"
+    folder = output_dir / RUN.format("lora")
     return SimpleNamespace(folder=folder, options=parse_options("", ("lora", "ia3"), arguments), arguments=arguments)
 
 
@@ -160,7 +177,7 @@ def tiny_global_run(tiny_dataset, tiny_clip, tmp_path_factory):
     """The folder of a finished run of a method without groups. Read only."""
     output_dir = tmp_path_factory.mktemp("global_runs")
     run_script(tiny_arguments(tiny_dataset, tiny_clip, output_dir, method="global", global_epochs=1, num_epochs=1))
-    return output_dir / "tiny_lora_global_lr0.001_wd0.0001_seed0"
+    return output_dir / RUN.format("lora_global")
 
 
 def make_trainer(model, fetch, lr=1e-2, wdecay=0.0, l2_emb=0.0):

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 from models.clip_peft import ClipPeftEncoder
 from models.peft_configs import lora_config
-from tests.conftest import run_script, tiny_arguments
+from tests.conftest import fresh_data, run_script, tiny_arguments
 from tests.run.test_resume import RUN, leftovers, outcome
-from tests.zygote import shared_zygote, write_instead_of_drawing
+from tests.zygote import write_instead_of_drawing
 from utils.common import console
 from utils.common.files import save_tensors
 from utils.common.versions import installed_version
@@ -44,14 +44,7 @@ NUMERIC = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", write_instead_of_drawing)
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    return shared_zygote()
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture
@@ -174,8 +167,7 @@ def test_disk_that_is_full_at_any_write_is_reported_and_the_run_goes_on(zygote, 
 
 def test_full_disk_while_the_store_is_built_leaves_no_half_of_it(zygote, tiny_dataset, tiny_clip, small_disk, tmp_path):
     disk = small_disk(2**20)
-    data = SimpleNamespace(name="tiny", train_dir=(disk or tmp_path) / "dataset")
-    shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store"))
+    data = fresh_data(tiny_dataset, (disk or tmp_path) / "dataset")
     full_at = None
     if disk:
         (disk / "ballast").write_bytes(b"0" * (shutil.disk_usage(disk).free - 50_000))  # the images take 92 kB

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import iisan_arguments
 from tests.run.test_pipeline import read_csv
-from tests.zygote import ROOT, shared_zygote
+from tests.zygote import ROOT
 
 LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "10.77.0.1", "--main_process_port", "29577"]
@@ -40,9 +40,9 @@ def machines():
 
 
 @pytest.mark.slow
-def test_two_machines_train_what_one_process_does(machines, tiny_dataset, tiny_clip, tmp_path):
+def test_two_machines_train_what_one_process_does(zygote, machines, tiny_dataset, tiny_clip, tmp_path):
     short = {"dropout_rate": 0, "global_epochs": 1, "num_epochs": 1, "method": "global"}
-    alone = shared_zygote().run(iisan_arguments(tiny_dataset, tiny_clip, tmp_path / "alone", **short), script="perpeft_iisan")
+    alone = zygote.run(iisan_arguments(tiny_dataset, tiny_clip, tmp_path / "alone", **short), script="perpeft_iisan")
     assert alone.code == 0, alone.output
     arguments = [str(part) for part in iisan_arguments(tiny_dataset, tiny_clip, tmp_path / "both", **short)]
     processes = []

@@ -14,14 +14,12 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 import perpeft_iisan
 from models import IISAN, ClipPeftEncoder
 from models.peft_configs import ia3_config, lora_config
-from tests.conftest import NUM_ITEMS, iisan_arguments, run_script, tiny_arguments, tiny_options, write_dataset
+from tests.conftest import NUM_ITEMS, RUN, iisan_arguments, run_script, tiny_arguments, tiny_options, write_dataset
 from tests.run.test_pipeline import read_csv, rows_of, without_seconds
 from utils.common.errors import PerPEFTError
 from utils.run.opening import open_run
 from utils.run.run import Run
 from utils.training.sampling import Sampler
-
-NAME = "tiny_{}_lr0.001_wd0.0001_seed0"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def summary_of(folder):
 
 def test_global_goes_on_where_perpefts_first_stage_ends(run_method, tiny_run):
     folder = run_method(method="global")
-    assert folder.name == NAME.format("lora_global")
+    assert folder.name == RUN.format("lora_global")
     rows = without_seconds(folder)
     assert [(row["stage"], row["epoch"]) for row in rows] == [("global", str(epoch)) for epoch in (1, 2, 3, 4)]
     assert rows[:2] == without_seconds(tiny_run.folder)[:2]  # the same training, then as many epochs as stage 3 has
@@ -62,7 +60,7 @@ def test_global_goes_on_where_perpefts_first_stage_ends(run_method, tiny_run):
 
 def test_large_global_has_as_many_parameters_as_all_groups_together(run_method, tiny_run):
     folder = run_method(method="large_global", global_epochs=1, num_epochs=1)
-    assert folder.name == NAME.format("lora_large_global")
+    assert folder.name == RUN.format("lora_large_global")
     large = summary_of(folder)["trainable_parameters"]
     small = summary_of(tiny_run.folder)["trainable_parameters"]
     assert large["adapters"] == large["adapter_of_one_group"] == small["adapters"] == 3 * small["adapter_of_one_group"]
@@ -74,7 +72,7 @@ def test_large_global_has_as_many_parameters_as_all_groups_together(run_method, 
 
 def test_frozen_trains_the_projector_on_clips_own_features(run_method, tiny_dataset, tiny_clip):
     folder = run_method(method="frozen")
-    assert folder.name == NAME.format("frozen")
+    assert folder.name == RUN.format("frozen")
     assert sorted(path.name for path in (folder / "global").iterdir()) == ["projector.pth", "sasrec.pth"]
     counts = summary_of(folder)["trainable_parameters"]
     assert counts["adapters"] == 0 and counts["projectors"] == 32 * 64 + 64 + 2 * 64 + 64 * 32 + 32 + 2 * 32
@@ -101,7 +99,7 @@ def test_frozen_trains_the_projector_on_clips_own_features(run_method, tiny_data
 
 def test_none_knows_items_by_their_embeddings_alone(run_method, tiny_dataset, tiny_clip):
     folder = run_method(method="none")
-    assert folder.name == NAME.format("none")
+    assert folder.name == RUN.format("none")
     counts = summary_of(folder)["trainable_parameters"]
     assert counts["adapters"] == counts["projectors"] == 0 and counts["foundation_model"] is None
     # the figures again, user by user, with the saved recommender and item vectors of zero
@@ -126,7 +124,7 @@ def test_none_needs_neither_images_nor_weights(tiny_dataset, run_method, tmp_pat
     shutil.copytree(tiny_dataset.train_dir, folder, ignore=shutil.ignore_patterns("*_images", "*_store"))
     options = {"train_dir": folder, "method": "none"}
     run_script(tiny_arguments(tiny_dataset, tmp_path / "no_such_clip", tmp_path / "runs", **options))
-    assert without_seconds(tmp_path / "runs" / NAME.format("none")) == without_seconds(run_method(method="none"))
+    assert without_seconds(tmp_path / "runs" / RUN.format("none")) == without_seconds(run_method(method="none"))
 
 
 def test_methods_without_an_adapter_are_the_same_run_in_both_scripts(run_method, tiny_dataset, tiny_clip, capsys):
@@ -179,7 +177,7 @@ def test_iisan_of_one_modality_is_that_stream_of_the_whole(modality):
 
 def test_modality_is_a_run_of_its_own_and_its_adapters_are_of_one_tower(run_method):
     folder = run_method(modality="text", global_epochs=1, num_epochs=1)
-    assert folder.name == NAME.format("lora_text")
+    assert folder.name == RUN.format("lora_text")
     for place in ("global", "personalized/group_0", "personalized/group_2"):
         saved = load_file(folder / place / "adapter" / "adapter_model.safetensors")
         assert saved and all("text_model" in name for name in saved)
@@ -203,7 +201,7 @@ def test_negatives_are_drawn_from_the_groups_items_or_from_all(tiny_dataset, tin
     quick = {"global_epochs": 1, "num_epochs": 8, "modality": "text"}
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, negatives=negatives, **quick))
     folder = next(tmp_path.iterdir())
-    assert folder.name == NAME.format("lora_text" if negatives == "group" else "lora_text_negatives_all")
+    assert folder.name == RUN.format("lora_text" if negatives == "group" else "lora_text_negatives_all")
     groups = {int(row["user"]): int(row["group"]) for row in read_csv(folder / "groups.csv")}
     for group, items in drawn.items():
         trained_on = set()
@@ -218,7 +216,7 @@ def test_negatives_are_drawn_from_the_groups_items_or_from_all(tiny_dataset, tin
 
 def test_random_grouping_is_even_seeded_and_ignores_taste(run_method, tiny_run):
     folder = run_method(grouping="random", global_epochs=1, num_epochs=1)
-    assert folder.name == NAME.format("lora_grouping_random")
+    assert folder.name == RUN.format("lora_grouping_random")
     groups = [row["group"] for row in read_csv(folder / "groups.csv")]
     assert sorted(map(groups.count, "012")) == [13, 13, 14]
     other = run_method(grouping="random", global_epochs=1, num_epochs=1, trial=1)
@@ -282,7 +280,7 @@ def test_stage_3_from_a_saved_global_model_is_the_same(tiny_run, tiny_dataset, t
         "file": theirs / "sasrec_lora_tiny_10_0.001_0.0001.pth",
     }[source]  # fmt: skip
     run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", init_from=where))
-    folder = tmp_path / "runs" / NAME.format("lora")
+    folder = tmp_path / "runs" / RUN.format("lora")
     assert [row | {"seconds": 0} for row in rows_of(folder, "personalized")] == [
         row | {"seconds": 0} for row in rows_of(tiny_run.folder, "personalized")
     ]
@@ -298,13 +296,13 @@ def test_iisan_starts_from_the_authors_encoder_file(tiny_dataset, tiny_clip, tmp
         return iisan_arguments(tiny_dataset, tiny_clip, output_dir, global_epochs=1, num_epochs=1, **changes)
 
     perpeft_iisan.main(arguments(tmp_path / "first"))
-    first = tmp_path / "first" / NAME.format("iisan")
+    first = tmp_path / "first" / RUN.format("iisan")
     theirs = tmp_path / "pretrained_models"
     theirs.mkdir()
     for ours, name in (("sasrec", "sasrec"), ("projector", "projector"), ("iisan", "encoder")):
         shutil.copy(first / "global" / f"{ours}.pth", theirs / f"{name}_iisan_tiny_1_0.001_0.0001.pth")
     perpeft_iisan.main(arguments(tmp_path / "second", init_from=theirs))
-    second = tmp_path / "second" / NAME.format("iisan")
+    second = tmp_path / "second" / RUN.format("iisan")
     assert summary_of(second)["personalized"] == summary_of(first)["personalized"]
 
 
@@ -322,7 +320,7 @@ def test_a_run_from_a_global_model_goes_on_after_an_interruption(tiny_run, tiny_
     with pytest.raises(KeyboardInterrupt):
         run_script(arguments)
     run_script(arguments)
-    folder = tmp_path / "runs" / NAME.format("lora")
+    folder = tmp_path / "runs" / RUN.format("lora")
     assert summary_of(folder)["personalized"] == summary_of(tiny_run.folder)["personalized"]
 
 

@@ -1,5 +1,4 @@
 """Several processes that train together leave what one leaves: the same losses, metrics and files, however they are stopped."""
-import csv
 import os
 import shutil
 import signal
@@ -13,15 +12,15 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.conftest import NUM_ITEMS, tiny_arguments
-from tests.zygote import ROOT, shared_zygote
+from tests.conftest import NUM_ITEMS, RUN, fresh_data, tiny_arguments
+from tests.run.test_pipeline import without_seconds
+from tests.zygote import ROOT
 from utils.common.devices import seed_everything
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
 from utils.run.distributed import choose_launched_device
 from utils.training.sampling import Sampler
 
-RUN = "tiny_{}_lr0.001_wd0.0001_seed0"
 NO_DROPOUT = {"dropout_rate": 0, "batch_size": 7, "save_every": 4}  # an odd batch: the shards differ in size
 
 
@@ -86,27 +85,19 @@ def begin(tiny_dataset, tiny_clip, tmp_path):
     """A fresh copy of the data, without store and hidden states, and the arguments of a run on it."""
 
     def make(name, peft_type="ia3", **changes):
-        data = SimpleNamespace(name="tiny", train_dir=tmp_path / name / "dataset")
-        shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store", "*preX*"))
-        arguments = tiny_arguments(data, tiny_clip, tmp_path / name / "runs", peft_type, **{**NO_DROPOUT, **changes})
-        if peft_type == "iisan":
-            place = arguments.index("--peft_type")
-            del arguments[place : place + 2]
+        data = fresh_data(tiny_dataset, tmp_path / name / "dataset")
+        kind = None if peft_type == "iisan" else peft_type  # its script knows one kind only
+        arguments = tiny_arguments(data, tiny_clip, tmp_path / name / "runs", kind, **{**NO_DROPOUT, **changes})
         return SimpleNamespace(arguments=arguments, folder=tmp_path / name / "runs" / RUN.format(peft_type))
 
     return make
 
 
-def metrics(run):
-    with (run.folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
 def assert_same_figures(run, expected):
     """Equal but for the order in which numbers were added, which may let one user of 38 change places with another item."""
-    assert len(metrics(run)) == len(metrics(expected)) == 4
-    for row, other in zip(metrics(run), metrics(expected)):
+    rows, others = without_seconds(run.folder), without_seconds(expected.folder)
+    assert len(rows) == len(others) == 4
+    for row, other in zip(rows, others):
         assert (row.pop("stage"), row.pop("epoch")) == (other.pop("stage"), other.pop("epoch"))
         loss, other_loss = (float(values.pop("train_loss")) for values in (row, other))
         assert loss == pytest.approx(other_loss, rel=1e-3)
@@ -124,8 +115,7 @@ def files(run):
     return sorted(path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file())
 
 
-def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stopped_and_continued(begin):
-    zygote = shared_zygote()
+def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stopped_and_continued(zygote, begin):
     expected, run = begin("expected"), begin("run")
     (alone,) = zygote.run_together(expected.arguments, size=1)
     assert alone.code == 0, alone.output
@@ -153,9 +143,8 @@ def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stop
     assert_same_figures(by_one, expected)
 
 
-def test_three_processes_with_dropout_continue_with_the_same_masks(begin):
+def test_three_processes_with_dropout_continue_with_the_same_masks(zygote, begin):
     """Each rank's random state is kept, so the same number of ranks continues as if nothing had happened."""
-    zygote = shared_zygote()
     expected, run = (begin(name, dropout_rate=0.3, global_epochs=1, num_epochs=1) for name in ("expected", "run"))
     through = zygote.run_together(expected.arguments, size=3)
     assert [end.code for end in through] == [0, 0, 0], through[0].output
@@ -182,8 +171,7 @@ def launch(script, arguments, **options):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_processs_figures(begin):
-    zygote = shared_zygote()
+def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_processs_figures(zygote, begin):
     expected, run = begin("expected", "iisan"), begin("run", "iisan")
     (alone,) = zygote.run_together(expected.arguments, script="perpeft_iisan", size=1)
     assert alone.code == 0, alone.output
@@ -211,11 +199,11 @@ def test_users_error_is_reported_once_and_ends_the_launcher(begin):
     assert "rank 1: " not in output
 
 
-def test_error_that_rank_0_alone_meets_ends_the_others(begin):
+def test_error_that_rank_0_alone_meets_ends_the_others(zygote, begin):
     run = begin("run")
     run.folder.mkdir(parents=True)
     with FileLock(run.folder / ".lock"):
-        first, second = shared_zygote().run_together(run.arguments)
+        first, second = zygote.run_together(run.arguments)
     assert first.code == 2 and first.output.count("another process is training in") == 1
     assert second.code == 1 and second.output.startswith("rank 1: ")
     assert files(run) == [".lock"]

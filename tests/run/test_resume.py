@@ -14,10 +14,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
-from matplotlib.figure import Figure
 
-from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_titles
-from tests.zygote import ROOT, shared_zygote, write_instead_of_drawing
+from tests.conftest import RUN, fresh_data, run_script, save_tiny_clip, tiny_arguments, tiny_titles
+from tests.zygote import ROOT
 from utils.common import console
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, remove_leftovers, write_atomically, write_text_atomically
@@ -25,17 +24,8 @@ from utils.run.distributed import StopSignal
 from utils.run.run import Run
 from utils.training.trainer import Trainer
 
-RUN = "tiny_lora_lr0.001_wd0.0001_seed0"
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    return shared_zygote()
-
-
-@pytest.fixture(autouse=True)
-def no_drawing(monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", write_instead_of_drawing)
+RUN = RUN.format("lora")
+pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
 @pytest.fixture
@@ -43,8 +33,7 @@ def begin(tiny_dataset, tiny_clip, tmp_path):
     """Make a fresh copy of the data, without what runs keep beside it, and return the arguments and the folder of a tiny run."""
 
     def make(name="run", **changes):
-        data = SimpleNamespace(name="tiny", train_dir=tmp_path / name / "dataset")
-        shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))
+        data = fresh_data(tiny_dataset, tmp_path / name / "dataset")
         arguments = tiny_arguments(data, tiny_clip, tmp_path / name / "runs", **{"save_every": 1, **changes})
         return SimpleNamespace(arguments=arguments, folder=tmp_path / name / "runs" / RUN, train_dir=data.train_dir)
 
@@ -81,8 +70,7 @@ def leftovers(folder):
 def through(zygote, tiny_dataset, tiny_clip, tmp_path_factory):
     """A run that was not disturbed: its outcome, and the events that it consists of."""
     folder = tmp_path_factory.mktemp("through")
-    data = SimpleNamespace(name="tiny", train_dir=folder / "dataset")
-    shutil.copytree(tiny_dataset.train_dir, data.train_dir, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))
+    data = fresh_data(tiny_dataset, folder / "dataset")
     run = zygote.run(tiny_arguments(data, tiny_clip, folder / "runs", save_every=1))
     assert run.code == 0, run.output
     return SimpleNamespace(outcome=outcome(folder / "runs" / RUN), events=run.events)
@@ -165,9 +153,7 @@ def test_kill_while_restart_clears_leaves_nothing_that_is_refused_or_taken_up(zy
 
 def test_iisan_killed_while_hidden_states_are_saved_and_in_training_ends_the_same(zygote, begin):
     def iisan(name):
-        run = begin(name, global_epochs=1, num_epochs=1)
-        kind = run.arguments.index("--peft_type")
-        del run.arguments[kind : kind + 2]
+        run = begin(name, peft_type=None, global_epochs=1, num_epochs=1)
         return run.arguments, run.folder.with_name(RUN.replace("lora", "iisan")), run.train_dir
 
     arguments, expected, _ = iisan("expected")

@@ -8,12 +8,12 @@ from accelerate import tracking
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import run_script, tiny_arguments
+from tests.conftest import RUN, run_script, tiny_arguments
 from utils.common.errors import PerPEFTError
 from utils.run import tracking as own_tracking
 from utils.run.run import Run
 
-RUN = "tiny_lora_lr0.001_wd0.0001_seed0"
+RUN = RUN.format("lora")
 # Written beside the test, so that importing and calling it go the real way; every call is a line of a file.
 WANDB = """
 import json, os, pathlib
@@ -90,8 +90,6 @@ def assert_equal_series(found, expected):
 
 
 def calls(path):
-
-
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
