@@ -78,9 +78,6 @@ def _pick(values: tuple[str, ...], rng: np.random.Generator) -> str:
     return values[rng.integers(len(values))]
 
 
-# ---------------------------------------------------------------- images
-
-
 # ---------------------------------------------------------------- histories
 
 
