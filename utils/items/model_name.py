@@ -3,6 +3,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+
 
 @dataclass(frozen=True)
 class PairName:

@@ -61,7 +61,7 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
         except Exception as error:  # of a library's or of the model folder's own
             raise ValueError(f"the image processor fails: {type(error).__name__}: {error}".splitlines()[0]) from error
     if len(found) > 1 or len(shape := found.pop()) != 3 or shape[0] != 3:
-        raise ValueError("the image processor makes images of several sizes; set do_center_crop and crop_size in its settings")
+        raise ValueError("its image processor makes images of several sizes; set do_center_crop and crop_size in its settings")
     return shape[1:]
 
 

@@ -1,0 +1,126 @@
+"""Opening the files of a foundation model, from a folder or the model hub: weights, tokenizer, image processor."""
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from utils.common.errors import PerPEFTError
+from utils.items.model_name import DEFAULT_CLIP
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing anything but errors."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[dict[str, bool]]:
+    """Yield how to load from a folder or the hub; what goes wrong becomes one sentence."""
+    is_folder = Path(name).is_dir()
+    try:
+        with quiet_transformers():
+            # No code from a model's folder is ever run, and nobody is asked whether to run it.
+            yield {"local_files_only": is_folder, "trust_remote_code": False}
+    except PerPEFTError:
+        raise
+    except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
+        reason = first_line(error)
+        what = "the folder is no complete model folder" if is_folder else "there is no such folder and the hub has none"
+        raise PerPEFTError(
+            f"CLIP weights '{name}' cannot be loaded: {what} ({reason}). Run once with network access so that they are "
+            "downloaded, or name a CLIPModel folder by --clip_model DIR, or train a small one on your data with "
+            "python3 -m scripts.make_small_clip --dataset NAME and pass its folder."
+        ) from error
+
+
+def load_model(name: str, option: str, attention: str | None) -> PreTrainedModel:
+    """Load a model's weights in float32.
+
+    Args:
+        name: a folder, or a name on the hub.
+        option: that named it: "--clip_model", "--image_model" or "--text_model".
+        attention: as in `utils.items.foundation.load_foundation`.
+    Raises:
+        PerPEFTError: there is no such model, its weights are not whole, or the option takes another kind.
+    """
+    with _loading(name) as source:
+        config = AutoConfig.from_pretrained(name, **source)
+        _require_kind(name, type(config), option)
+        model, loading = AutoModel.from_pretrained(name, output_loading_info=True, attn_implementation=attention, **source)
+        absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
+        # the library would go on with random weights; a single encoder's own pooling layer is not used
+        absent = [key for key in absent if option == "--clip_model" or not key.startswith("pooler.")]
+        if absent:
+            raise ValueError(f"its weights lack {', '.join(absent[:3])}")
+        return model.float()
+
+
+def _require_kind(name: str, kind: type[PretrainedConfig], option: str) -> None:
+    """Check by its class that a model is what an option takes.
+
+    Raises:
+        PerPEFTError: it is not; says what is missing.
+    """
+    found = MODEL_MAPPING.get(kind, None)
+    absent = [method for method in ("get_image_features", "get_text_features") if not hasattr(found, method)]
+    takes, missing = {
+        "--clip_model": (f"a dual encoder, as {DEFAULT_CLIP} or google/siglip-base-patch16-224", " or ".join(absent)),
+        "--image_model": ("an image encoder, as facebook/dinov2-base", "" if _reads(found, "pixel_values") else "image input"),
+        "--text_model": ("a text encoder, as intfloat/e5-base-v2", "" if _reads(found, "input_ids") else "text input of its own"),
+    }[option]
+    if missing:
+        raise PerPEFTError(
+            f"'{name}' is a model of the kind '{kind.model_type}', which does not fit: {option} takes {takes}, and this has no "
+            f"{missing}"
+        )
+
+
+def _reads(model_class: type | None, name: str) -> bool:
+    return getattr(model_class, "main_input_name", None) == name and not hasattr(model_class, "get_image_features")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's own tokenizer; errors as in `load_model`."""
+    with _loading(name) as source:
+        return AutoTokenizer.from_pretrained(name, **source)
+
+
+def load_image_processor(name: str) -> BaseImageProcessor:
+    """Load a model's own image processor, as either transformers 4 or 5 saves it; errors as in `load_model`."""
+    with _loading(name) as source:
+        try:
+            return AutoImageProcessor.from_pretrained(name, use_fast=False, **source)
+        except OSError:
+            # transformers 5 saves a processor's parts in one file, which transformers 4 does not read.
+            path = cached_file(name, "processor_config.json", local_files_only=source["local_files_only"])
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))["image_processor"]
+        kind = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings | {"image_processor_type": kind}))
+            return AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)
