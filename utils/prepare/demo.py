@@ -45,13 +45,12 @@ def draw_items(num: int, rng: np.random.Generator) -> list[Item]:
 def shop_title(item: Item, rng: np.random.Generator) -> str:
     """Write a title as a shop would: category, brand, material, sometimes a style; never colour, pattern or shape."""
     style = f"{_pick(STYLES, rng)} " if rng.random() < 0.5 else ""
-    form = rng.integers(3)
-    if form == 0:
-        title = f"{item.brand} {style}{item.material} {item.category}"
-    elif form == 1:
-        title = f"{style}{item.material} {item.category} by {item.brand}"
-    else:
-        title = f"{item.brand} {style}{item.category}, {item.material}"
+    forms = (
+        f"{item.brand} {style}{item.material} {item.category}",
+        f"{style}{item.material} {item.category} by {item.brand}",
+        f"{item.brand} {style}{item.category}, {item.material}",
+    )
+    title = _pick(forms, rng)
     return title[0].upper() + title[1:]
 
 
@@ -64,14 +63,8 @@ def web_caption(item: Item, rng: np.random.Generator) -> str:
     if rng.random() < 0.25:
         words.insert(0, _pick(STYLES, rng))
     phrase = " ".join([*words, item.category])
-    form = rng.integers(4)
-    if form == 0:
-        return phrase
-    if form == 1:
-        return f"{item.brand} {phrase}"
-    if form == 2:
-        return f"a {phrase} by {item.brand}"
-    return f"{item.category} from {item.brand}, {', '.join(words) or item.material}"
+    listed = f"{item.category} from {item.brand}, {', '.join(words) or item.material}"
+    return _pick((phrase, f"{item.brand} {phrase}", f"a {phrase} by {item.brand}", listed), rng)
 
 
 def _pick(values: tuple[str, ...], rng: np.random.Generator) -> str:

@@ -1,5 +1,6 @@
 """The demo's items and how their images are drawn: an image shows each aspect of its item in another place."""
 import colorsys
+import itertools
 import math
 from typing import NamedTuple
 
@@ -7,15 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 COLOURS = {  # hue of the body, as a share of the colour circle
-    "red": 0.995,
-    "orange": 0.075,
-    "yellow": 0.15,
-    "green": 0.36,
-    "turquoise": 0.485,
-    "blue": 0.61,
-    "purple": 0.75,
-    "pink": 0.9,
-}
+    "red": 0.995, "orange": 0.075, "yellow": 0.15, "green": 0.36, "turquoise": 0.485, "blue": 0.61, "purple": 0.75, "pink": 0.9,
+}  # fmt: skip
 MATERIALS = {  # the tint of the rim around the body: hue, saturation, value; _material_texture adds grain, shine, ...
     "wooden": (0.075, 0.6, 0.62),
     "metal": (0.6, 0.08, 0.66),
@@ -66,14 +60,14 @@ def draw_image(item: Item, rng: np.random.Generator) -> Image.Image:
     image = _background(rng)
     pen = ImageDraw.Draw(image)
     foot = centre[1] + radius * 1.12
-    pen.ellipse((centre[0] - radius * 0.8, foot - 6, centre[0] + radius * 0.8, foot + 8), fill=_grey(196))  # its shadow
+    pen.ellipse((centre[0] - radius * 0.8, foot - 6, centre[0] + radius * 0.8, foot + 8), fill=(196,) * 3)  # its shadow
 
     material = _material_texture(item.material, rng)
     _draw_fittings(pen, item.category, centre, radius, rng)
     image.paste(material, mask=_polygon_mask(body))
     image.paste(_print_texture(item.colour, item.pattern, rng), mask=_polygon_mask(face))
-    pen.line([*body, body[0]], fill=_grey(70), width=3, joint="curve")
-    pen.line([*face, face[0]], fill=_grey(90), width=2, joint="curve")
+    pen.line([*body, body[0]], fill=(70,) * 3, width=3, joint="curve")
+    pen.line([*face, face[0]], fill=(90,) * 3, width=2, joint="curve")
     _draw_front(pen, item.category, centre, radius)
     _draw_brand_mark(pen, item.brand, rng)
 
@@ -120,10 +114,6 @@ def _hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _grey(level: int) -> tuple[int, int, int]:
-    return level, level, level
-
-
 def _print_texture(colour: str, pattern: str, rng: np.random.Generator) -> Image.Image:
     """Fill a canvas with the colour, printed with the pattern in a paler or darker tone of it."""
     hue = COLOURS[colour] + rng.normal(0, 0.01)
@@ -139,16 +129,13 @@ def _print_texture(colour: str, pattern: str, rng: np.random.Generator) -> Image
         lean = int(rng.choice([-70, 0, 70]))
         for x in places:
             pen.line((x - lean, 0, x + lean, _CANVAS), fill=tone, width=step // 2 - 2)
-    elif pattern == "dotted":
-        for row, y in enumerate(places):
-            for x in places:
-                left = x + (step // 2 if row % 2 else 0)
+    elif pattern in ("dotted", "checked"):
+        for (row, y), (column, x) in itertools.product(enumerate(places), repeat=2):
+            if pattern == "dotted":  # every other row by half a step to the right
+                left = x + step // 2 * (row % 2)
                 pen.ellipse((left, y, left + step * 0.55, y + step * 0.55), fill=tone)
-    elif pattern == "checked":
-        for row, y in enumerate(places):
-            for column, x in enumerate(places):
-                if (row + column) % 2:
-                    pen.rectangle((x, y, x + step - 1, y + step - 1), fill=tone)
+            elif (row + column) % 2:
+                pen.rectangle((x, y, x + step - 1, y + step - 1), fill=tone)
     elif pattern == "zigzag":
         for y in places:
             turns = enumerate(range(0, _CANVAS + step, step // 2))
@@ -178,9 +165,8 @@ def _material_texture(material: str, rng: np.random.Generator) -> Image.Image:
         for x, y in rng.uniform(0, _CANVAS, size=(160, 2)):
             pen.ellipse((x, y, x + 3, y + 3), fill=_hsv(0.09, 0.4, 0.6))
     elif material == "woollen":  # knitted stitches
-        for y in range(0, _CANVAS, 10):
-            for x in range(0, _CANVAS, 10):
-                pen.line([(x, y), (x + 5, y + 6), (x + 10, y)], fill=light, width=2)
+        for y, x in itertools.product(range(0, _CANVAS, 10), repeat=2):
+            pen.line([(x, y), (x + 5, y + 6), (x + 10, y)], fill=light, width=2)
     else:  # wicker: a weave
         for place in range(0, 2 * _CANVAS, 13):
             pen.line((place, 0, place - _CANVAS, _CANVAS), fill=dark, width=4)
@@ -200,11 +186,10 @@ def _draw_fittings(pen: ImageDraw.ImageDraw, category: str, centre: np.ndarray, 
             pen.ellipse((bell - 17, y - radius * 1.35, bell + 17, y - radius * 1.35 + 34), fill=dark)
             pen.line((x + side * radius * 0.5, y + radius * 0.6, x + side * radius * 0.8, y + radius * 1.25), fill=dark, width=10)
     elif category == "cushion":  # a tassel at each corner
-        for side_x in (-1, 1):
-            for side_y in (-1, 1):
-                tip = np.array([x + side_x * radius * 1.12, y + side_y * radius * 1.12])
-                pen.line([(x, y), tuple(tip)], fill=dark, width=4)
-                pen.ellipse((*(tip - 9), *(tip + 9)), fill=dark)
+        for corner in itertools.product((-1, 1), repeat=2):
+            tip = centre + radius * 1.12 * np.array(corner)
+            pen.line([(x, y), tuple(tip)], fill=dark, width=4)
+            pen.ellipse((*(tip - 9), *(tip + 9)), fill=dark)
     elif category == "kite":  # a tail with bows
         tail = [(x + math.sin(part * 1.3) * 12, y + radius * 0.7 + part * 8) for part in range(9)]
         pen.line(tail, fill=dark, width=4)
@@ -232,20 +217,20 @@ def _draw_front(pen: ImageDraw.ImageDraw, category: str, centre: np.ndarray, rad
     """Draw what is on the face of a clock (hands) or a mirror (a shine)."""
     x, y = centre
     if category == "clock":
-        pen.line([(x, y - radius * 0.5), (x, y), (x + radius * 0.35, y + radius * 0.15)], fill=_grey(30), width=6)
-        pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=_grey(30))
+        pen.line([(x, y - radius * 0.5), (x, y), (x + radius * 0.35, y + radius * 0.15)], fill=(30,) * 3, width=6)
+        pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=(30,) * 3)
     elif category == "mirror":
         for left, width in ((-0.3, 9), (0.0, 5)):
             start = x + radius * left
-            pen.line((start, y + radius * 0.3, start + radius * 0.35, y - radius * 0.3), fill=_grey(250), width=width)
+            pen.line((start, y + radius * 0.3, start + radius * 0.35, y - radius * 0.3), fill=(250,) * 3, width=width)
 
 
 def _draw_brand_mark(pen: ImageDraw.ImageDraw, brand: str, rng: np.random.Generator) -> None:
     """Draw the brand's sign, white on a dark label, in the lower right corner."""
     size = 17 + rng.uniform(-1, 1)
     x, y = _CANVAS - 25 + rng.uniform(-3, 3), _CANVAS - 25 + rng.uniform(-3, 3)
-    white, left, right, top, low = _grey(255), x - size, x + size, y - size, y + size
-    pen.rounded_rectangle((left - 4, top - 4, right + 4, low + 4), radius=8, fill=_grey(45), outline=white, width=2)
+    white, left, right, top, low = (255,) * 3, x - size, x + size, y - size, y + size
+    pen.rounded_rectangle((left - 4, top - 4, right + 4, low + 4), radius=8, fill=(45,) * 3, outline=white, width=2)
     if brand == "Norvik":  # a triangle
         pen.polygon([(x, top), (right, low), (left, low)], fill=white)
     elif brand == "Halden":  # two upright bars

@@ -101,13 +101,13 @@ class Run:
         started = time.monotonic()
         path = self.folder / "groups.csv"
         exists = path.is_file()
-        self.accelerator.wait_for_everyone()  # every rank has looked before rank 0 writes
+        self.accelerator.wait_for_everyone()  # all ranks check before rank 0 writes
         if not exists:
-            by_taste = self.options.grouping == "kmeans"
-            vectors = self.user_vectors(self.item_inputs(0)) if by_taste else None  # all ranks encode together
+            by_interest = self.options.grouping == "kmeans"
+            vectors = self.user_vectors(self.item_inputs(0)) if by_interest else None  # all ranks encode together
             if self.accelerator.is_main_process:
                 C, seed = self.options.C, self.options.trial
-                groups = kmeans_groups(vectors, C, seed) if by_taste else random_groups(self.dataset.num_users, C, seed)
+                groups = kmeans_groups(vectors, C, seed) if by_interest else random_groups(self.dataset.num_users, C, seed)
                 reports.write_groups(path, self.dataset.user_ids, groups)
             self.accelerator.wait_for_everyone()
         self.groups = self._read_groups()
