@@ -121,10 +121,6 @@ class RunPart:
             f"gains{self.name}", "Gain by group, as in the table", plot_gains, labels, gains, height=0.8 + 0.36 * len(gains)
         )
 
-    def agreement(self) -> float | None:
-        """Adjusted Rand index of the groups to the data set's true groups, where it has some."""
-        return self.run.agreement() if self.groups else None
-
     def counts_of(self, item: int) -> str:
         """How many interactions an item has, in all and by group, in words."""
         histories = self.run.dataset.histories
