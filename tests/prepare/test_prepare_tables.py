@@ -260,6 +260,26 @@ def test_a_folder_of_images_named_by_the_id(shop, tmp_path):
     assert code == 2 and "(image file not found: 6 (line 2, line 3, line 4, ...))" in printed.err
 
 
+def test_images_in_subfolders_with_any_ending_and_by_safe_names(shop, tmp_path):
+    folder = tmp_path / "posters"
+    for number, name in enumerate(("x.PNG", "2020/y.JPEG", "a/b.jpg", "id%c%2Fd.png", "covers/red.jpg", "1/z.jpg", "2/z.jpg")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        draw_image(number).save(folder / name)
+    goods = [("x", "t", ""), ("y", "t", ""), ("a/b", "t", ""), ("c/d", "t", ""), ("e", "t", "covers/red.webp"), ("z", "t", "")]
+    buys = [("u", item, time) for time, (item, *_) in enumerate(goods)]
+    code, printed = shop(table(USER, buys), table(ITEM, goods), "--images", folder)
+    assert code == 0 and histories_of(tmp_path / "data", "mine") == [["x", "y", "a/b", "c/d", "e"]], printed
+    assert counts_of(printed.out)["no image"] == 1  # two files are named z
+
+
+@pytest.mark.parametrize("title", ["Lamp, red\nbig, 12", "Lamp, red\nround, oak, 7\nnew, old", "a\n\nb"])
+def test_a_quoted_title_of_several_lines_is_one_row(title, shop, tmp_path):
+    goods = [("A-0", title, GOODS[0][2]), *GOODS[1:]]
+    code, printed = shop(PLAIN_BUYS, table(ITEM, goods))
+    assert code == 0 and read_dataset(tmp_path / "data", "mine").titles[0] == " ".join(title.split()), printed
+    assert histories_of(tmp_path / "data", "mine") == histories()
+
+
 def test_min_rating(shop, tmp_path):
     rows = [(*buy, 5 if buy[1] != "A-2" else 2.5) for buy in BUYS]
     code, printed = shop(table((*USER, "Rating"), rows), PLAIN_GOODS, "--min_rating", 3)
@@ -323,18 +343,3 @@ def test_rows_of_another_width_are_counted(shop, tmp_path):
     counts = counts_of(printed.out)
     assert code == 0 and (counts["fewer values than columns"], counts["more values than columns"]) == (1, 1)
     assert histories_of(tmp_path / "data", "mine") == histories()
-
-
-def test_movielens_as_the_documentation_says(tmp_path, run):
-    (tmp_path / "posters").mkdir()
-    for number in range(1, 7):
-        draw_image(number).save(tmp_path / "posters" / f"{number}.jpg")
-    ratings = [(user, movie, 4.5, 900_000_000 + movie) for user in range(1, 9) for movie in range(1, 7)] + [(9, 1, 0.5, 1)]
-    movies = [(number, f"American President, The ({1990 + number})", "Comedy|Drama") for number in range(1, 7)]
-    (tmp_path / "ratings.csv").write_text(table(("userId", "movieId", "rating", "timestamp"), ratings, end="\r\n"))
-    (tmp_path / "movies.csv").write_text(table(("movieId", "title", "genres"), movies, end="\r\n"))
-    paths = ["--interactions", tmp_path / "ratings.csv", "--items", tmp_path / "movies.csv", "--images", tmp_path / "posters"]
-    options = ["--name", "movielens", "--min_rating", 4, "--train_dir", tmp_path / "data"]
-    assert run(prepare_tables.main, *paths, *options) == 0
-    assert histories_of(tmp_path / "data", "movielens") == [list("123456")] * 8
-    assert read_dataset(tmp_path / "data", "movielens").titles[0] == "American President, The (1991)"

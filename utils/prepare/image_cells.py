@@ -1,6 +1,7 @@
 """The image that a table's cell names: a path, an address, or lists and objects of them as shops and libraries write them."""
 
 import ast
+import collections
 import json
 import os
 from pathlib import Path
@@ -51,16 +52,23 @@ def _first_of(value: Any) -> str | None:
 
 
 def images_by_id(folder: Path) -> dict[str, str]:
-    """Paths of a folder's files by their names without the ending; .jpg counts before others.
+    """Paths of the files in a folder and its subfolders by their names without the ending; .jpg counts before others.
+
+    A file in a subfolder is also found without the subfolder's name, unless another has the same name.
 
     Raises:
         PerPEFTError: the folder cannot be read.
     """
-    try:
-        names = sorted((entry.name for entry in os.scandir(folder)), key=lambda name: (name.lower().endswith(".jpg"), name))
-    except OSError as error:
+
+    def fail(error: OSError) -> None:
         raise PerPEFTError(f"the folder of images {folder} cannot be read ({error.strerror})") from error
-    return {os.path.splitext(name)[0]: str(folder / name) for name in names if not name.startswith(".")}
+
+    paths = [Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names if not name.startswith(".")]
+    paths.sort(key=lambda path: (path.suffix.lower() == ".jpg", path))
+    found = {os.path.splitext(path.relative_to(folder).as_posix())[0]: str(path) for path in paths}
+    counts = collections.Counter(name.rpartition("/")[2] for name in found)
+    short = {name.rpartition("/")[2]: path for name, path in found.items()}
+    return {name: path for name, path in short.items() if counts[name] == 1} | found
 
 
 class ImageFinder:
@@ -78,7 +86,8 @@ class ImageFinder:
     def find(self, item: str | None, cell: str | None) -> str | None:
         """The address or path of an item's image, which may not exist; None if there is none."""
         if self._images and item is not None:
-            for name in (item, image_file_name(item).removesuffix(".jpg")):
+            named = "" if cell is None else os.path.splitext(cell.replace("\\", "/"))[0]  # with another ending
+            for name in (item, image_file_name(item).removesuffix(".jpg"), named):
                 if name in self._images:
                     return self._images[name]
         found = first_image(cell)

@@ -12,7 +12,7 @@ from utils.common.errors import PerPEFTError
 SEPARATORS = ("\t", ";", ",", "|", "::", "^", "~", " ")
 CELL, NEWLINE = "\x1f", "\x1e"  # between the cells, and for line breaks within one, of the lines written for DuckDB
 LONGEST_RECORD = 1000  # lines that a quoted cell may span
-USUAL = 0.2  # share of the rows that begin with a shape which others may have, too
+USUAL = 0.3  # share of the rows that begin with a shape which others may have, too
 ONE_LINE = str.maketrans({CELL: " ", NEWLINE: " ", "\x01": " ", "\x02": " ", "\0": None, "\r": NEWLINE, "\n": NEWLINE})
 csv.field_size_limit(2**27)
 

@@ -201,16 +201,14 @@ def _fetch(
     if len(filling.failed) == len(sources):
         reason = next(iter(filling.failed.values()))
         raise PerPEFTError(f"all {len(sources):,} images failed (the first: {reason}); see {failures}")
-    before = con.execute("SELECT count(*) FROM kept").fetchone()[0]
-    con.execute(
-        "DELETE FROM kept WHERE item IN (SELECT number FROM items WHERE raw_id IN (SELECT unnest(?::VARCHAR[])))",
-        [list(filling.failed)],
-    )
-    keep_core(con, target.core)
-    _require_enough(con, target, f" once {len(filling.failed):,} items without image are left out")
-    shop.counts["of items whose image failed, and outside the core without them"] = (
-        before - con.execute("SELECT count(*) FROM kept").fetchone()[0]
-    )
+    if filling.failed:
+        before = con.execute("SELECT count(*) FROM kept").fetchone()[0]
+        failed = "SELECT number FROM items WHERE raw_id IN (SELECT unnest(?::VARCHAR[]))"
+        con.execute(f"DELETE FROM kept WHERE item IN ({failed})", [list(filling.failed)])
+        keep_core(con, target.core)
+        _require_enough(con, target, f" once {len(filling.failed):,} items without image are left out")
+        left = before - con.execute("SELECT count(*) FROM kept").fetchone()[0]
+        shop.counts["of items whose image failed, and outside the core without them"] = left
     return filling
 
 
@@ -227,10 +225,11 @@ def _write(target: Target, con: duckdb.DuckDBPyConnection) -> None:
         CREATE TABLE used AS SELECT number, row_number() OVER (ORDER BY number) AS item, raw_id, title
         FROM items SEMI JOIN kept ON items.number = kept.item""")
     rows = con.execute("SELECT item, raw_id, title FROM used ORDER BY item").fetchall()
+    number = "(row_number() OVER (ORDER BY min(rank)))::INTEGER"
+    con.execute(f"CREATE TABLE users AS SELECT user, {number} AS number FROM kept GROUP BY user")
     lines = """
-        SELECT dense_rank() OVER (ORDER BY first), used.item
-        FROM (SELECT *, min(rank) OVER (PARTITION BY user) AS first FROM kept) bought JOIN used ON used.number = bought.item
-        ORDER BY first, bought.rank"""
+        SELECT users.number, used.item FROM kept JOIN users USING (user) JOIN used ON used.number = kept.item
+        ORDER BY users.number, kept.rank"""
     for ending in ("_final.txt", "_preX.pt", "_preX.json"):  # from here on an old data set is being replaced
         target.file(ending).unlink(missing_ok=True)
     raw_ids = {item: raw_id for item, raw_id, _ in rows}
