@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.common.devices import choose_precision
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import read_dataset
+from utils.data.dataset import read_dataset, require_dataset
 from utils.prepare.demo import make_demo
 from utils.run.build import build_model, image_use, needs_contents
 from utils.run.distributed import choose_launched_device, make_accelerator
@@ -52,8 +52,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     require_tracker(options.log_with)
     if options.dataset == "demo":
         make_demo(options.train_dir)
-    contents, images = needs_contents(options), image_use(options)
-    dataset = read_dataset(options.train_dir, options.dataset, contents, images, minimum_users(options))
+    require_dataset(options.train_dir, options.dataset)
     folder = RunFolder(Path(options.output_dir) / run_name(options))
     writes = not options.inference_only
     restart = options.restart and writes
@@ -62,6 +61,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     # A run continues in the precision that it started with.
     options.precision = choose_precision(options.precision or (saved or {}).get("precision"), options.device)
     accelerator = make_accelerator(options.device, options.precision == "fp16", options.log_with, str(folder.path))
+    contents, images = needs_contents(options), image_use(options)
+    dataset = read_dataset(options.train_dir, options.dataset, contents, images, minimum_users(options))
     settings = with_moved_models(run_settings(options, dataset), saved, options, dataset)
     with contextlib.ExitStack() as stack:
         if writes and accelerator.is_main_process:
