@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -168,23 +167,6 @@ def test_text_padding_after_the_end_of_a_title_does_not_matter(tiny_clip, proces
 # ---------------------------------------------------------------- groups
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_clone_groups_makes_separate_copies(tiny_clip, processors, inputs, kind):
-    encoder = make_encoder(tiny_clip, processors, kind)
-    shake(encoder.adapter_parameters())
-    before = encoder_features(encoder, inputs)
-    encoder.clone_groups(3)
-    assert encoder.num_groups == 3
-    for group in range(3):
-        torch.testing.assert_close(encoder_features(encoder, inputs, group), before, rtol=0, atol=1e-6)
-    names = [set(encoder.group_parameters(group)) for group in range(3)]
-    assert names[0] == names[1] == names[2]
-    shake(encoder.group_parameters(1).values(), seed=1)
-    torch.testing.assert_close(encoder_features(encoder, inputs, 0), before, rtol=0, atol=1e-6)
-    torch.testing.assert_close(encoder_features(encoder, inputs, 2), before, rtol=0, atol=1e-6)
-    assert (encoder_features(encoder, inputs, 1) - before).abs().max() > 1e-3
-
-
 def test_cloning_keeps_the_model_in_the_mode_it_is_in(tiny_clip, processors):
     """A fresh adapter in training mode would drop out in the evaluation of a model that was put into eval mode before."""
     encoder = make_encoder(tiny_clip, processors)
@@ -298,37 +280,6 @@ def test_step_is_adamw_with_decoupled_weight_decay(tiny_clip, processors, inputs
 
 
 # ---------------------------------------------------------------- saved adapters
-
-
-@pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_saved_adapter_opens_with_peft_alone_and_computes_the_same_features(tiny_clip, processors, inputs, kind, tmp_path):
-    encoder = make_encoder(tiny_clip, processors, kind)
-    encoder.clone_groups(3)
-    fresh = clip_features(CLIPModel.from_pretrained(tiny_clip).eval(), inputs)
-    for group in range(3):
-        shake(encoder.group_parameters(group).values(), seed=group)
-        save_adapter(encoder, tmp_path / str(group), group)
-    for group in range(3):
-        opened = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), tmp_path / str(group) / "adapter").eval()
-        features = encoder_features(encoder, inputs, group)
-        torch.testing.assert_close(clip_features(opened, inputs), features, rtol=0, atol=1e-5)
-        assert (features - fresh).abs().max() > 1e-2
-    config = json.loads((tmp_path / "0" / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tiny_clip)
-
-
-@pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_adapter_comes_back_into_any_group(tiny_clip, processors, inputs, kind, tmp_path):
-    encoder = make_encoder(tiny_clip, processors, kind)
-    shake(encoder.adapter_parameters())
-    save_adapter(encoder, tmp_path, 0)
-    other = make_encoder(tiny_clip, processors, kind)
-    other.clone_groups(2)
-    fresh = encoder_features(other, inputs, 0)
-    load_adapter(other, tmp_path, 1)
-    torch.testing.assert_close(encoder_features(other, inputs, 1), encoder_features(encoder, inputs), rtol=0, atol=1e-6)
-    torch.testing.assert_close(encoder_features(other, inputs, 0), fresh, rtol=0, atol=1e-6)
-    assert len(trainable_names(other)) == 2 * len(trainable_names(encoder))  # loading freezes nothing
 
 
 @pytest.mark.parametrize(

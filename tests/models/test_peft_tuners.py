@@ -83,6 +83,8 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, in
     with torch.no_grad():
         own = [features(encoder, inputs, group) for group in range(3)]
         assert (own[0] - own[1]).abs().max() > 1e-4
+        config = json.loads((tmp_path / "0" / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tiny_clip)
         for group in range(3):
             opened = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), tmp_path / str(group) / "adapter").eval()
             images = encoder._shift + inputs[0].float() * encoder._scale
@@ -92,6 +94,7 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, in
         other.clone_groups(3)
         for group in range(3):
             load_adapter(other, tmp_path / str(2 - group), group)
+        assert all(parameter.requires_grad for parameter in other.adapter_parameters())  # loading freezes nothing
         for group in range(3):
             torch.testing.assert_close(features(other, inputs, group), own[2 - group], rtol=0, atol=1e-6)
 
