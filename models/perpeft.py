@@ -3,7 +3,6 @@ import copy
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models.item_encoder import ItemEncoder
@@ -75,4 +74,5 @@ class PerPEFT(nn.Module):
         """
         self.encoder.use_group(group)
         features = self.encoder(*inputs)  # [items, feature_dim]
-        return self.projectors[group](F.pad(features, (0, 0, 1, 0)))  # [1 + items, hidden]
+        padding = features.new_zeros(1, features.shape[1])  # F.pad of torch 2.2 refuses features of width 0
+        return self.projectors[group](torch.cat([padding, features]))  # [1 + items, hidden]

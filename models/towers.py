@@ -69,7 +69,8 @@ class Traits:
             places = (tokens == self.end_token).int().argmax(1)
         else:
             places = tokens.argmax(1)
-        return F.one_hot(places, length).float()
+        # not one_hot, which takes no meta tensor in torch 2.2
+        return (torch.arange(length, device=tokens.device) == places.unsqueeze(1)).float()
 
     def pool(self, states: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """What the text tower pools of one vector a token, [items, length, width] -> [items, width]."""

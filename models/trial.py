@@ -22,7 +22,7 @@ def _recorded_states(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     found: list[torch.Tensor] = []
     with contextlib.ExitStack() as stack:
         ask = module.register_forward_pre_hook(
-            lambda _, args, inputs: (args, inputs | {"output_hidden_states": True, "return_dict": True}), with_kwargs=True
+            lambda _, args, inputs: (args, inputs | {"output_hidden_states": True}), with_kwargs=True
         )
         keep = module.register_forward_hook(lambda _, args, output: found.extend(output.hidden_states or ()))
         stack.callback(ask.remove)

@@ -47,7 +47,8 @@ class Watch:
 
     def forward(self, module, _inputs):
         """Note whether autocast is on in a module's forward pass."""
-        self.autocast.setdefault(type(module).__name__, set()).add(torch.is_autocast_enabled())
+        if any(parameter.is_cuda for parameter in module.parameters()):  # not where a model is tried before it is on its device
+            self.autocast.setdefault(type(module).__name__, set()).add(torch.is_autocast_enabled())
 
     def update(self, function):
         """`Trainer.update`, after which the step is noted in `steps`."""

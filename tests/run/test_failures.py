@@ -3,6 +3,7 @@ import argparse
 import collections
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -333,9 +334,12 @@ def spoil_loss(monkeypatch, number, value=float("nan")):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("number", "place", "saved"), [(2, "global epoch 1, step 2", 1), (11, "personalized epoch 2, step 1", 0)]
+    ("number", "place", "saved"), [(2, "global epoch 1, step 2", 1), (None, "personalized epoch 2, step 1", 0)]
 )
 def test_loss_that_is_not_finite_stops_with_step_group_and_items(run, end, expected, monkeypatch, value, number, place, saved):
+    if number is None:  # after two global epochs of 3 steps and a personalized one, whose steps depend on the groups
+        sizes = collections.Counter(line.split(b",")[1] for line in expected["groups.csv"].split()[1:]).values()
+        number = 7 + sum(math.ceil(size / 16) for size in sizes)
     with monkeypatch.context() as patch:
         batches = spoil_loss(patch, number, value)
         code, message = end(run.arguments)

@@ -91,7 +91,8 @@ def state_shapes(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
             with contextlib.suppress(Exception), torch.no_grad(), torch.device("meta"):
                 states = hidden_states(model.eval(), Traits("first"), *used, mask)
                 for part, found in zip(("image", "text"), states):
-                    shapes.setdefault(part, set()).add(tuple(found.shape[1:]))
+                    if found.shape[2]:
+                        shapes.setdefault(part, set()).add(tuple(found.shape[1:]))
                 break
     return shapes
 

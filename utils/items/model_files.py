@@ -1,6 +1,7 @@
 """Opening the files of a foundation model, from a folder or the model hub: weights, tokenizer, image processor."""
 import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +31,17 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from printing anything but errors."""
-    level = transformers_logging.get_verbosity()
+    """Keep transformers from printing anything but errors, progress bars included where nobody watches a terminal."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

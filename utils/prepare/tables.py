@@ -4,10 +4,13 @@ import contextlib
 import glob
 import itertools
 import json
-from collections.abc import Iterable
+import sys
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import duckdb
+from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
 from utils.prepare.columns import TableOptions, recognise_columns
@@ -56,6 +59,7 @@ class Table:
             try:
                 with contextlib.ExitStack() as opened:
                     rows = " UNION ALL ".join(self._select(part, opened) for part in self.parts)
+                    opened.enter_context(_shown_progress(con, self.files[0].name))
                     return con.execute(query.replace(ROWS, f"({rows})")).fetchall()
             except duckdb.OutOfMemoryException:
                 raise
@@ -83,6 +87,29 @@ class Table:
             numbers = (number for number, text in enumerate(text_lines(part.path, self.encoding), 1) if text.strip())
             line = next(itertools.islice(numbers, line - 1, None), line)
         return f"line {line}" if len(self.parts) == 1 else f"{part.path.name} line {line}"
+
+
+@contextlib.contextmanager
+def _shown_progress(con: duckdb.DuckDBPyConnection, name: str) -> Iterator[None]:
+    """Show in a terminal how far a connection's query on a file is; a pipe has a bar of its own, as DuckDB knows no size."""
+    ended = threading.Event()
+
+    def show() -> None:
+        form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        with tqdm(desc=name, total=100, bar_format=form, delay=1) as bar:
+            while not ended.wait(0.5):
+                bar.update(max(con.query_progress() - bar.n, 0))
+
+    thread = threading.Thread(target=show, daemon=True)
+    if sys.stderr.isatty():
+        con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")  # else DuckDB measures none
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join()
 
 
 def files_of(pattern: str | Path) -> list[Path]:
