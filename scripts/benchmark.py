@@ -1,6 +1,5 @@
 """Measure what a training step, evaluation, the store and large catalogues cost, each beside the plain way."""
 import argparse
-import json
 import os
 import platform
 import tempfile
@@ -15,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from utils.analysis import benchmark
 from utils.common.console import number, run_main, script_parser
 from utils.common.devices import choose_device, seed_everything
-from utils.common.files import write_text_atomically
+from utils.common.files import write_json
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import Foundation, load_foundation
 from utils.prepare.demo import make_demo
@@ -117,7 +116,7 @@ def main() -> None:
     figures = measure(options, torch.device(choose_device(options.device)))
     print("\n".join(["| figure | value |", "|---|---|", *lines_of(figures)]))
     if options.json:
-        write_text_atomically(options.json, json.dumps(figures, indent=2) + "\n")
+        write_json(options.json, figures)
 
 
 if __name__ == "__main__":

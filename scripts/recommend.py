@@ -3,8 +3,8 @@ from utils.analysis.command_line import html_path, moved_models, parse_raw_ids, 
 from utils.analysis.page import Page
 from utils.analysis.recommendation import Recommender, as_json, as_text, known_user, new_user
 from utils.common.console import number, run_main
+from utils.common.files import write_json
 from utils.run.finished import open_finished
-from utils.run.reports import write_json
 
 
 def main() -> None:

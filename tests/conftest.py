@@ -19,7 +19,7 @@ import perpeft_lora_ia3
 from tests.zygote import shared_zygote, write_instead_of_drawing
 from utils.prepare.small_tokenizer import train_tokenizer
 from utils.run.options import parse_options
-from utils.training.trainer import Trainer, TrainerSettings
+from utils.training.trainer import Trainer
 
 torch.set_num_threads(1)
 # A shell starts background jobs with SIGINT ignored, and children inherit that; the tests that interrupt need the default.
@@ -183,7 +183,7 @@ def tiny_global_run(tiny_dataset, tiny_clip, tmp_path_factory):
 def make_trainer(model, fetch, lr=1e-2, wdecay=0.0, l2_emb=0.0):
     """A trainer alone on the CPU; `fetch(items)` returns the encoder's inputs."""
     source = SimpleNamespace(fetch=lambda items, device: fetch(items))
-    return Trainer(model, source, TrainerSettings(lr, wdecay, l2_emb), Accelerator(cpu=True), torch.device("cpu"))
+    return Trainer(model, source, Accelerator(cpu=True), lr=lr, wdecay=wdecay, l2_emb=l2_emb)
 
 
 def run_on_folder(module, folder, *arguments):

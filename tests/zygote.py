@@ -182,7 +182,7 @@ class Events:
         self.part(store.ImageTitleStore, "open", "store")
         for module, name in (
             (reports, "write_metrics"), (plots, "draw_curves"), (plots, "draw_groups"), (reports, "write_groups"),
-            (reports, "write_json"),
+            (run_module, "write_json"),
         ):  # fmt: skip
             self.part(module, name, name)
         self.call(store, "read_image", last_part)

@@ -37,7 +37,7 @@ from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items.foundation import load_foundation
 from utils.items.model_name import PairName
-from utils.training.adapters import save_adapter
+from utils.training.checkpoints import save_adapter
 
 TOWER = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 IMAGES = {"hidden_size": 32, "image_size": 32, "patch_size": 16, **TOWER}

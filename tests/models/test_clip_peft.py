@@ -15,8 +15,7 @@ from models.peft_configs import ia3_config, lora_config, peft_config
 from tests.conftest import draw_image, make_trainer
 from utils.common.errors import PerPEFTError
 from utils.items.store import read_image
-from utils.training.adapters import load_adapter, save_adapter
-from utils.training.checkpoints import load_weights, save_weights
+from utils.training.checkpoints import load_adapter, load_weights, save_adapter, save_weights
 from utils.training.sampling import Batch
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, CLIPModel
 from models import ClipPeftEncoder
 from models.peft_configs import PEFT_TYPES, UNSUITABLE, peft_config
 from tests.conftest import run_script, tiny_arguments, tiny_options
-from utils.training.adapters import load_adapter, save_adapter
+from utils.training.checkpoints import load_adapter, save_adapter
 
 # what the defaults do not fit, on layers 32 wide
 SMALL = {

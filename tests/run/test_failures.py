@@ -33,7 +33,7 @@ from utils.run import options as options_module
 from utils.run.options import build_parser, parse_options
 from utils.run.run import Run
 from utils.training import progress as progress_module
-from utils.training.adapters import save_adapter
+from utils.training.checkpoints import save_adapter
 from utils.training.evaluation import Ranks
 from utils.training.trainer import Trainer
 

@@ -15,10 +15,9 @@ from filelock import FileLock
 from tests.conftest import NUM_ITEMS, RUN, fresh_data, tiny_arguments
 from tests.run.test_pipeline import without_seconds
 from tests.zygote import ROOT
-from utils.common.devices import seed_everything
+from utils.common.devices import choose_device, seed_everything
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
-from utils.run.distributed import choose_launched_device
 from utils.training.sampling import Sampler
 
 NO_DROPOUT = {"dropout_rate": 0, "batch_size": 7, "save_every": 4}  # an odd batch: the shards differ in size
@@ -74,7 +73,7 @@ def test_device_that_several_processes_cannot_have_is_refused(monkeypatch, devic
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     with pytest.raises(PerPEFTError, match=message):
-        choose_launched_device(device)
+        choose_device(device)
 
 
 # ---------------------------------------------------------------- runs

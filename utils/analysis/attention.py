@@ -19,7 +19,7 @@ from utils.items.foundation import load_foundation
 from utils.run.build import EncoderKind, clip_folder, encoder_and_source, foundation_name, image_use
 from utils.run.reports import read_groups
 from utils.run.settings import has_groups
-from utils.training.adapters import load_adapter
+from utils.training.checkpoints import load_adapter
 
 
 def moved(share: np.ndarray, before: np.ndarray) -> float:

@@ -26,7 +26,7 @@ from utils.items.source import ItemSource
 from utils.training.evaluation import Evaluator, rank_targets
 from utils.training.grouping import kmeans_groups
 from utils.training.sampling import Sampler, group_items
-from utils.training.trainer import Trainer, TrainerSettings
+from utils.training.trainer import Trainer
 
 MILLISECONDS = 1e3
 SECONDS = 8  # after which a comparison ends, if it has 2 rounds
@@ -142,7 +142,7 @@ def step_costs(
     model.clone_groups(num_groups)
     model.train()
     accelerator = Accelerator(cpu=device.type == "cpu")
-    trainer = Trainer(model, source, TrainerSettings(1e-4, 1e-4, 1e-6), accelerator, device)
+    trainer = Trainer(model, source, accelerator, lr=1e-4, wdecay=1e-4, l2_emb=1e-6)
     sampler = stage_sampler(dataset, num_groups, batch_size, model.sasrec.maxlen)
     batch = sampler.batch(1, 0)
     inputs = source.fetch(batch.items[1:], device)

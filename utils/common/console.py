@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from utils.common.errors import PerPEFTError
+from utils.common.errors import PerPEFTError, is_out_of_memory
 
 # How long another rank keeps its error to itself: rank 0 meets most errors too and reports them, and the launcher then ends all.
 ERROR_GRACE_SECONDS = 60
@@ -77,8 +77,6 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
         return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"
     if isinstance(error, PerPEFTError):
         return 2, f"error: {error}"
-    from utils.common.devices import is_out_of_memory  # only here: scripts that prepare data need no torch
-
     if is_out_of_memory(error):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return 1, (

@@ -1,18 +1,29 @@
 """Devices: which one to use, how arrays reach it, its arithmetic, and the seed of its random numbers."""
+import os
+
 import numpy as np
 import torch
 
+from utils.common.console import launched_ranks
 from utils.common.errors import PerPEFTError
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}  # what autocast computes in
 
 
 def choose_device(name: str | None) -> str:
-    """The device by that name, or the best there is.
+    """The device by that name, or the best there is; of several launched ranks, each takes the GPU of its own number.
 
     Raises:
-        PerPEFTError: this machine has none of that name.
+        PerPEFTError: this machine has none of that name, or fewer GPUs than ranks.
     """
+    several = launched_ranks() > 1
+    if several and name not in (None, "cpu", "cuda", "cuda:0"):
+        raise PerPEFTError(f"--device {name}: with several processes each takes a GPU of its own; leave --device out or use cpu")
+    if several and name != "cpu" and torch.cuda.is_available():
+        ranks_here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if ranks_here > gpus:
+            raise PerPEFTError(f"{ranks_here} processes were started on {gpus} GPUs; start as many, or add --device cpu")
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if name is None:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -48,12 +59,6 @@ def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the memory of the machine or of its device is full; every allocator words it differently."""
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:

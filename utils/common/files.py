@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, also after a crash."""
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -59,6 +60,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 def write_text_atomically(path: str | Path, text: str) -> None:
     """`write_atomically` for a text."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: dict[str, Any]) -> None:
+    """`write_text_atomically` for readable JSON."""
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def save_tensors(value: Any, path: str | Path) -> None:

@@ -13,7 +13,7 @@ from models.item_encoder import MODALITIES
 from models.towers import Traits, hidden_states, tower, tower_name
 from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError
-from utils.common.files import save_tensors, write_atomically, write_text_atomically
+from utils.common.files import save_tensors, write_atomically, write_json
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
 from utils.data.problems import Problems
@@ -112,7 +112,7 @@ def save_hidden_states(
     try:
         modality = "text" if image_states.shape[2] == 0 else "image" if text_states.shape[2] == 0 else "both"
         note = {"clip_model": str(model), "clip_files": model_hash(model), "modality": modality}
-        write_text_atomically(path.with_suffix(".json"), json.dumps(note) + "\n")
+        write_json(path.with_suffix(".json"), note)
         write_atomically(path, lambda temporary: save_tensors((image_states, text_states, list(raw_ids)), temporary))
     except OSError as error:
         raise PerPEFTError(f"the hidden states {path} cannot be written ({error}); make room or choose another folder") from error

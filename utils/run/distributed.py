@@ -1,36 +1,10 @@
 """Several ranks through Hugging Face accelerate: the Accelerator of a run, and a stop signal that all ranks obey together."""
-import os
 import signal
 from datetime import timedelta
 from types import TracebackType
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-from utils.common.console import launched_ranks
-from utils.common.devices import choose_device
-from utils.common.errors import PerPEFTError
-
-
-def choose_launched_device(name: str | None) -> str:
-    """The device by that name; of several launched ranks, each takes the GPU of its own number.
-
-    Raises:
-        PerPEFTError: there is no such device, or there are fewer GPUs than ranks.
-    """
-    if launched_ranks() == 1:
-        return choose_device(name)
-    if name not in (None, "cpu", "cuda", "cuda:0"):
-        raise PerPEFTError(f"--device {name}: with several processes each takes a GPU of its own; leave --device out or use cpu")
-    if choose_device(name) == "cpu":
-        return "cpu"
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if ranks_here > torch.cuda.device_count():
-        raise PerPEFTError(
-            f"{ranks_here} processes were started on {torch.cuda.device_count()} GPUs; start as many, or add --device cpu"
-        )
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def make_accelerator(device: str, scaled: bool = False, log_with: str | None = None, folder: str | None = None) -> Accelerator:

@@ -8,7 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from utils.common.errors import PerPEFTError
-from utils.common.files import remove_leftovers
+from utils.common.files import remove_leftovers, write_json
 from utils.run import reports
 from utils.run.settings import FINGERPRINTS, read_settings
 
@@ -93,7 +93,7 @@ class RunFolder:
             return
         self.clear()  # without a saved state there is nothing to lose, and the rest of a half-cleared run must not be used
         self._resume.mkdir()
-        reports.write_json(self._config, settings)
+        write_json(self._config, settings)
 
     def clear(self) -> None:
         """Remove the files of a run, and nothing else that is there.

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from utils.common.devices import choose_precision
+from utils.common.devices import choose_device, choose_precision
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset, require_dataset
 from utils.prepare.demo import make_demo
 from utils.run.build import build_model, image_use, needs_contents
-from utils.run.distributed import choose_launched_device, make_accelerator
+from utils.run.distributed import make_accelerator
 from utils.run.folder import RunFolder
 from utils.run.options import parse_options
 from utils.run.run import Run
@@ -57,7 +57,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     writes = not options.inference_only
     restart = options.restart and writes
     saved = None if restart else folder.saved_settings()
-    options.device = choose_launched_device(options.device)
+    options.device = choose_device(options.device)
     # A run continues in the precision that it started with.
     options.precision = choose_precision(options.precision or (saved or {}).get("precision"), options.device)
     accelerator = make_accelerator(options.device, options.precision == "fp16", options.log_with, str(folder.path))
@@ -89,9 +89,9 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
         try:
             yield run
         except BaseException:
-            if run.saved:
+            if run.checkpoint and run.checkpoint.saved:
                 again = "the same command" + (" without --restart" if options.restart else "")
-                print(f"{folder.path} is saved up to {run.saved}; {again} continues from there", file=sys.stderr)
+                print(f"{folder.path} is saved up to {run.checkpoint.saved}; {again} continues from there", file=sys.stderr)
             for tracker in accelerator.trackers:
                 tracker.finish()
             raise

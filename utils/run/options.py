@@ -9,7 +9,6 @@ from models.pair import TEXT_POOLINGS
 from models.peft_configs import ORIGIN, peft_config
 from utils.common.console import SHARED_OPTIONS, HelpFormatter, number
 from utils.common.devices import PRECISIONS
-from utils.data.dataset import is_dataset_name
 from utils.items.foundation import DEFAULT_CLIP
 from utils.run.hyperparameters import FALLBACK, demo_hyperparameters, read_hyperparameters
 from utils.run.tracking import TRACKERS
@@ -213,8 +212,6 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     options.log_with = None if options.log_with == "none" else options.log_with
     if options.hidden_units % options.num_heads:
         parser.error(f"--num_heads {options.num_heads} must divide --hidden_units {options.hidden_units}")
-    if not is_dataset_name(options.dataset):
-        parser.error(f"--dataset {options.dataset}: expected a name, not a path; pass its folder as --train_dir")
     is_demo = options.dataset == "demo"
     options.C = options.C or (4 if is_demo else 8)
     resolve_model(parser, options)

@@ -1,7 +1,6 @@
 """The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, curves, the closing table."""
 import csv
 import io
-import json
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -95,11 +94,6 @@ def versions() -> dict[str, str]:
     """Versions of what the figures may depend on."""
     libraries = ("torch", "transformers", "peft", "numpy", "scikit-learn")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in libraries}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write readable JSON, whole or not at all."""
-    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def results_table(summary: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 from models import PerPEFT
 from utils.common.devices import seed_everything
 from utils.common.errors import PerPEFTError
+from utils.common.files import write_json
 from utils.data.dataset import Dataset, read_true_groups
 from utils.data.histories import leave_last_out
 from utils.items.source import ItemSource
@@ -23,11 +24,12 @@ from utils.run.folder import RunFolder
 from utils.run.settings import has_groups
 from utils.run.tracking import EpochLog
 from utils.training import checkpoints
+from utils.training.checkpoints import Checkpoint
 from utils.training.evaluation import Evaluator, Ranks, last_states
 from utils.training.grouping import kmeans_groups, random_groups
 from utils.training.progress import Progress, best_row, steps_between_reads
 from utils.training.sampling import Sampler, group_items
-from utils.training.trainer import Trainer, TrainerSettings
+from utils.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Run:
         self.split = leave_last_out(dataset.histories)
         self.evaluator = Evaluator(self.split, source, self.device, accelerator)
         self.groups = np.zeros(dataset.num_users, dtype=np.int64)  # before stage 2, everyone is in group 0
-        self.saved: str | None = None  # how far the state on disk has come
+        self.checkpoint: Checkpoint | None = None  # of the stage that is trained
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._grouping_seconds = 0.0
         self.epoch_log: EpochLog | None = None  # of rank 0
@@ -135,7 +137,7 @@ class Run:
         if self.accelerator.is_main_process:
             self._write_metrics()  # a run that was killed between its last state and its last report continues here
             summary = self._summary()
-            reports.write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / "summary.json", summary)
             RunFolder(self.folder).remove_state()
             reports.print_results(summary, self.folder)
         self.accelerator.wait_for_everyone()
@@ -153,14 +155,13 @@ class Run:
             seed=(options.trial, stage.number),
             mixed=options.negatives == "mixed" and stage.name == "personalized",
         )
-        settings = TrainerSettings(options.lr, options.wdecay, options.l2_emb)
-        trainer = Trainer(self.model, self.source, settings, self.accelerator, self.device)
+        rates = {"lr": options.lr, "wdecay": options.wdecay, "l2_emb": options.l2_emb}
+        trainer = Trainer(self.model, self.source, self.accelerator, **rates)
         progress = Progress(stage.name, stage.epochs, sampler.num_batches, self.device, self.accelerator)
-        checkpoint = checkpoints.Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
+        self.checkpoint = checkpoint = Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
         checkpoint.restore(trainer, progress)
         self._rows[stage.name] = progress.rows
         for epoch in progress.remaining():
-            self.saved = checkpoint.saved
             self.model.train()
             with StopSignal(self.accelerator, steps_between_reads(self.device)) as stop:
                 for step, batch, loss in trainer.steps(sampler, epoch, progress.step):
@@ -168,7 +169,6 @@ class Run:
                     stopping = stop.requested(step)
                     if stopping or step % options.save_every == 0 or step == sampler.num_batches:
                         checkpoint.save(trainer, progress)
-                        self.saved = checkpoint.saved
                     if stopping:
                         stop.stop()
             ranks = self.evaluate()

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from utils.common.errors import PerPEFTError
-from utils.common.files import write_text_atomically
+from utils.common.files import write_json
 
 TRACKERS = ("tensorboard", "wandb")  # the names of their packages too
 
@@ -53,10 +53,7 @@ class EpochLog:
         options = {"name": folder.name, "dir": str(folder), "id": self._note["id"], "resume": "allow"}
         project = "perpeft" if name == "wandb" else name  # TensorBoard's folder is called so
         accelerator.init_trackers(project, config, {"wandb": options})
-        self._save_note()
-
-    def _save_note(self) -> None:
-        write_text_atomically(self._note_path, json.dumps(self._note) + "\n")
+        write_json(self._note_path, self._note)
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Log the rows that are new.
@@ -68,7 +65,7 @@ class EpochLog:
             return
         first = self._note["rows"]
         self._note["rows"] = len(rows)
-        self._save_note()
+        write_json(self._note_path, self._note)
         for step, row in enumerate(rows[first:], first + 1):
             values = {f"{row['stage']}/{name}": value for name, value in row.items() if name not in ("stage", "epoch")}
             self._accelerator.log(values, step=step)

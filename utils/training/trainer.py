@@ -1,6 +1,5 @@
 """One training step, the same for global and personalized PEFT: loss, backward pass, one AdamW."""
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,15 +11,6 @@ from models import PerPEFT
 from utils.common.versions import has_fused_adamw
 from utils.items.source import ItemSource
 from utils.training.sampling import Batch, Sampler
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """What the optimizer and the loss take: learning rate, weight decay, weight of the L2 norm of the item embeddings."""
-
-    lr: float
-    wdecay: float
-    l2_emb: float
 
 
 def transition_loss(
@@ -47,21 +37,21 @@ class Trainer:
     Args:
         model: on its device; with as many groups as will be trained.
         source: where the items' inputs come from.
-        settings: of optimizer and loss.
         accelerator: ranks and gradient scaling.
-        device: of the model.
+        lr, wdecay: learning rate and weight decay.
+        l2_emb: weight of the L2 norm of the item embeddings.
     """
 
     def __init__(
-        self, model: PerPEFT, source: ItemSource, settings: TrainerSettings, accelerator: Accelerator, device: torch.device
+        self, model: PerPEFT, source: ItemSource, accelerator: Accelerator, *, lr: float, wdecay: float, l2_emb: float
     ):
-        self.model, self.source, self.device = model, source, device
-        self.accelerator = accelerator
-        self._l2_emb = settings.l2_emb
+        self.model, self.source, self.accelerator = model, source, accelerator
+        self._l2_emb = l2_emb
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._fused = has_fused_adamw(device.type)
+        self.device = self._parameters[0].device
+        self._fused = has_fused_adamw(self.device.type)
         # One optimizer, so that an fp16 overflow skips the whole step and not the part that the adapters or SASRec take in it.
-        adamw = torch.optim.AdamW(self._parameters, lr=settings.lr, weight_decay=settings.wdecay, fused=self._fused)
+        adamw = torch.optim.AdamW(self._parameters, lr=lr, weight_decay=wdecay, fused=self._fused)
         self.optimizer = accelerator.prepare_optimizer(adamw)
         self._forward = model
         if accelerator.num_processes > 1:
