@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from models.item_encoder import MODALITIES, ItemEncoder
 from models.pair import EncoderPair
-from models.towers import CLIP_TRAITS, Traits, count_parameters, dual_features, tower, tower_name
+from models.towers import CLIP_TRAITS, Traits, count_parameters, dual_features, given, tower, tower_name
 
 
 def channel_statistics(processor: BaseImageProcessor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,8 +168,7 @@ class ClipPeftEncoder(ItemEncoder):
                 seen = tower(self._clip, "image")(pixel_values=self._normalised(pixels), output_attentions=True)
                 of_images = _last_layer(seen.attentions)[:, 0]  # [items, 1 + patches]
             if "text" in used:
-                masked = {} if mask is None else {"attention_mask": mask}
-                read = tower(self._clip, "text")(input_ids=tokens, output_attentions=True, **masked)
+                read = tower(self._clip, "text")(output_attentions=True, **given(input_ids=tokens, attention_mask=mask))
                 of_titles = self._traits.pool(_last_layer(read.attentions), tokens, mask)  # [items, length]
         return of_images, of_titles
 

@@ -40,6 +40,7 @@ class Traits:
         masks_titles: whether padding changes a title's features unless the text tower gets a mask.
         pads_titles: whether it changes them nevertheless, so that every title is padded to the longest input.
         widths: of an image's and a title's features; empty for the width that the model's configuration names.
+        longest_title: the text tower's longest input, in tokens.
     """
 
     title_token: str = "end"
@@ -48,6 +49,7 @@ class Traits:
     masks_titles: bool = False
     pads_titles: bool = False
     widths: tuple[tuple[str, int], ...] = ()
+    longest_title: int = 77
 
     def pooling(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The share of each token in what the text tower pools, [items, length]; rows sum to 1.
@@ -95,6 +97,11 @@ def tower(model: nn.Module, part: str) -> nn.Module:
     return getattr(model, tower_name(model, part))
 
 
+def given(**inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Keyword arguments without those that are None."""
+    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+
 def layers_of(model: nn.Module) -> Layers:
     """Which of the known names of layers a model has."""
     linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -110,8 +117,7 @@ def part_features(model: nn.Module, part: str, **inputs: torch.Tensor | None) ->
         part: "image" or "text".
         inputs: `pixel_values`, or `input_ids` and `attention_mask`; those that are None are left out.
     """
-    method = getattr(model, f"get_{part}_features")
-    found = method(**{name: tensor for name, tensor in inputs.items() if tensor is not None})
+    found = getattr(model, f"get_{part}_features")(**given(**inputs))
     found = found if isinstance(found, torch.Tensor) else found.pooler_output  # the latter in transformers 5
     return found[:, 0] if found.dim() == 3 else found  # FLAVA projects every token, and compares the first
 
@@ -150,8 +156,7 @@ def evenly_spaced(depths: list[int]) -> list[list[int]]:
 
 def _tower_states(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> list[torch.Tensor]:
     """All hidden states of a tower, [items, tokens, width] each; a map [items, width, height, width] counts as its places."""
-    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-    found = tower(model, part)(**given, output_hidden_states=True).hidden_states
+    found = tower(model, part)(**given(**inputs), output_hidden_states=True).hidden_states
     states = [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in found]
     widths = sorted({state.shape[2] for state in states})
     if len(widths) > 1:

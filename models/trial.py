@@ -99,7 +99,7 @@ def find_traits(
         class_token = pooled.shape[1] > 1 and bool(pooled[0, 0]) and not pooled[0, 1:].any()
         widths = [("image", width), *widths]
     for kind in ("first", "last", "end", "highest", "final", "mean"):
-        traits = Traits(kind, end, class_token, masks, pads, tuple(widths))
+        traits = Traits(kind, end, class_token, masks, pads, tuple(widths), longest)
         if torch.equal(traits.pooling(tokens, mask) > 0, last):
             if pads and kind != "last":
                 raise ValueError("its features of a title change with padding, whether masked or not")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from models import IISAN, IISANEncoder
+from models.towers import Traits
 from scripts import check_data, extract_hidden_states
 from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_options, tiny_titles, write_dataset
 from utils.common.errors import PerPEFTError
@@ -30,7 +31,7 @@ from utils.data.dataset import read_dataset
 from utils.data.image_names import image_file_name
 from utils.items.foundation import ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, states_path
-from utils.items.store import ImageTitleStore, TitleForm, read_image
+from utils.items.store import ImageTitleStore, read_image
 from utils.run.build import build_model
 from utils.run.hyperparameters import read_hyperparameters
 from utils.run.opening import open_run
@@ -309,7 +310,7 @@ def test_store_with_pickled_arrays_is_refused(folder, tmp_path, tiny_clip):
     dataset = read_dataset(folder, "shop")
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
-    ImageTitleStore.open(dataset, processor, tokenizer, TitleForm(16))
+    ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16))
     titles, pixels = next((folder / "shop_store").rglob("titles.npz")), next((folder / "shop_store").rglob("images.npy"))
     evil = np.array([Reduced()], dtype=object)
     as_npz, as_npy = io.BytesIO(), io.BytesIO()
@@ -317,11 +318,11 @@ def test_store_with_pickled_arrays_is_refused(folder, tmp_path, tiny_clip):
     np.save(as_npy, evil)
     for path, content in ((titles, as_npz), (pixels, as_npy), (titles, as_npy)):
         with replaced(path, content.getvalue()), pytest.raises(PerPEFTError, match="store.*damaged"):
-            ImageTitleStore.open(dataset, processor, tokenizer, TitleForm(16))
+            ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16))
     for path in (titles, pixels):
         with replaced(path, path.read_bytes()[:-100]), pytest.raises(PerPEFTError, match="store.*damaged"):
-            ImageTitleStore.open(dataset, processor, tokenizer, TitleForm(16))
-    assert ImageTitleStore.open(dataset, processor, tokenizer, TitleForm(16)).num_items == 5
+            ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16))
+    assert ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16)).num_items == 5
     np.load(io.BytesIO(as_npy.getvalue()), allow_pickle=True)
     assert RAN  # the payload is live
     RAN.clear()
@@ -371,7 +372,7 @@ def test_raw_ids_stay_inside_their_folder(folder, raw_id, tiny_clip):
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
     with watching() as opened:
         dataset = read_dataset(folder, "shop")
-        ImageTitleStore.open(dataset, processor, tokenizer, TitleForm(16))
+        ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16))
     assert dataset.image_paths[4].parent == images
     assert sorted(path for path in opened if path.endswith(".jpg")) == sorted(str(path.resolve()) for path in dataset.image_paths)
     assert str((folder / "secret.jpg").resolve()) not in opened

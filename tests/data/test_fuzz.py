@@ -235,13 +235,15 @@ class Reader:
         assert pixels.shape == (3, 32, 32) and pixels.dtype == np.uint8
 
     def make_store(self):
-        from utils.items.store import ImageTitleStore, TitleForm
+        from models.towers import Traits
+        from utils.items.store import ImageTitleStore
 
         shutil.rmtree(self.folder / "shop_store", ignore_errors=True)
-        store = ImageTitleStore.open(self.dataset, self.processor, self.tokenizer, TitleForm(16), missing_images="blank")
+        traits = Traits(longest_title=16)
+        store = ImageTitleStore.open(self.dataset, self.processor, self.tokenizer, traits, missing_images="blank")
         assert store.pixels.shape == (ITEMS, 3, 32, 32)
         try:
-            ImageTitleStore.open(self.dataset, self.processor, self.tokenizer, TitleForm(16))
+            ImageTitleStore.open(self.dataset, self.processor, self.tokenizer, traits)
         except self.refusal as error:
             assert ".jpg (item" in str(error)
 

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from models import ClipPeftEncoder
 from models.peft_configs import lora_config
+from models.towers import Traits
 from tests.conftest import write_dataset
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items import store as items_module
-from utils.items.store import ImageTitleStore, TitleForm, read_image
+from utils.items.store import ImageTitleStore, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 CPU = torch.device("cpu")
@@ -153,7 +154,7 @@ def shop(tmp_path):
 
 def open_store(folder, tokenizer, processor=PROCESSORS["32"], missing_images="error", max_tokens=MAX_TOKENS):
     dataset = read_dataset(folder, "shop", missing_images=missing_images)
-    return ImageTitleStore.open(dataset, processor, tokenizer, TitleForm(max_tokens), missing_images)
+    return ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=max_tokens), missing_images)
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ def test_store_is_rebuilt_when_a_title_changes(shop, tokenizer):
     before = open_store(shop, tokenizer)
     dataset = read_dataset(shop, "shop")
     changed = dataclasses.replace(dataset, titles=["another title", *dataset.titles[1:]])
-    after = ImageTitleStore.open(changed, PROCESSORS["32"], tokenizer, TitleForm(MAX_TOKENS))
+    after = ImageTitleStore.open(changed, PROCESSORS["32"], tokenizer, Traits(longest_title=MAX_TOKENS))
     expected = tokenizer("another title")["input_ids"]
     assert after.fetch(np.array([1]), CPU)[1][0].tolist() == expected
     assert before.fetch(np.array([1]), CPU)[1][0].tolist() != expected

@@ -36,7 +36,7 @@ from tests.conftest import iisan_arguments, run_on_folder, run_script, tiny_argu
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items.foundation import load_foundation
-from utils.items.model_name import PairName
+from utils.items.model_files import PairName
 from utils.training.checkpoints import save_adapter
 
 TOWER = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

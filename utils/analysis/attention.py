@@ -186,7 +186,7 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
     words, places = [], []
     for item in items:
         title = dataset.titles[item - 1]
-        encoded = tokenizer(title, truncation=True, max_length=foundation.title_form.max_length, return_offsets_mapping=True)
+        encoded = tokenizer(title, truncation=True, max_length=traits.longest_title, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
         if traits.title_token in ("end", "highest"):  # what follows it is never read
             pooled = int(traits.pooling(torch.tensor([encoded["input_ids"]]), None).argmax())

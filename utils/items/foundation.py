@@ -1,5 +1,6 @@
-"""Loading foundation models and what prepares their inputs."""
+"""Foundation models with what prepares their inputs: loaded, tried, and run once over all items."""
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,23 +8,35 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoConfig, CLIPConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
+from models.item_encoder import MODALITIES
 from models.pair import EncoderPair
-from models.towers import TOWER_NAMES, Traits, skeleton, tower, tower_name
+from models.towers import TOWER_NAMES, Traits, dual_features, hidden_states, skeleton, tower, tower_name
 from models.trial import TokenizerMismatch, find_traits
 from utils.common.errors import PerPEFTError
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
-from utils.items.hidden_states import compute_hidden_states, has_states, save_hidden_states, states_path
-from utils.items.model_files import first_line, load_image_processor, load_model, load_tokenizer, quiet_transformers
-from utils.items.model_name import DEFAULT_CLIP, FoundationName, PairName, model_folders
-from utils.items.store import ImageTitleStore, TitleForm, bare_image, output_size, padding_token
+from utils.items.hidden_states import has_states, save_hidden_states, states_path
+from utils.items.model_files import (
+    DEFAULT_CLIP,
+    FoundationName,
+    PairName,
+    first_line,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    model_folders,
+    quiet_transformers,
+)
+from utils.items.store import ImageTitleStore, bare_image, output_size, padding_token
 
 LONGEST_TITLE = 512  # of models and tokenizers that name no longest input
+ITEMS_AT_ONCE = 64  # in a pass over all items
 
 
 @dataclass
@@ -65,9 +78,10 @@ class Foundation:
             raise ValueError(f"its parts do not fit together: {sizes}")
         image = None if self.image_processor is None else self._tried_image()
         specials = " ".join(self.tokenizer.all_special_tokens)
-        titles = ["red lamp of wood and steel", "", "lamp", f"red {specials} lamp", "very long title " * self.longest_title]
-        tokens = self.tokenizer(titles, truncation=True, max_length=self.longest_title)["input_ids"]
-        return find_traits(self.clip, image, tokens, padding_token(self.tokenizer), self.longest_title)
+        longest = self._longest_title()
+        titles = ["red lamp of wood and steel", "", "lamp", f"red {specials} lamp", "very long title " * longest]
+        tokens = self.tokenizer(titles, truncation=True, max_length=longest)["input_ids"]
+        return find_traits(self.clip, image, tokens, padding_token(self.tokenizer), longest)
 
     def _tried_image(self) -> torch.Tensor:
         """An image as the processor makes it, which the image tower has taken, [1, 3, height, width]."""
@@ -93,8 +107,7 @@ class Foundation:
     def _unfit(self, reason: str) -> PerPEFTError:
         return PerPEFTError(f"'{self.name}' cannot be used: {reason}")
 
-    @property
-    def longest_title(self) -> int:
+    def _longest_title(self) -> int:
         """The text tower's longest input, in tokens."""
         text = tower(self.clip, "text")
         longest = getattr(text.config, "max_position_embeddings", None)
@@ -104,28 +117,63 @@ class Foundation:
         reserved = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
         return longest - max(reserved, default=0)  # RoBERTa's family counts positions from its padding token's number on
 
-    @property
-    def title_form(self) -> TitleForm:
-        """How the text tower reads titles."""
-        return TitleForm(self.longest_title, self.traits.pads_titles, self.traits.masks_titles)
-
     def store(self, dataset: Dataset, missing_images: str = "error") -> ImageTitleStore:
         """A data set's images and titles as this model reads them; images are left out if `missing_images` is "unused"."""
         processor = None if missing_images == "unused" else self.image_processor
-        return ImageTitleStore.open(dataset, processor, self.tokenizer, self.title_form, missing_images)
+        return ImageTitleStore.open(dataset, processor, self.tokenizer, self.traits, missing_images)
+
+    def features(self, store: ImageTitleStore, device: torch.device, modality: str = "both") -> torch.Tensor:
+        """The frozen model's own features of all items, row i of item i + 1, on the CPU, [items, feature width]."""
+        passes = self._all_items(store, device, modality, "frozen features")
+        return _in_rows(store.num_items, ((rows, [dual_features(self.clip, *inputs)]) for rows, inputs in passes))[0]
 
     def hidden_states(
         self, store: ImageTitleStore, device: torch.device, modality: str = "both"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All items' states for IISAN, as in `compute_hidden_states`.
+        """The frozen model's states of all items for IISAN, row i of item i + 1, on the CPU.
 
+        Args:
+            store: the items' images and titles.
+            device: where to compute.
+            modality: "both", "image" or "text"; what is not used gets a width of 0.
+        Returns:
+            image states [items, S, image width], title states [items, S, text width]
         Raises:
             PerPEFTError: the model has none that IISAN can use.
         """
         try:
-            return compute_hidden_states(self.clip, self.traits, self.image_processor, store, device, modality)
+            passes = self._all_items(store, device, modality, "hidden states")
+            found = ((rows, hidden_states(self.clip, self.traits, *inputs)) for rows, inputs in passes)
+            return tuple(_in_rows(store.num_items, found))
         except ValueError as error:
             raise self._unfit(first_line(error)) from error
+
+    def _all_items(
+        self, store: ImageTitleStore, device: torch.device, modality: str, description: str
+    ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor | None]]]:
+        """Yield all items in batches of similar title length: rows (item - 1) [items], and what the model reads of them:
+        normalised images [items, 3, height, width], tokens and, where it takes one, a mask [items, length]; None for what the
+        modality leaves out. The bar is called `description`.
+        """
+        self.clip.eval().to(device)
+        scale, shift = (statistic.to(device) for statistic in channel_statistics(self.image_processor))
+        order, used = store.reading_order(), MODALITIES[modality]
+        for start in tqdm(range(0, len(order), ITEMS_AT_ONCE), description, unit="batch", disable=None):
+            items = order[start : start + ITEMS_AT_ONCE]
+            pixels, *titles = store.fetch(items, device)
+            images = torch.addcmul(shift, pixels.float(), scale) if "image" in used else None
+            yield torch.from_numpy(items - 1), [images, *(titles if "text" in used else [None])]
+
+
+@torch.no_grad()
+def _in_rows(num_items: int, passes: Iterable[tuple[torch.Tensor, Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
+    """Tables of all items, on the CPU, from the rows of each pass and what was computed of them."""
+    found: list[torch.Tensor] = []
+    for rows, tables in passes:
+        found = found or [torch.empty(num_items, *table.shape[1:]) for table in tables]
+        for kept, table in zip(found, tables):
+            kept[rows] = table.cpu()
+    return found
 
 
 def load_foundation(name: FoundationName, attention: str | None = None) -> Foundation:

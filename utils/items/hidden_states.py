@@ -1,5 +1,4 @@
 """CLIP's cached hidden states for IISAN: computed once, kept in `{name}_preX.pt`, read by item number."""
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,19 +6,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.image_processing_utils import BaseImageProcessor
 
 from models.item_encoder import MODALITIES
-from models.towers import Traits, hidden_states, tower, tower_name
+from models.towers import evenly_spaced, tower, tower_name
 from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError
 from utils.common.files import save_tensors, write_atomically, write_json
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
 from utils.data.problems import Problems
-from utils.items.model_name import FoundationName, model_hash
-from utils.items.passes import model_inputs
-from utils.items.store import DEVICE_SHARE, ImageTitleStore
+from utils.items.model_files import FoundationName, model_hash
+from utils.items.store import DEVICE_SHARE
 
 PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
 ROWS_AT_ONCE = 4096
@@ -42,59 +39,21 @@ def has_states(train_dir: str | Path, name: str, modality: str = "both") -> bool
     return held in ("both", modality)
 
 
-@torch.no_grad()
-def compute_hidden_states(
-    model: nn.Module,
-    traits: Traits,
-    processor: BaseImageProcessor | None,
-    store: ImageTitleStore,
-    device: torch.device,
-    modality: str = "both",
-    items_at_once: int = 64,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All items' states, row i of item i + 1.
-
-    Args:
-        model, traits, processor: the foundation model, how it reads items, and its image processor.
-        store: the items' images and titles.
-        device: where to compute.
-        modality: "both", "image" or "text"; what is not used gets a width of 0.
-        items_at_once: items a forward pass.
-    Returns:
-        image states [items, S, image width], title states [items, S, text width], on the CPU
-    Raises:
-        ValueError: the model has no states that IISAN can use.
-    """
-    model = model.eval().to(device)
-    found: tuple[torch.Tensor, ...] = ()
-    for rows, images, titles in model_inputs(store, processor, device, "hidden states", items_at_once, modality):
-        states = hidden_states(model, traits, images, *titles)
-        found = found or tuple(torch.empty(store.num_items, *part.shape[1:]) for part in states)
-        for kept, part in zip(found, states):
-            kept[rows] = part.cpu()
-    return found
-
-
 def state_shapes(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
-    """[S, width] that a model's "image" and "text" states can have, computed alone or together, by passes without weights.
+    """[S, width] that a model's "image" and "text" states can have, computed alone or together, by its configuration.
 
     Args:
-        model: from `utils.items.foundation.known_model`, on the meta device; empty where it does not run there.
+        model: with or without weights.
+    Returns:
+        by part; empty where the configuration of a tower names no depth or no width
     """
-    shapes: dict[str, set[tuple[int, int]]] = {}
-    tokens, images = torch.zeros(1, 4, dtype=torch.long, device="meta"), None
-    if tower_name(model, "image"):
-        side = getattr(tower(model, "image").config, "image_size", 0)
-        images = torch.zeros(1, 3, *([side, side] if isinstance(side, int) else side), device="meta")
-    for used in [(images, tokens), (images, None), (None, tokens)] if images is not None else [(None, tokens)]:
-        for mask in (torch.ones_like(tokens), None):  # with one, or without one, some versions ask for values of masks
-            with contextlib.suppress(Exception), torch.no_grad(), torch.device("meta"):
-                states = hidden_states(model.eval(), Traits("first"), *used, mask)
-                for part, found in zip(("image", "text"), states):
-                    if found.shape[2]:
-                        shapes.setdefault(part, set()).add(tuple(found.shape[1:]))
-                break
-    return shapes
+    configs = {part: tower(model, part).config for part in MODALITIES["both"] if tower_name(model, part)}
+    depths = {part: getattr(config, "num_hidden_layers", None) for part, config in configs.items()}
+    widths = {part: getattr(config, "hidden_size", None) for part, config in configs.items()}
+    if not all(isinstance(size, int) for size in (*depths.values(), *widths.values())):
+        return {}
+    possible = {part: ([depth], list(depths.values())) for part, depth in depths.items()}  # alone, or with the other
+    return {part: {(len(evenly_spaced(used)[0]), widths[part]) for used in ways} for part, ways in possible.items()}
 
 
 def save_hidden_states(

@@ -1,9 +1,11 @@
-"""Opening the files of a foundation model, from a folder or the model hub: weights, tokenizer, image processor."""
+"""The files of a foundation model, in a folder or on the model hub: their names and hash; weights, tokenizer, image processor."""
 import contextlib
+import hashlib
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import (
@@ -21,7 +23,55 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from utils.common.errors import PerPEFTError
-from utils.items.model_name import DEFAULT_CLIP
+
+DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+
+
+@dataclass(frozen=True)
+class PairName:
+    """Names of two single encoders in place of a dual encoder's, each a folder or a name on the hub.
+
+    Attributes:
+        image_model: None for titles alone.
+        text_model: a text encoder.
+        text_pooling: "cls" or "mean".
+    """
+
+    image_model: str | None
+    text_model: str
+    text_pooling: str = "mean"
+
+    def __str__(self) -> str:
+        return " + ".join([*([self.image_model] if self.image_model else []), f"{self.text_model} ({self.text_pooling})"])
+
+
+FoundationName = str | PairName
+
+
+def model_folders(name: FoundationName) -> list[str]:
+    """The folders or hub names that a foundation model's files lie in."""
+    return [name] if isinstance(name, str) else [part for part in (name.image_model, name.text_model) if part]
+
+
+def add_model_files(digest: "hashlib._Hash", name: FoundationName) -> None:
+    """Add settings and weights in a model's folders to a hash; what lies on the hub adds nothing."""
+    for folder in map(Path, model_folders(name)):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix in (".json", ".txt", ".safetensors", ".bin"):
+                with path.open("rb") as file:
+                    for block in iter(lambda: file.read(2**20), b""):
+                        digest.update(block)
+
+
+def model_hash(name: FoundationName) -> str | None:
+    """What a model is recognised by wherever its folders lie; None for names on the hub."""
+    if not all(Path(folder).is_dir() for folder in model_folders(name)):
+        return None
+    digest = hashlib.sha256()
+    add_model_files(digest, name)
+    if isinstance(name, PairName):
+        digest.update(name.text_pooling.encode())
+    return digest.hexdigest()[:16]
 
 
 def first_line(error: Exception) -> str:

@@ -4,6 +4,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from utils.common.devices import to_device
+
 
 class ItemSource(Protocol):
     """Inputs of all items by item number.
@@ -22,3 +24,28 @@ class ItemSource(Protocol):
 
     def place_on(self, device: torch.device) -> None:
         """Keep on the device what fits there."""
+
+
+class FeatureStore:
+    """Features of all items by item number, computed before: what the frozen baseline reads.
+
+    Args:
+        features: row i of item i + 1, [items, width]; a width of 0 for items without any.
+    """
+
+    def __init__(self, features: torch.Tensor):
+        self.features = features
+        self.num_items = len(features)
+
+    def place_on(self, device: torch.device) -> None:
+        """Keep the features on a GPU, where they take little room."""
+        self.features = self.features.to(device)
+
+    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor]:
+        """Features of some items (numbers from 1), [items, width]."""
+        rows = to_device(items - 1, self.features.device)
+        return (to_device(self.features.index_select(0, rows), device),)
+
+    def reading_order(self) -> np.ndarray:
+        """All items."""
+        return np.arange(1, self.num_items + 1)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from models.towers import Traits
 from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError
 from utils.common.files import build_once, folder_written_atomically
@@ -22,21 +23,6 @@ from utils.data.problems import BLANK_IMAGES, UNREADABLE_IMAGES, Problems, forma
 
 PLAIN_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorPil")  # of transformers 4 and 5, both by Pillow
 DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
-
-
-@dataclass(frozen=True)
-class TitleForm:
-    """How a text tower reads titles.
-
-    Attributes:
-        max_length: its longest input, in tokens.
-        padded: whether every title is padded to that.
-        masked: whether it takes an attention mask.
-    """
-
-    max_length: int
-    padded: bool = False
-    masked: bool = False
 
 
 def _resized_size(processor: BaseImageProcessor, width: int, height: int) -> tuple[int, int]:
@@ -113,7 +99,7 @@ def image_status(path: Path) -> os.stat_result | None:
 
 
 def _store_key(
-    dataset: Dataset, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase, form: TitleForm
+    dataset: Dataset, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase, traits: Traits
 ) -> str:
     """A hash of everything that the store's content follows from."""
     digest = hashlib.sha256()
@@ -122,8 +108,8 @@ def _store_key(
     # What the tokenizer was last asked for is part of its state, but not of what it makes of these titles.
     vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)
     digest.update(json.dumps(processor.to_dict() if processor else None, sort_keys=True, default=str).encode())
-    padded = " padded" if form.padded else ""
-    digest.update(f"{vocabulary} {tokenizer.pad_token_id} {form.max_length} {DECODING}{padded}".encode())
+    padded = " padded" if traits.pads_titles else ""
+    digest.update(f"{vocabulary} {tokenizer.pad_token_id} {traits.longest_title} {DECODING}{padded}".encode())
     for raw_id, title, path in zip(dataset.raw_ids, dataset.titles, dataset.image_paths):
         status = image_status(path)
         stamp = f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
@@ -170,9 +156,9 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
-def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerBase, form: TitleForm) -> None:
-    padding = "max_length" if form.padded else False
-    encoded = tokenizer(titles, truncation=True, max_length=form.max_length, padding=padding)["input_ids"]
+def _write_titles(path: Path, titles: list[str], tokenizer: PreTrainedTokenizerBase, traits: Traits) -> None:
+    padding = "max_length" if traits.pads_titles else False
+    encoded = tokenizer(titles, truncation=True, max_length=traits.longest_title, padding=padding)["input_ids"]
     lengths = np.array([max(1, len(tokens)) for tokens in encoded])  # a title without tokens is one of padding
     table = np.full((len(titles), lengths.max()), padding_token(tokenizer), dtype=np.int32)
     for row, tokens in enumerate(encoded):
@@ -206,7 +192,7 @@ class ImageTitleStore:
         dataset: Dataset,
         processor: BaseImageProcessor | None,
         tokenizer: PreTrainedTokenizerBase,
-        form: TitleForm,
+        traits: Traits,
         missing_images: str = "error",
     ) -> "ImageTitleStore":
         """Open the store of a data set, building it first if it is not there.
@@ -218,18 +204,18 @@ class ImageTitleStore:
             dataset: whose images and titles.
             processor, tokenizer: the foundation model's own; without an image processor, images are left out and every item has
                 one black pixel.
-            form: how it reads titles.
+            traits: how it reads titles.
             missing_images: "error", or "blank" for black images in place of missing or unreadable ones.
         Raises:
             PerPEFTError: unreadable images, all of them named at once, or no room to write.
         """
-        key = _store_key(dataset, processor, tokenizer, form)
+        key = _store_key(dataset, processor, tokenizer, traits)
         folder = dataset.folder / f"{dataset.name}_store" / (key if missing_images == "error" else f"{key}_blank")
         try:
             with build_once(folder) as missing:
                 if missing:
                     with folder_written_atomically(folder) as temporary:
-                        _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, form)
+                        _write_titles(temporary / "titles.npz", dataset.titles, tokenizer, traits)
                         if processor is None:
                             np.save(temporary / "images.npy", np.zeros((dataset.num_items, 3, 1, 1), dtype=np.uint8))
                         else:
@@ -239,7 +225,7 @@ class ImageTitleStore:
         try:
             titles = np.load(folder / "titles.npz", allow_pickle=False)
             pixels = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-            return cls(pixels, titles["tokens"], titles["lengths"], form.masked)
+            return cls(pixels, titles["tokens"], titles["lengths"], traits.masks_titles)
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
             reason = str(error) or type(error).__name__
             raise PerPEFTError(f"the image store {folder} is damaged ({reason}); delete it, it will be rebuilt") from error

@@ -22,10 +22,9 @@ from utils.common.devices import PRECISIONS, seed_everything
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import Foundation, ensure_hidden_states, known_model, load_foundation
-from utils.items.frozen_features import FeatureStore, compute_features
 from utils.items.hidden_states import HiddenStateStore, has_states
-from utils.items.model_name import FoundationName, PairName
-from utils.items.source import ItemSource
+from utils.items.model_files import FoundationName, PairName
+from utils.items.source import FeatureStore, ItemSource
 from utils.prepare.demo_clip import demo_clip
 
 MODEL_OPTIONS = ("clip_model", "image_model", "text_model")  # that name folders, which may move
@@ -123,7 +122,7 @@ def encoder_and_source(
         states = HiddenStateStore(*foundation.hidden_states(store, device, kind.modality))
         return _iisan_encoder(states, count_parameters(clip), kind.modality)
     if kind.peft_type == "frozen":
-        features = compute_features(clip, foundation.image_processor, store, kind.modality, device)
+        features = foundation.features(store, device, kind.modality)
         return FrozenEncoder(features.shape[1], count_parameters(clip)), FeatureStore(features)
     try:
         encoder = ClipPeftEncoder(

@@ -2,7 +2,7 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from utils.common.devices import choose_precision
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.hidden_states import made_by, states_path
-from utils.items.model_name import FoundationName, add_model_files, model_folders, model_hash
+from utils.items.model_files import FoundationName, add_model_files, model_folders, model_hash
 from utils.items.store import image_status
 from utils.run.build import MODEL_OPTIONS, foundation_name, image_use
 
@@ -68,29 +68,23 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def contents_fingerprint(peft_type: str, dataset: Dataset, models: Sequence[str], images: bool = True) -> str | None:
-    """A hash of what the encoder reads beside the histories: titles, sizes of images, and the files of model folders.
+def contents_fingerprints(options: argparse.Namespace, dataset: Dataset) -> Iterator[str | None]:
+    """Yield a hash of what the encoder reads beside the histories: titles, sizes of images, and the files of model folders.
 
     None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A model from the hub adds
-    nothing, and so do images that are not used.
+    nothing, and so do images that are not used; earlier versions counted these, and such a hash comes second.
     """
-    if peft_type in ("iisan", "none"):
-        return None
-    digest = hashlib.sha256()
-    for title, path in zip(dataset.titles, dataset.image_paths):
-        status = image_status(path) if images else None
-        digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
-    for model in models:
-        if Path(model).is_dir():
-            add_model_files(digest, model)
-    return digest.hexdigest()[:16]
-
-
-def contents_fingerprints(options: argparse.Namespace, dataset: Dataset) -> Iterator[str | None]:
-    """What the contents are recognised by, and then what earlier versions wrote: they counted images that are not used."""
-    models = model_folders(name) if (name := foundation_name(options)) else []
+    if options.peft_type in ("iisan", "none"):
+        yield None
+        return
     for images in (False, True) if image_use(options) == "unused" else (True,):
-        yield contents_fingerprint(options.peft_type, dataset, models, images)
+        digest = hashlib.sha256()
+        for title, path in zip(dataset.titles, dataset.image_paths):
+            status = image_status(path) if images else None
+            digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
+        if name := foundation_name(options):
+            add_model_files(digest, name)
+        yield digest.hexdigest()[:16]
 
 
 def run_settings(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
