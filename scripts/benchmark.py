@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from utils.analysis import benchmark
+from utils.analysis.tables import markdown_table
 from utils.common.console import number, run_main, script_parser
 from utils.common.devices import choose_device, seed_everything
 from utils.common.files import write_json
@@ -91,15 +92,15 @@ def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:
     return figures
 
 
-def lines_of(figures: dict[str, Any], prefix: str = "") -> list[str]:
-    """Figures as the rows of a Markdown table."""
-    lines = []
+def rows_of(figures: dict[str, Any], prefix: str = "") -> list[list[str]]:
+    """Figures as the rows of a table: name and value."""
+    rows = []
     for name, value in figures.items():
         if isinstance(value, dict):
-            lines += lines_of(value, f"{prefix}{name}: ")
+            rows += rows_of(value, f"{prefix}{name}: ")
         else:
-            lines.append(f"| {prefix}{name} | {f'{value:,.3f}' if isinstance(value, float) else value} |")
-    return lines
+            rows.append([f"{prefix}{name}", f"{value:,.3f}" if isinstance(value, float) else str(value)])
+    return rows
 
 
 def main() -> None:
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="also write the figures there")
     options = parser.parse_args()
     figures = measure(options, torch.device(choose_device(options.device)))
-    print("\n".join(["| figure | value |", "|---|---|", *lines_of(figures)]))
+    print(markdown_table(["figure", "value"], rows_of(figures)))
     if options.json:
         write_json(options.json, figures)
 

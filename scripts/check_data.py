@@ -5,6 +5,7 @@ from models.item_encoder import MODALITIES
 from utils.common.console import number, run_main, script_parser
 from utils.items.data_check import check_dataset
 from utils.prepare.demo import make_demo
+from utils.run.build import image_use
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.dataset == "demo":
         make_demo(options.train_dir)
-    report = check_dataset(options.train_dir, options.dataset, options.C, options.missing_images, options.modality)
+    report = check_dataset(options.train_dir, options.dataset, options.C, image_use(options), options.modality)
     print(report)
     sys.exit(0 if report.usable else 2)
 

@@ -14,10 +14,12 @@ import zipfile
 import zlib
 from collections import namedtuple
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import unzip_data
+from utils.common.console import run_main
 from utils.common.errors import PerPEFTError
 from utils.data import archives
 from utils.data.table1 import PAPER_TABLE1, count_dataset, dataset_table
@@ -72,6 +74,16 @@ def download(work, names, folder="", inner_folder="{}_images/", method=zipfile.Z
     return final, final | {name: data for name, data in packed.items() if name.endswith(".zip")}
 
 
+def unzip(*options):
+    """Run the script in this process; returns its exit code."""
+    with mock.patch.object(sys, "argv", ["unzip_data.py", *options]):
+        try:
+            run_main(unzip_data.main)
+        except SystemExit as ending:
+            return ending.code
+    return 0
+
+
 def in_dataset(files):
     return {f"dataset/{path}": data for path, data in files.items()}
 
@@ -81,7 +93,7 @@ def refused(work, capsys, archive=None):
     if archive is not None:
         (work / "mmrec_datasets.zip").write_bytes(archive)
     before, folders = tree(work), {path for path in work.rglob("*") if path.is_dir()}
-    assert unzip_data.main([]) == 2
+    assert unzip() == 2
     assert tree(work) == before
     assert {path for path in work.rglob("*") if path.is_dir()} == folders
     err = capsys.readouterr().err
@@ -97,14 +109,14 @@ def refused(work, capsys, archive=None):
 )
 def test_archive_becomes_the_layout_and_goes(work, folder, inner_folder):
     final, _ = download(work, ["arts", "toys_games"], folder, inner_folder)
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert tree(work) == in_dataset(final)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_target_other_data_sets_other_compression(work, capsys, method):
     final, _ = download(work, ["arts", "my_shop"], method=method)
-    assert unzip_data.main(["--target", "elsewhere/data"]) == 0
+    assert unzip("--target", "elsewhere/data") == 0
     assert tree(work / "elsewhere/data") == final
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert rows["my_shop"] == ["my_shop", "2", "-", "4", "-", "5", "-", "4"]
@@ -113,7 +125,7 @@ def test_other_target_other_data_sets_other_compression(work, capsys, method):
 def test_names_with_backslashes_as_windows_writes_them(work):
     files = {"data\\arts_final.txt": LINES, "data\\arts_images\\": b"", "data\\arts_images\\a.jpg": b"image"}
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert tree(work) == {"dataset/arts_final.txt": LINES, "dataset/arts_images/a.jpg": b"image"}
 
 
@@ -121,10 +133,10 @@ def test_keep_keeps_and_a_second_run_without_it_only_deletes(work):
     final, kept = download(work, ["arts"])
     archive = (work / "mmrec_datasets.zip").read_bytes()
     for _ in range(2):
-        assert unzip_data.main(["--keep"]) == 0
+        assert unzip("--keep") == 0
         assert tree(work) == in_dataset(kept) | {"mmrec_datasets.zip": archive}
     stamps = {path: path.stat().st_mtime_ns for path in work.glob("dataset/arts_images/*")}
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert tree(work) == in_dataset(final)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
@@ -133,7 +145,7 @@ def test_data_sets_of_folders_each_and_litter(work):
     files = {"all/arts/arts_final.txt": b"1 1\n", "all/toys/toys_final.txt": b"1 2\n", "all/README.md": b"hello",
              "all/arts/arts_images/A.jpg": b"image", "all/.DS_Store": b"x", "__MACOSX/all/._README.md": b"x"}
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert set(tree(work / "dataset")) == {"arts_final.txt", "toys_final.txt", "README.md", "arts_images/A.jpg"}
 
 
@@ -142,7 +154,7 @@ def test_images_archive_alone(work, capsys, folder, options):
     shots = images("arts")
     (work / folder).mkdir(exist_ok=True)
     (work / folder / "arts_images.zip").write_bytes(zip_bytes(shots))
-    assert unzip_data.main(options) == 0
+    assert unzip(*options) == 0
     assert tree(work) == {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
     assert capsys.readouterr().out.count("verified on disk") == 1
 
@@ -154,7 +166,7 @@ def test_without_an_archive(work, capsys):
     subprocess.run(command, cwd=ROOT, check=True)  # it starts quickly, and before torch is installed
     (work / "dataset").mkdir()
     (work / "dataset/arts_final.txt").write_text("7 1\n")
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert "arts      " in capsys.readouterr().out
 
 
@@ -243,7 +255,7 @@ def test_too_little_disk(work, capsys, monkeypatch, leftover):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
     assert "make room" in refused(work, capsys)
     free = 8192 if leftover else 90_112  # whole blocks of 4096
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert tree(work / "dataset") == files
 
 
@@ -280,7 +292,7 @@ def test_flipped_byte_in_inner_archive_keeps_it_and_the_rest(work, capsys):
     broken[broken.index(b".jpg") + 100] ^= 1
     files = {path: data for path, data in kept.items() if "_images" not in path} | {"arts_images.zip": bytes(broken)}
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
-    assert unzip_data.main([]) == 2
+    assert unzip() == 2
     assert "arts_images.zip is damaged" in capsys.readouterr().err
     assert tree(work) == in_dataset(files)
 
@@ -296,7 +308,7 @@ def test_not_one_whole_zip(work, capsys):
     for damaged in (archive[:cut], archive + b"more", bytes(hidden), b"<html>Quota exceeded</html>"):
         assert "damaged or not a zip" in refused(work, capsys, damaged)
     assert "holds no files" in refused(work, capsys, zip_bytes({"dataset/": b""}))
-    assert unzip_data.main(["--debug"]) == 2
+    assert unzip("--debug") == 2
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -361,7 +373,7 @@ def test_everything_is_fsynced_before_it_is_renamed_and_before_the_archive_goes(
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(Path, "unlink", unlink)
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert sorted(placed[:-2]) == ["arts_images.zip", "arts_item2id_final.pickle", "arts_preX.pt", "arts_texts_final.pickle"]
     assert placed[-2:] == ["arts_final.txt", "arts_images"]
 
@@ -373,7 +385,8 @@ def test_everything_is_fsynced_before_it_is_renamed_and_before_the_archive_goes(
 DRIVER = """
 import itertools, os, shutil, sys
 sys.path.insert(0, sys.argv[1])
-import unzip_data, zipfile
+import zipfile
+from tests.data.test_unzip import unzip
 from utils.data import archives
 archives.CHUNK = 10_000  # the member of 20,000 bytes is then cut off in its middle too
 os.fsync = lambda descriptor: None
@@ -397,7 +410,7 @@ def child(last):
         return read(*arguments)
     zipfile.ZipExtFile.read = counted_read
     sys.addaudithook(hook)
-    return unzip_data.main([])
+    return unzip()
 
 for n in itertools.count(1, every):
     shutil.copytree("start", str(n))
@@ -422,7 +435,7 @@ def test_stopped_before_any_step_and_continued(work, monkeypatch, no_fsync, numb
     pairs = [line.split() for line in run.stdout.splitlines() if line[0].isdigit()]
     assert pairs[-1][1] == "0" and len(pairs) > 40 / every and {int(status) for _, status in pairs[:-1]} == {exit_code}
     if number == signal.SIGINT:
-        assert run.stderr.count("Interrupted: start the same command again and it continues") == len(pairs) - 1
+        assert run.stderr.count("the same command continues where this one stopped") == len(pairs) - 1
         assert "Traceback" not in run.stderr
     shots, states = {path for path in final if "_images/" in path}, set()
     for folder in [work / name for name, _ in pairs[:-1]]:
@@ -439,7 +452,7 @@ def test_stopped_before_any_step_and_continued(work, monkeypatch, no_fsync, numb
             assert "arts_final.txt" in found
         states.add(frozenset(found))
         monkeypatch.chdir(folder)
-        assert unzip_data.main([]) == 0
+        assert unzip() == 0
         assert tree(folder) == in_dataset(final)
         assert set(os.listdir(folder / "dataset")) == {path.split("/")[0] for path in final}  # .unpacking is gone
     assert len(states) > 6 / every  # the stops did come at different points
@@ -455,7 +468,7 @@ def test_what_an_earlier_run_left_whole_is_used_and_the_rest_is_not(work):
     (temp / names[1]).write_bytes(shots[names[1]][:100])  # cut off
     (temp / names[2]).write_bytes(bytes([shots[names[2]][0] ^ 1]) + shots[names[2]][1:])  # right size, wrong content
     os.utime(temp / names[0], ns=(1, 1))
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert tree(work) == {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
     assert (place / names[0]).stat().st_mtime_ns == 1 < (place / names[1]).stat().st_mtime_ns
 
@@ -469,7 +482,7 @@ def test_leftovers_of_another_archive_or_in_place_by_now_are_not_placed(work):
     (work / "dataset/arts_images").mkdir()
     (work / "dataset/arts_images/a.jpg").write_bytes(b"aaa")
     (work / "dataset/arts_images/mine.jpg").write_bytes(b"mine")
-    assert unzip_data.main([]) == 0
+    assert unzip() == 0
     assert tree(work / "dataset/arts_images") == {"a.jpg": b"aaa", "b.jpg": b"bbb", "mine.jpg": b"mine"}
 
 

@@ -17,12 +17,14 @@ from PIL import Image
 from torch import nn
 
 from models import IISANEncoder, ItemEncoder, MMProjector, PerPEFT, SASRec
+from models.towers import part_features
 from utils.analysis.baselines import PlainIISAN, plain_ranking_loop
 from utils.common.versions import has_fused_adamw
 from utils.data.dataset import Dataset
 from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import Foundation
 from utils.items.source import ItemSource
+from utils.items.store import output_size
 from utils.training.evaluation import Evaluator, rank_targets
 from utils.training.grouping import kmeans_groups
 from utils.training.sampling import Sampler, group_items
@@ -87,9 +89,9 @@ def first_items(dataset: Dataset, number: int, folder: Path) -> Dataset:
 @torch.no_grad()
 def items_worth_measuring(foundation: Foundation, dataset: Dataset, device: torch.device) -> int:
     """How many items a CLIP encodes in ENCODING_SECONDS, at least FEWEST_ITEMS and at most all."""
-    size = foundation.clip.config.vision_config.image_size
-    images, clip = torch.rand(FEWEST_ITEMS, 3, size, size, device=device), foundation.clip.to(device)
-    seconds = min(timed(lambda: clip.vision_model(images), device) for _ in range(2)) / MILLISECONDS
+    images = torch.rand(FEWEST_ITEMS, 3, *output_size(foundation.image_processor), device=device)
+    clip = foundation.clip.to(device)
+    seconds = min(timed(lambda: part_features(clip, "image", pixel_values=images), device) for _ in range(2)) / MILLISECONDS
     return min(dataset.num_items, max(FEWEST_ITEMS, int(FEWEST_ITEMS * ENCODING_SECONDS / seconds)))
 
 

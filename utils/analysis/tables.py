@@ -190,14 +190,17 @@ def _format_comparison(block: Block) -> str:
     return str(block.comparison() or "No test yet: PerPEFT and the strongest other row have no finished trial in common.")
 
 
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table as Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
+
+
 def markdown(dataset: str, blocks: list[Block], trials: int) -> str:
     """For readers: mean (standard deviation) in percent, the best of a column in bold, the paper's value beside it."""
     what = "Test metrics in percent at the best epoch by validation NDCG@20: mean (standard deviation) over trials."
     parts = [f"# {dataset}", what]
     for block in blocks:
-        names, rows = _cells(block, trials, "**{}**")
-        lines = [names, ["---"] * len(names), *rows]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        table = markdown_table(*_cells(block, trials, "**{}**"))
         parts += [f"## Table {block.table}, {block.peft_type}: {TITLES[block.table]}", table, _format_comparison(block)]
     return "\n\n".join(parts) + "\n"
 

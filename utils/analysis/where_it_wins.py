@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.analysis.groups import mean_interval
+from utils.analysis.tables import markdown_table
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.data.histories import Histories, leave_last_out
@@ -35,11 +36,6 @@ def difference(own: np.ndarray, other: np.ndarray) -> str:
     return f"{found.mean:+.2f} ± {found.high - found.mean:.2f}"
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
-
-
 def percent(*metrics: np.ndarray) -> str:
     """Means over users in percent, as in "6.74 / 3.09"."""
     return " / ".join(f"{100 * metric.mean():.2f}" for metric in metrics)
@@ -48,7 +44,7 @@ def percent(*metrics: np.ndarray) -> str:
 def by_depth(own: np.ndarray, other: np.ndarray) -> str:
     """HR@K of both runs and the difference; test ranks from 0, [users] each."""
     hits = [(k, hit_at(k, own), hit_at(k, other)) for k in DEPTHS]
-    return table(
+    return markdown_table(
         ["depth", "other run", "PerPEFT", "difference, points"],
         [[f"HR@{k}", percent(theirs), percent(ours), difference(ours, theirs)] for k, ours, theirs in hits],
     )
@@ -71,7 +67,7 @@ def by_stratum(own: np.ndarray, other: np.ndarray, values: np.ndarray, strata: d
             a, b = own[chosen], other[chosen]
             metrics = [(hit_at(20, a), hit_at(20, b)), (ndcg_at(20, a), ndcg_at(20, b)), (hit_at(100, a), hit_at(100, b))]
             rows.append([label, f"{100 * chosen.mean():.0f} %", *(difference(*pair) for pair in metrics)])
-    return table([name, "users", "HR@20", "NDCG@20", "HR@100"], rows)
+    return markdown_table([name, "users", "HR@20", "NDCG@20", "HR@100"], rows)
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def outside_the_group(rankings: dict[str, GroupRanking]) -> str:
     """By name: the share of the top 20 outside the group's items, and what ranking these items alone changes."""
     columns = ["vectors", f"top {TOP} outside the group's items", "test items outside", "HR@20 / NDCG@20, all items"]
     columns += ["the group's items", "difference HR@20", "NDCG@20"]
-    return table(columns, [[name, *ranking.cells()] for name, ranking in rankings.items()])
+    return markdown_table(columns, [[name, *ranking.cells()] for name, ranking in rankings.items()])
 
 
 def _dataset_of(run: Path, other: Path, train_dir: str | Path) -> Dataset:

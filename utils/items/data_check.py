@@ -33,16 +33,15 @@ def check_dataset(
         train_dir: the folder of all data sets.
         name: the data set.
         num_groups: how many groups the users will be put into (--C).
-        missing_images: "error", or "blank" where items may lack a readable image.
-        modality: "both", "image" or "text"; with the latter, nothing is asked of images.
+        missing_images: "error", "blank" where items may lack a readable image, or "unused" where titles alone are read.
+        modality: "both", "image" or "text": which hidden states are needed.
     Raises:
         PerPEFTError: there is no such data set.
     """
-    missing_images = "unused" if modality == "text" else missing_images
     found = inspect_dataset(train_dir, name, missing_images=missing_images, num_groups=num_groups)
-    unreadable = found.try_images(missing_images) if modality != "text" else []
+    unreadable = found.try_images(missing_images) if found.present else []
     states = _check_states(found, modality)
-    counts = {**_counts(found, unreadable, modality), "hidden states": states}
+    counts = {**_counts(found, unreadable, missing_images), "hidden states": states}
     lines = [f"data set '{name}' in {found.dataset.folder}"]
     lines += [f"  {what:<28}{_format_count(count):>12}" for what, count in counts.items()]
     if found.remarks:
@@ -54,14 +53,14 @@ def check_dataset(
     return Report(not found.problems, "\n".join(lines))
 
 
-def _counts(found: Inspection, unreadable: list[int], modality: str) -> dict[str, int | float | str]:
+def _counts(found: Inspection, unreadable: list[int], missing_images: str) -> dict[str, int | float | str]:
     """The columns of the paper's Table 1, and what else training depends on."""
     dataset = found.dataset
     counts = dataset.counts()
     return {
         **counts,
         "interactions per user (mean)": counts["interactions"] / max(1, counts["users"]),
-        "images found": "unused" if modality == "text" else len(found.present) - len(unreadable),
+        "images found": "unused" if missing_images == "unused" else len(found.present) - len(unreadable),
         "titles missing": dataset.missing_titles,
         "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
     }
