@@ -89,6 +89,11 @@ def tiny_dataset(tmp_path_factory):
     return SimpleNamespace(train_dir=folder, name="tiny", histories=histories, titles=titles)
 
 
+def can_train(dataset, user):
+    """Whether a user has a transition to train on: two interactions, or four where the last two are held out."""
+    return len(dataset.histories[user]) not in (0, 1, 3)
+
+
 def fresh_data(tiny_dataset, folder):
     """A copy of `tiny` without what runs keep beside it."""
     shutil.copytree(tiny_dataset.train_dir, folder, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))

@@ -327,6 +327,9 @@ def test_gains_by_group_follow_from_the_ranks_and_their_total_from_the_summary(t
     for group in range(3):
         own = [value for user, value in zip(users, differences) if groups[user] == group]
         assert found[group].users == len(own) and found[group].mean == pytest.approx(np.mean(own), abs=1e-12)
+        if len(own) < 2:  # which groups there are depends on the installed versions
+            assert f"group {group}" in tiny_page.page.text
+            continue
         assert found[group].low < found[group].mean < found[group].high
         text = f"{100 * found[group].mean:+.2f} [{100 * found[group].low:+.2f}, {100 * found[group].high:+.2f}]"
         assert text in tiny_page.page.text

@@ -156,7 +156,8 @@ def test_folder_opens_with_transformers_alone(clip_folder):
     for kind in (CLIPTokenizer, CLIPTokenizerFast):
         assert kind.from_pretrained(folder)(texts)["input_ids"] == expected
     assert AutoTokenizer.from_pretrained(folder).model_max_length == model.config.text_config.max_position_embeddings
-    inputs = CLIPProcessor.from_pretrained(folder)(texts, Image.new("RGB", (50, 40)), padding=True, return_tensors="pt")
+    image = Image.new("RGB", (50, 40))
+    inputs = CLIPProcessor.from_pretrained(folder)(text=texts, images=image, padding=True, return_tensors="pt")
     assert model(**inputs).logits_per_image.shape == (1, 3)
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from models.clip_peft import ClipPeftEncoder
 from models.peft_configs import lora_config
-from tests.conftest import fresh_data, run_script, tiny_arguments
+from tests.conftest import can_train, fresh_data, run_script, tiny_arguments
 from tests.run.test_resume import RUN, leftovers, outcome
 from tests.zygote import write_instead_of_drawing
 from utils.common import console
@@ -336,10 +336,13 @@ def spoil_loss(monkeypatch, number, value=float("nan")):
 @pytest.mark.parametrize(
     ("number", "place", "saved"), [(2, "global epoch 1, step 2", 1), (None, "personalized epoch 2, step 1", 0)]
 )
-def test_loss_that_is_not_finite_stops_with_step_group_and_items(run, end, expected, monkeypatch, value, number, place, saved):
+def test_loss_that_is_not_finite_stops_with_step_group_and_items(
+    run, end, expected, tiny_dataset, monkeypatch, value, number, place, saved
+):
     if number is None:  # after two global epochs of 3 steps and a personalized one, whose steps depend on the groups
-        sizes = collections.Counter(line.split(b",")[1] for line in expected["groups.csv"].split()[1:]).values()
-        number = 7 + sum(math.ceil(size / 16) for size in sizes)
+        users = [line.split(b",") for line in expected["groups.csv"].split()[1:]]
+        sizes = collections.Counter(group for user, group in users if can_train(tiny_dataset, int(user)))
+        number = 7 + sum(math.ceil(size / 16) for size in sizes.values())
     with monkeypatch.context() as patch:
         batches = spoil_loss(patch, number, value)
         code, message = end(run.arguments)
@@ -413,7 +416,7 @@ def test_overflow_is_skipped_counted_and_shown(run, monkeypatch, capsys):
     run_script(run.arguments)
     output = capsys.readouterr().out
     skipped = json.loads((run.folder / "summary.json").read_text())["skipped_steps"]
-    assert 1 <= skipped["global"] <= 6 and 1 <= skipped["personalized"] <= 8
+    assert 1 <= skipped["global"] <= 6 and 0 <= skipped["personalized"] <= 8
     shown = [int(line.split(" steps skipped")[0].split()[-1]) for line in output.splitlines() if "steps skipped" in line]
     assert sum(shown) == sum(skipped.values())
     assert "skipped" not in (run.folder / "metrics.csv").read_text()

@@ -222,8 +222,8 @@ def test_random_grouping_is_even_seeded_and_ignores_taste(run_method, tiny_run):
     other = run_method(grouping="random", global_epochs=1, num_epochs=1, trial=1)
     assert groups != [row["group"] for row in read_csv(other / "groups.csv")]
     clusters = [row["group"] for row in read_csv(tiny_run.folder / "groups.csv")]
-    pairs = {(cluster, group) for cluster, group in zip(clusters, groups)}
-    assert len(pairs) == 9  # every cluster is spread over all random groups
+    largest = max(clusters, key=clusters.count)  # of at least 14 users, spread over all random groups
+    assert {group for cluster, group in zip(clusters, groups) if cluster == largest} == set("012")
 
 
 @pytest.mark.parametrize(

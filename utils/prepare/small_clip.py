@@ -8,7 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
+from transformers.image_processing_utils import BaseImageProcessor
 
 from models.clip_peft import channel_statistics
 from models.towers import dual_features
@@ -38,8 +39,10 @@ NEAR_CHANCE = 2  # times as often as by guessing, or less: such a model has lear
 FEWEST_PAIRS = 20  # of which 2 are held out
 
 
-def image_processor(image_size: int = IMAGE_SIZE) -> CLIPImageProcessor:
+def image_processor(image_size: int = IMAGE_SIZE) -> BaseImageProcessor:
     """CLIP's own image preparation (bicubic, centre crop, CLIP's mean and deviation) at another size."""
+    from transformers import CLIPImageProcessor  # transformers 5 prints a remark on torchvision where it is imported
+
     return CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
 
 
