@@ -29,5 +29,5 @@ def open_meta(pattern: str | Path, with_images: bool = True) -> Table:
 
 
 def _open(pattern: str | Path, fields: dict[str, tuple[str, ...]]) -> Table:
-    parts = [json_part(number, path, fields) for number, path in enumerate(files_of(pattern))]
+    parts = [json_part(path, fields) for path in files_of(pattern)]
     return Table(parts, {role: "/".join(names) for role, names in fields.items()})

@@ -14,7 +14,7 @@ from utils.prepare.parts import BLANK, PROBLEMS, quote
 from utils.prepare.tables import ROWS, Table
 
 MEMORY = "1GB"  # of DuckDB; the process stays below 2 GiB with what lies outside it
-THREADS = 4  # each holds buffers of its own
+THREADS = 8  # DuckDB asks for 125 MB of memory for each
 UNKNOWN, LOW = "item unknown or left out", "rating below --min_rating"
 NO_TIME = "time not readable"
 REASONS = (
@@ -57,7 +57,7 @@ def engine(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 def stage(
     con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, min_rating: float | None, stable_keys: bool
 ) -> int:
-    """Read all interactions once into the table `staged`: place, reason, user (a key), item (its number), time, kind.
+    """Read all interactions once; make the view `staged` of them: place, reason, user (a key), item (its number), time, kind.
 
     `reason` says why a row cannot be used; NULL where it can. Dates are microseconds since 1970, numbers as they are.
 
@@ -77,21 +77,24 @@ def stage(
         f"WHEN TRY_CAST(rating AS DOUBLE) IS NULL THEN 'rating not a number' "
         f"WHEN TRY_CAST(rating AS DOUBLE) < {min_rating!r} THEN '{LOW}' "
     )  # fmt: skip
-    key = "md5_number_lower" if stable_keys else "hash"  # 64 bits each
-    table.execute(con, f"""
-        CREATE OR REPLACE TABLE staged AS
+    user_key = "md5_number_lower" if stable_keys else "hash"  # 64 bits each
+    table.create(con, "interactions", f"""
         WITH cells AS (SELECT *, {number} AS number FROM {ROWS}),
         timed AS (
             SELECT *, CASE WHEN number IS NULL THEN epoch_us({date}) WHEN abs(number) < 9e18 THEN number END::DOUBLE AS value,
                    CASE WHEN number IS NULL THEN {DATE} WHEN {_unit('number')} IS NULL THEN 0 ELSE {EPOCH} END::UTINYINT AS kind
             FROM cells)
-        SELECT place, {key}(timed.user) AS user, items.number AS item, value AS time, kind,
+        SELECT file, {user_key}(timed.user) AS user, hash(item) AS item, value AS time, kind,
                CASE WHEN problem IS NOT NULL THEN problem WHEN timed.user IS NULL THEN 'user missing'
-                    WHEN timed.item IS NULL THEN 'item missing' WHEN time IS NULL THEN 'time missing'
-                    WHEN value IS NULL THEN '{NO_TIME}' {low}
-                    WHEN items.number IS NULL THEN '{UNKNOWN}' END::{REASON_TYPE} AS reason
-        FROM timed LEFT JOIN items ON items.raw_id = timed.item""")  # fmt: skip
-    return _one(con, f"SELECT count(*) FROM staged WHERE reason IS DISTINCT FROM '{BLANK}'")
+                    WHEN item IS NULL THEN 'item missing' WHEN time IS NULL THEN 'time missing'
+                    WHEN value IS NULL THEN '{NO_TIME}' {low} END::{REASON_TYPE} AS reason
+        FROM timed""")  # fmt: skip
+    con.execute(f"""
+        CREATE OR REPLACE VIEW staged AS
+        SELECT i.rowid AS place, i.user, items.number AS item, i.time, i.kind,
+               coalesce(i.reason, CASE WHEN items.number IS NULL THEN '{UNKNOWN}' END) AS reason
+        FROM interactions i LEFT JOIN items ON hash(items.raw_id) = i.item""")
+    return _one(con, f"SELECT count(*) FROM interactions WHERE reason IS DISTINCT FROM '{BLANK}'")
 
 
 def _one(con: duckdb.DuckDBPyConnection, query: str) -> int:
@@ -114,14 +117,10 @@ def require_one_kind_of_time(con: duckdb.DuckDBPyConnection, table: Table) -> No
 
 def left_out(con: duckdb.DuckDBPyConnection, table: Table, relation: str) -> dict[str, tuple[int, list[str]]]:
     """How many rows of a table (with columns place and reason) have each reason, and the first of them."""
-    counts = con.execute(
-        f"SELECT reason, count(*) FROM {relation} WHERE reason IS NOT NULL GROUP BY 1 ORDER BY min(place)"
-    ).fetchall()
-    found = {}
-    for reason, count in counts:
-        query = f"SELECT place FROM {relation} WHERE reason = ? ORDER BY place LIMIT {SHOWN_ROWS}"
-        found[reason] = (count, [table.where(place) for (place,) in con.execute(query, [reason]).fetchall()])
-    return found
+    found = con.execute(f"""
+        SELECT reason, count(*), min(place, {SHOWN_ROWS}) FROM {relation}
+        WHERE reason IS NOT NULL GROUP BY reason ORDER BY min(place)""").fetchall()
+    return {reason: (count, [table.where(place) for place in places]) for reason, count, places in found}
 
 
 def keep_first(con: duckdb.DuckDBPyConnection) -> int:
@@ -145,17 +144,20 @@ def keep_first(con: duckdb.DuckDBPyConnection) -> int:
 
 
 def keep_core(con: duckdb.DuckDBPyConnection, core: int) -> int:
-    """Reduce `kept` to the largest part in which every user and item has at least `core` interactions; return how many left."""
-    before = left = _one(con, "SELECT count(*) FROM kept")
+    """Reduce `kept` to the largest part in which every user and item has at least `core` interactions; return how many left.
+
+    The tables `users` (user, count, first: their first interaction's rank) and `used` (item, count) are made of what remains.
+    """
+    before = _one(con, "SELECT count(*) FROM kept")
     while True:
-        few = [f"(SELECT {column} FROM kept GROUP BY {column} HAVING count(*) < {core})" for column in ("user", "item")]
-        con.execute(
-            f"CREATE OR REPLACE TABLE kept AS SELECT * FROM kept ANTI JOIN {few[0]} USING (user) ANTI JOIN {few[1]} USING (item)"
-        )
-        now = _one(con, "SELECT count(*) FROM kept")
-        if now == left:
-            return before - now
-        left = now
+        con.execute("CREATE OR REPLACE TABLE users AS SELECT user, count(*) AS count, min(rank) AS first FROM kept GROUP BY user")
+        con.execute("CREATE OR REPLACE TABLE used AS SELECT item, count(*) AS count FROM kept GROUP BY item")
+        users, items = (f"SELECT %s FROM {table} WHERE count < {core}" for table in ("users", "used"))
+        if not _one(con, f"SELECT ({users}) + ({items})" % ("count(*)", "count(*)")):
+            return before - _one(con, "SELECT count(*) FROM kept")
+        con.execute(f"""
+            CREATE OR REPLACE TABLE kept AS SELECT * FROM kept
+            ANTI JOIN ({users % 'user'}) USING (user) ANTI JOIN ({items % 'item'}) USING (item)""")
 
 
 def keep_sample(con: duckdb.DuckDBPyConnection, count: int, core: int, seed: int) -> int:

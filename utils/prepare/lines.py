@@ -24,10 +24,6 @@ from utils.common.errors import PerPEFTError
 BLOCK = 2**20  # bytes per read
 LONGEST_LINE = 2**24  # bytes
 SEPARATOR = "\x1e\x1f\x1e\x1f"  # DuckDB needs one; no text holds this
-LINES = (  # of a file's name, as a table of one column `line`; NULL where a line is empty
-    f"read_csv(%s, columns={{'line': 'VARCHAR'}}, delim='{SEPARATOR}', quote='', escape='', header=false, auto_detect=false, "
-    f"null_padding=false, strict_mode=false, max_line_size={LONGEST_LINE}, compression='none')"
-)
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 ZSTD, ZIP = b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -144,7 +140,7 @@ def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
             error = _undecodable(path, encoding, getattr(error, "reason", str(error)))
         if not _is_damage(error):
             raise error from None
-        raise PerPEFTError(f"{path} is cut off or damaged after line {number:,}; fetch it again") from error
+        raise PerPEFTError(f"{path} is cut off or damaged after line {number:,}; download or copy it again") from error
 
 
 def _is_damage(error: Exception) -> bool:
@@ -176,6 +172,19 @@ def _can_decode(line: bytes, encoding: str) -> bool:
     except UnicodeError:
         return False
     return True
+
+
+def lines_sql(source: str, skip: int = 0) -> str:
+    """SQL of the lines of a file after the first `skip`, as a table of one column `line`; NULL where a line is empty.
+
+    Args:
+        source: the file's name as an SQL literal.
+    """
+    return (
+        f"read_csv({source}, columns={{'line': 'VARCHAR'}}, delim='{SEPARATOR}', quote='', escape='', header=false, skip={skip}, "
+        f"auto_detect=false, null_padding=false, strict_mode=false, compression='none', max_line_size={LONGEST_LINE}, "
+        f"buffer_size={2 * LONGEST_LINE})"
+    )
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ class Shop:
         repeated = interactions.keep_first(con)
         if not con.execute("SELECT count(*) FROM kept").fetchone()[0]:
             raise PerPEFTError(self._why_nothing(con))
-        con.execute("DROP TABLE staged")
+        con.execute("DROP VIEW staged; DROP TABLE interactions")
         self.counts["not the user's first of the item"] = repeated
 
     def _read_items(self, con: duckdb.DuckDBPyConnection) -> None:
@@ -74,23 +74,22 @@ class Shop:
             ("is_raw_id", is_raw_id, 1, "BOOLEAN"),
         ):
             con.create_function(name, function, ["VARCHAR"] * arguments, kind, null_handling="special")
-        self.items.execute(con, f"""
-            CREATE OR REPLACE TABLE item_rows AS
-            WITH found AS (SELECT place, problem, item AS raw_id, clean(title) AS title, find_image(item, image) AS source
+        self.items.create(con, "item_rows", f"""
+            WITH found AS (SELECT file, problem, item AS raw_id, clean(title) AS title, find_image(item, image) AS source
                            FROM {ROWS})
             SELECT *, CASE WHEN problem IS NOT NULL THEN problem WHEN raw_id IS NULL THEN 'item missing'
                       WHEN NOT is_raw_id(raw_id) THEN 'item with a line break' WHEN title IS NULL THEN 'no title'
                       WHEN source IS NULL THEN 'no image' WHEN NOT is_there(source) THEN 'image file not found' END AS reason
             FROM found""")  # fmt: skip
-        self.items_left_out = interactions.left_out(con, self.items, "item_rows")
+        self.items_left_out = interactions.left_out(con, self.items, "(SELECT rowid AS place, reason FROM item_rows)")
         differing = con.execute("""
-            SELECT raw_id, min(place), arg_min((title, source), place) FROM item_rows WHERE reason IS NULL
-            GROUP BY raw_id HAVING count(DISTINCT (title, source)) > 1 ORDER BY min(place)""").fetchall()
+            SELECT raw_id, min(rowid), arg_min((title, source), rowid) FROM item_rows WHERE reason IS NULL
+            GROUP BY raw_id HAVING count(DISTINCT (title, source)) > 1 ORDER BY min(rowid)""").fetchall()
         if differing and not self.first_row_counts:
             raise PerPEFTError(self._differing(con, *differing[0], len(differing)))
         con.execute("""
             CREATE TABLE items AS SELECT (row_number() OVER (ORDER BY raw_id))::INTEGER AS number, * FROM (
-                SELECT raw_id, arg_min(title, place) AS title, arg_min(source, place) AS source FROM item_rows
+                SELECT raw_id, arg_min(title, rowid) AS title, arg_min(source, rowid) AS source FROM item_rows
                 WHERE reason IS NULL GROUP BY raw_id)""")
         usable, rows = con.execute("SELECT (SELECT count(*) FROM items), count(*) FROM item_rows WHERE reason IS NULL").fetchone()
         if not usable:
@@ -101,8 +100,8 @@ class Shop:
 
     def _differing(self, con: duckdb.DuckDBPyConnection, raw_id: str, place: int, first: tuple, count: int) -> str:
         other = con.execute(
-            "SELECT place, title, source FROM item_rows WHERE raw_id = ? AND reason IS NULL AND (title, source) <> (?, ?) "
-            "ORDER BY place LIMIT 1", [raw_id, *_pair(first)],
+            "SELECT rowid, title, source FROM item_rows WHERE raw_id = ? AND reason IS NULL AND (title, source) <> (?, ?) "
+            "ORDER BY rowid LIMIT 1", [raw_id, *_pair(first)],
         ).fetchone()  # fmt: skip
         more = f"; {count:,} items have such rows" if count > 1 else ""
         return (

@@ -1,5 +1,6 @@
 """A table of any usual format: its files, its columns recognised by their names, and queries on its rows."""
 
+import bisect
 import contextlib
 import glob
 import itertools
@@ -17,11 +18,10 @@ from utils.prepare.columns import TableOptions, recognise_columns
 from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
 from utils.prepare.parts import (
     ARRAY,
-    FILE_BITS,
     SOURCE,
     Part,
-    json_lines,
     json_part,
+    json_rows,
     parquet_part,
     parquet_source,
     quote,
@@ -34,7 +34,7 @@ HEAD = 1000  # lines by which a file's form is recognised
 
 
 class Table:
-    """A table opened. Its rows have a place (BIGINT), a problem (VARCHAR, NULL for a usable row), and each role (VARCHAR).
+    """A table opened. Its rows have a file (its number), a problem (VARCHAR, NULL for a usable row), and each role (VARCHAR).
 
     Args:
         parts: its files, of which each SELECT returns such rows.
@@ -46,6 +46,18 @@ class Table:
         self.parts, self.columns, self.encoding = parts, columns, encoding
         self.files = [part.path for part in parts]
         self._careful = False
+        self._first_places: list[int] = []  # of each file
+
+    def create(self, con: duckdb.DuckDBPyConnection, name: str, query: str) -> None:
+        """Make a table of a query that selects `file` and more of ROWS; `rowid`, the order of the rows, is their place.
+
+        Raises:
+            PerPEFTError: as `execute`.
+        """
+        self.execute(con, f"CREATE OR REPLACE TABLE {name} AS {query}")
+        counts = dict(con.execute(f"SELECT file, count(*) FROM {name} GROUP BY file").fetchall())
+        ends = itertools.accumulate(counts.get(file, 0) for file in range(len(self.parts)))
+        self._first_places = [0, *ends][:-1]
 
     def execute(self, con: duckdb.DuckDBPyConnection, query: str) -> list[tuple]:
         """Run a query in which ROWS stands for the rows of all files; return its result.
@@ -58,7 +70,8 @@ class Table:
         while True:
             try:
                 with contextlib.ExitStack() as opened:
-                    rows = " UNION ALL ".join(self._select(part, opened) for part in self.parts)
+                    parts = [self._select(part, opened) for part in self.parts]
+                    rows = " UNION ALL ".join(f"SELECT {n}::USMALLINT AS file, * FROM ({part})" for n, part in enumerate(parts))
                     opened.enter_context(_shown_progress(con, self.files[0].name))
                     return con.execute(query.replace(ROWS, f"({rows})")).fetchall()
             except duckdb.OutOfMemoryException:
@@ -73,19 +86,21 @@ class Table:
                     raise
 
     def _select(self, part: Part, opened: contextlib.ExitStack) -> str:
-        if SOURCE not in part.fast:
+        if part.rows is None:
             return part.fast
         if self._careful:
-            lines = named_lines(part.prepare_lines(text_lines(part.path, self.encoding)))
-            return part.careful.replace(SOURCE, quote(opened.enter_context(lines)))
+            texts = (text for _, text in part.rows(text_lines(part.path, self.encoding)))
+            return part.careful.replace(SOURCE, quote(opened.enter_context(named_lines(texts))))
         return part.fast.replace(SOURCE, quote(opened.enter_context(named_text(part.path, self.encoding))))
 
     def where(self, place: int) -> str:
-        """The line of a row, with its file where there are several."""
-        part, line = self.parts[place >> FILE_BITS], place & (1 << FILE_BITS) - 1
-        if part.skips_blank and not self._careful:
-            numbers = (number for number, text in enumerate(text_lines(part.path, self.encoding), 1) if text.strip())
-            line = next(itertools.islice(numbers, line - 1, None), line)
+        """The line of a row that `create` found, with its file where there are several."""
+        file = bisect.bisect_right(self._first_places, place) - 1
+        part, row = self.parts[file], place - self._first_places[file]
+        if part.skipped is not None and (part.rows is None or not self._careful):
+            line = part.skipped + row + 1
+        else:
+            line = next(itertools.islice(part.rows(text_lines(part.path, self.encoding)), row, None))[0]
         return f"line {line}" if len(self.parts) == 1 else f"{part.path.name} line {line}"
 
 
@@ -146,13 +161,12 @@ def open_table(
     """
     require_encoding(options.encoding)
     files = files_of(pattern)
-    opened = [_open_part(con, number, path, required, optional, options) for number, path in enumerate(files)]
+    opened = [_open_part(con, path, required, optional, options) for path in files]
     return Table([part for part, _ in opened], opened[0][1], options.encoding)
 
 
 def _open_part(
     con: duckdb.DuckDBPyConnection,
-    number: int,
     path: Path,
     required: tuple[str, ...],
     optional: tuple[str, ...],
@@ -163,23 +177,23 @@ def _open_part(
         is_parquet = file.read(4) == b"PAR1"
     if is_parquet:
         try:
-            described = con.execute(f"DESCRIBE SELECT * EXCLUDE file_row_number FROM {parquet_source(path)}").fetchall()
+            described = con.execute(f"DESCRIBE FROM {parquet_source(path)}").fetchall()
         except duckdb.Error as error:
             reason = str(error).splitlines()[0][:200]
             raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({reason})") from error
         types = {row[0]: row[1] for row in described}
         columns = recognise_columns(path, list(types), required, optional, options)
-        return parquet_part(number, path, columns, types), columns
+        return parquet_part(path, columns, types), columns
     head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
     start = "\n".join(head)
     if start.lstrip().startswith("{") or ARRAY.match(start):
-        header = _keys(itertools.islice(json_lines(text_lines(path, options.encoding)), HEAD))
+        header = _keys(text for _, text in itertools.islice(json_rows(text_lines(path, options.encoding)), HEAD))
         columns = recognise_columns(path, header, required, optional, options)
-        return json_part(number, path, {role: (name,) if name else () for role, name in columns.items()}), columns
+        return json_part(path, {role: (name,) if name else () for role, name in columns.items()}), columns
     numbered = all(options.columns.get(role, "").isdecimal() for role in required)
     form = recognise_form(path, head, options.separator, has_header=not numbered)
     columns = recognise_columns(path, form.header, required, optional, options)
-    return text_part(number, form, columns, [columns[role] for role in required]), columns
+    return text_part(form, columns, [columns[role] for role in required]), columns
 
 
 def _keys(lines: Iterable[str]) -> list[str]:

@@ -35,8 +35,8 @@ class TextForm:
     header_line: int
     starts: frozenset[str]
 
-    def one_line_rows(self, lines: Iterable[str]) -> Iterator[str]:
-        """Each row after the header on one line: the number of its first line and its cells, with CELL between.
+    def one_line_rows(self, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+        """Each row after the header: the number of its first line, and its cells on one line with CELL between.
 
         A quotation mark opens a cell only if the cell also ends with one; otherwise it is a character like others.
 
@@ -47,7 +47,7 @@ class TextForm:
         """
         for number, cells in self._rows(lines):
             if number > self.header_line:
-                yield CELL.join([str(number), *(cell.strip().translate(ONE_LINE) for cell in cells)])
+                yield number, CELL.join(cell.strip().translate(ONE_LINE) for cell in cells)
 
     def _rows(self, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         """The number of the first line and the cells of each row, the header's included."""

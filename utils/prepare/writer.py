@@ -163,7 +163,7 @@ def _select(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection) -> None:
 
 
 def _require_enough(con: duckdb.DuckDBPyConnection, target: Target, when: str) -> None:
-    longest = con.execute("SELECT max(n) FROM (SELECT count(*) AS n FROM kept GROUP BY user)").fetchone()[0]
+    longest = con.execute("SELECT max(count) FROM users").fetchone()[0]
     if longest is None:
         more_users = "" if target.max_users is None else " or raise --max_users"
         raise PerPEFTError(f"no users and items with {target.core} interactions each are left{when}; lower --core{more_users}")
@@ -188,7 +188,7 @@ def _fetch(
 ) -> Filling:
     """Fill the folder of images, list what failed, and leave those items out."""
     folder, failures = target.file("_images"), target.file("_failed_images.csv")
-    query = "SELECT raw_id, source FROM items SEMI JOIN kept ON items.number = kept.item ORDER BY number"
+    query = "SELECT raw_id, source FROM items JOIN used ON number = item ORDER BY number"
     sources = dict(con.execute(query).fetchall())
     try:
         filling = fill_folder(folder, sources, get, workers, stop, give_up)
@@ -221,15 +221,13 @@ def _write_failures(path: Path, sources: dict[str, str], failed: dict[str, str])
 
 def _write(target: Target, con: duckdb.DuckDBPyConnection) -> None:
     """Number users and items from 1, users by their first interaction and items by their raw ids; write the three files."""
-    con.execute("""
-        CREATE TABLE used AS SELECT number, row_number() OVER (ORDER BY number) AS item, raw_id, title
-        FROM items SEMI JOIN kept ON items.number = kept.item""")
-    rows = con.execute("SELECT item, raw_id, title FROM used ORDER BY item").fetchall()
-    number = "(row_number() OVER (ORDER BY min(rank)))::INTEGER"
-    con.execute(f"CREATE TABLE users AS SELECT user, {number} AS number FROM kept GROUP BY user")
+    rows = con.execute("""
+        SELECT row_number() OVER (ORDER BY number), raw_id, title FROM items JOIN used ON number = item ORDER BY 1""").fetchall()
+    con.execute("CREATE TABLE user_numbers AS SELECT user, (row_number() OVER (ORDER BY first))::INTEGER AS number FROM users")
+    con.execute("CREATE TABLE item_numbers AS SELECT item, (row_number() OVER (ORDER BY item))::INTEGER AS number FROM used")
     lines = """
-        SELECT users.number, used.item FROM kept JOIN users USING (user) JOIN used ON used.number = kept.item
-        ORDER BY users.number, kept.rank"""
+        SELECT users.number, items.number FROM kept JOIN user_numbers users USING (user) JOIN item_numbers items USING (item)
+        ORDER BY users.number, rank"""
     for ending in ("_final.txt", "_preX.pt", "_preX.json"):  # from here on an old data set is being replaced
         target.file(ending).unlink(missing_ok=True)
     raw_ids = {item: raw_id for item, raw_id, _ in rows}
@@ -244,7 +242,7 @@ def _write(target: Target, con: duckdb.DuckDBPyConnection) -> None:
 
 def _tables(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection, images: dict[str, int]) -> str:
     """What was read, left out and kept, as a table."""
-    users, items, kept = con.execute("SELECT count(DISTINCT user), count(DISTINCT item), count(*) FROM kept").fetchone()
+    users, items, kept = con.execute("SELECT count(*), (SELECT count(*) FROM used), sum(count) FROM users").fetchone()
     listed = shop.counts.pop("items listed again", 0)
     read = shop.counts.pop("read")
     parts = [
@@ -275,7 +273,7 @@ def _report(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection, filling:
     lines.append(_tables(target, shop, con, images))
     if filling.failed:
         lines.append(f"{target.file('_failed_images.csv')} lists the failed images with the reasons; their items are left out.")
-    users = con.execute("SELECT count(DISTINCT user) FROM kept").fetchone()[0]
+    users = con.execute("SELECT count(*) FROM users").fetchone()[0]
     command = ["python3", "-m", "scripts.check_data", "--dataset", target.name, "--train_dir", str(target.train_dir)]
     command += ["--C", str(users)] if users < GROUPS else []
     return "\n".join([*lines, f"Next: {shlex.join(command)}"])
