@@ -66,7 +66,7 @@ class ClipPeftEncoder(ItemEncoder):
         autocast_dtype: torch.dtype | None = None,
         traits: Traits = CLIP_TRAITS,
     ):
-        super().__init__()
+        super().__init__()  # has `_groups` before the model: parameters() lists them in one order whichever group is active
         self.foundation_parameters = count_parameters(clip)
         self._modality = modality
         self._autocast_dtype = autocast_dtype
@@ -82,8 +82,6 @@ class ClipPeftEncoder(ItemEncoder):
             config.exclude_modules = "|".join(patterns)
         config.base_model_name_or_path = clip.config._name_or_path or None
         self.adapter_config = config
-        # Before the model that they act in, so that parameters() lists them in the same order whichever group is active.
-        self._groups = nn.ModuleList()
         self._peft = get_peft_model(clip, config)
         self._clip = clip
         if autocast_dtype is not None:
@@ -95,7 +93,6 @@ class ClipPeftEncoder(ItemEncoder):
         if len(self.bare) == len(towers):
             raise ValueError(f"none of the target layers {config.target_modules} is in the {' or '.join(self.bare)} encoder")
         self._groups.append(nn.ParameterList(owners[0][0]._parameters[owners[0][1]] for owners in self._slots.values()))
-        self._active = 0
         scale, shift = channel_statistics(processor)
         self.register_buffer("_scale", scale, persistent=False)
         self.register_buffer("_shift", shift, persistent=False)
@@ -119,11 +116,6 @@ class ClipPeftEncoder(ItemEncoder):
                     slots.setdefault(id(parameter), []).append((module, attribute))
         names = {id(parameter): name for name, parameter in self._peft.named_parameters()}
         return {".".join(p for p in names[key].split(".") if p != "default"): owners for key, owners in slots.items()}
-
-    @property
-    def num_groups(self) -> int:
-        """How many adapters there are."""
-        return len(self._groups)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Encode items.
@@ -180,16 +172,9 @@ class ClipPeftEncoder(ItemEncoder):
                 module.eval()
         return self
 
-    def clone_groups(self, num_groups: int) -> None:
-        """Make `num_groups` adapters, every one a copy of the present group 0."""
-        self.use_group(0)
-        first = self._groups[0]
-        copies = [nn.ParameterList(parameter.detach().clone() for parameter in first) for _ in range(num_groups - 1)]
-        self._groups = nn.ModuleList([first, *copies]).train(self.training)  # keeps its place in parameters()
-
     def use_group(self, group: int) -> None:
         """Let group `group`'s adapter act from now on."""
-        self._active = group
+        super().use_group(group)
         for owners, parameter in zip(self._slots.values(), self._groups[group]):
             for module, attribute in owners:
                 module._parameters[attribute] = parameter

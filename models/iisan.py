@@ -1,6 +1,4 @@
 """IISAN: side adapters over a frozen foundation model's cached hidden states."""
-import copy
-
 import torch
 from torch import nn
 
@@ -136,45 +134,10 @@ class IISANEncoder(ItemEncoder):
     state_file = "iisan.pth"
 
     def __init__(self, iisan: IISAN, foundation_parameters: int | None = None):
-        super().__init__()
+        super().__init__(iisan)
         self.feature_dim = iisan.out_dim
         self.foundation_parameters = foundation_parameters
-        self._groups = nn.ModuleList([iisan])
-        self._active = 0
-
-    @property
-    def num_groups(self) -> int:
-        """How many adapters there are."""
-        return len(self._groups)
 
     def forward(self, image_states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
         """Features by the active group's side network; shapes as in `IISAN.forward`."""
-        return self._groups[self._active](image_states, text_states)
-
-    def clone_groups(self, num_groups: int) -> None:
-        """Make `num_groups` side networks, every one a copy of the present group 0."""
-        self._groups = nn.ModuleList([self._groups[0], *(copy.deepcopy(self._groups[0]) for _ in range(num_groups - 1))])
-        self._active = 0
-
-    def use_group(self, group: int) -> None:
-        """Let group `group`'s side network act from now on."""
-        self._active = group
-
-    def group_parameters(self, group: int) -> dict[str, nn.Parameter]:
-        """The parameters of one group's side network."""
-        return dict(self._groups[group].named_parameters())
-
-    def group_state(self, group: int) -> dict[str, torch.Tensor]:
-        """One side network's state_dict, under the authors' names."""
-        return {name: tensor.cpu() for name, tensor in self._groups[group].state_dict().items()}
-
-    def load_group_state(self, group: int, state: dict[str, torch.Tensor]) -> None:
-        """Replace one group's side network.
-
-        Raises:
-            ValueError: the weights are of another shape.
-        """
-        try:
-            self._groups[group].load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
+        return self.active(image_states, text_states)

@@ -1,4 +1,5 @@
 """The interface between the training pipeline and any foundation model with adapters."""
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -17,7 +18,10 @@ class ItemEncoder(nn.Module, ABC):
     others keep `grad = None`, and AdamW leaves them as they are.
 
     Implementations: `ClipPeftEncoder` (LoRA, IA3, other peft tuners), `IISANEncoder`, and for comparison `FrozenEncoder`,
-    which has nothing to train.
+    which has nothing to train. Where a group's adapter is a module, only `forward` is left to write.
+
+    Args:
+        adapter: the global one; None where a subclass adds its own form of it to `_groups`.
     """
 
     #: width of an item's features
@@ -28,38 +32,53 @@ class ItemEncoder(nn.Module, ABC):
     adapter_config: PeftConfig | None = None
     state_file: str = "adapter.pth"
 
+    def __init__(self, adapter: nn.Module | None = None):
+        super().__init__()
+        self._groups = nn.ModuleList([] if adapter is None else [adapter])
+        self._active = 0
+
     @abstractmethod
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Features of the items whose inputs were fetched, [items, feature_dim]."""
 
-    @abstractmethod
+    @property
+    def num_groups(self) -> int:
+        """How many adapters there are."""
+        return len(self._groups)
+
+    @property
+    def active(self) -> nn.Module:
+        """The adapter that acts."""
+        return self._groups[self._active]
+
     def clone_groups(self, num_groups: int) -> None:
         """Make `num_groups` adapters, every one a copy of the present group 0."""
+        self.use_group(0)
+        copies = [copy.deepcopy(self._groups[0]) for _ in range(num_groups - 1)]
+        self._groups = nn.ModuleList([self._groups[0], *copies]).train(self.training)  # keeps its place in parameters()
 
-    @abstractmethod
     def use_group(self, group: int) -> None:
         """Let group `group`'s adapter act from now on."""
+        self._active = group
 
-    @abstractmethod
     def group_parameters(self, group: int) -> dict[str, nn.Parameter]:
         """The trainable parameters of one group's adapter, by a name that is the same in every group."""
+        return dict(self._groups[group].named_parameters())
 
-    @abstractmethod
     def group_state(self, group: int) -> dict[str, torch.Tensor]:
         """All that must be saved of one group's adapter, by name, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self._groups[group].state_dict().items()}
 
-    @abstractmethod
     def load_group_state(self, group: int, state: dict[str, torch.Tensor]) -> None:
         """Replace one group's adapter by a `group_state`.
 
         Raises:
             ValueError: it does not fit.
         """
-
-    @property
-    @abstractmethod
-    def num_groups(self) -> int:
-        """How many adapters there are."""
+        try:
+            self._groups[group].load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters of all groups."""

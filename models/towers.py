@@ -30,7 +30,7 @@ KNOWN_LAYERS = Layers(
 
 @dataclass(frozen=True)
 class Traits:
-    """How a dual encoder reads items, as `models.trial` finds it; the defaults are CLIP's.
+    """How a dual encoder reads items, as `find_traits` finds it; the defaults are CLIP's.
 
     Attributes:
         title_token: the token that the text tower pools: "first", "last" (padding included), "final" (the last that is no

@@ -17,7 +17,7 @@ from utils.analysis.attention import explain_items, moved, words_of_tokens
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.run.finished import finished_dataset, finished_options
-from utils.run.settings import dataset_fingerprint
+from utils.run.folder import dataset_fingerprint
 
 
 def explained(folder, train_dir, item):

@@ -231,7 +231,8 @@ def test_runs_of_different_data_make_no_table(tmp_path):
 
 
 def test_options_of_clips_adapters_do_not_reach_iisan():
-    runs = plan_runs("arts", [2], ["lora", "iisan"], 1, ["--rank", "8", "--maxlen", "8", "--gradient_checkpointing"])
+    passed_on = ["--rank", "8", "--maxlen", "8", "--gradient_checkpointing", "--precision=bf16"]
+    runs = plan_runs("arts", [2], ["lora", "iisan"], 1, passed_on)
     lora, iisan = (next(run for run in runs if run.peft_type == kind and run.method.peft_types) for kind in ("lora", "iisan"))
     assert lora.options["rank"] == 8 and iisan.options["rank"] is None and iisan.options["maxlen"] == 8
     assert "--rank" not in iisan.arguments and iisan.arguments[-2:] == ("--maxlen", "8")

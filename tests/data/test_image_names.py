@@ -1,5 +1,6 @@
-"""Raw ids become image file names that every file system takes, no two alike, and back again."""
+"""Raw ids become image file names that every file system takes, no two alike."""
 import unicodedata
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from tests.conftest import draw_image, write_dataset
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
-from utils.data.image_names import find_image_files, image_file_name, is_raw_id, raw_id_of
+from utils.data.image_names import find_image_files, image_file_name, is_raw_id
 
 PLAIN = [
     "B00005N7P0", "a b", " x", "-rf", "~root", "$HOME", "%2e%2e%2f", "é", "／", ".hidden", "CONSOLE", "aCON", "x" * 251,
@@ -33,26 +34,19 @@ def test_a_raw_id_that_can_be_a_file_name_is_its_name():
 @pytest.mark.parametrize("raw_id", ENCODED)
 def test_any_other_raw_id_is_encoded(raw_id):
     assert image_file_name(raw_id) == f"{ENCODED[raw_id]}.jpg"
-    assert raw_id_of(f"{ENCODED[raw_id]}.jpg") == raw_id
+    assert unquote(ENCODED[raw_id].removeprefix("id%")) == raw_id  # so that it can be had back
 
 
 @pytest.mark.parametrize("raw_id", LONG)
-def test_a_raw_id_too_long_to_encode_is_found_among_all(raw_id):
+def test_a_raw_id_too_long_to_encode_is_hashed(raw_id):
     name = image_file_name(raw_id)
     assert len(name.encode()) <= 255 and name.startswith("id%=")
-    assert raw_id_of(name, ["B1", raw_id]) == raw_id and raw_id_of(name, ["B1"]) is None
-
-
-@pytest.mark.parametrize("name", ["id%a/b.jpg", "id%a.jpg", "id%=0.jpg", "CON.jpg", "readme.txt", "B1.png", "a\n.jpg", ".jpg"])
-def test_a_name_that_belongs_to_no_raw_id(name):
-    assert raw_id_of(name, ["a", "a/b"]) is None
 
 
 @given(TEXTS, TEXTS)
-def test_names_differ_as_raw_ids_do_and_lead_back(one, other):
+def test_names_differ_as_raw_ids_do(one, other):
     for raw_id in filter(is_raw_id, (one, other)):
         name = image_file_name(raw_id)
-        assert raw_id_of(name, [one, other]) == raw_id
         assert len(name.encode()) <= 255 and not set(name) & set('<>:"/\\|?*\0')
     if is_raw_id(one) and is_raw_id(other):
         assert (image_file_name(one) == image_file_name(other)) == (one == other)

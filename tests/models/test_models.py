@@ -163,30 +163,11 @@ class TableEncoder(ItemEncoder):
     """An item encoder whose adapter is a linear layer on features that are its input: the interface, without CLIP."""
 
     def __init__(self, width=6):
-        super().__init__()
+        super().__init__(nn.Linear(width, width))
         self.feature_dim, self.foundation_parameters = width, 1
-        self.layers, self.group = nn.ModuleList([nn.Linear(width, width)]), 0
-
-    @property
-    def num_groups(self):
-        return len(self.layers)
 
     def forward(self, features):
-        return self.layers[self.group](features)
-
-    def clone_groups(self, num_groups):
-        raise NotImplementedError
-
-    def use_group(self, group):
-        self.group = group
-
-    def group_parameters(self, group):
-        return dict(self.layers[group].named_parameters())
-
-    def group_state(self, group):
-        raise NotImplementedError
-
-    load_group_state = group_state
+        return self.active(features)
 
 
 def test_rows_zero_stay_zero_in_training():
@@ -291,7 +272,7 @@ def test_padding_item_is_the_projection_of_an_all_zero_row_in_training_and_evalu
     model = PerPEFT(encoder, projector, SASRec(ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS)).train(training)
     features = torch.randn(3, 6)
     vectors = model.item_vectors(0, (features,))
-    adapted = features @ encoder.layers[0].weight.T + encoder.layers[0].bias
+    adapted = features @ encoder.active.weight.T + encoder.active.bias
     expected = plain_projector(projector, torch.cat([torch.zeros(1, 6), adapted]))
     assert vectors.shape == (4, WIDTH)
     assert np.abs(expected[0]).max() > 0.1  # the zero row before the projector is not a zero row after it

@@ -16,9 +16,8 @@ from models.peft_configs import PEFT_TYPES
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import load_foundation
-from utils.run.build import EncoderKind, clip_folder, encoder_and_source, foundation_name, image_use
+from utils.run.build import EncoderKind, clip_folder, encoder_and_source, foundation_name, has_groups, image_use
 from utils.run.reports import read_groups
-from utils.run.settings import has_groups
 from utils.training.checkpoints import load_adapter
 
 

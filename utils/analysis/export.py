@@ -6,8 +6,8 @@ import torch
 
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically
+from utils.run.build import has_groups
 from utils.run.run import Run
-from utils.run.settings import has_groups
 from utils.training.evaluation import last_states
 
 HISTORIES = ("all", "train_and_valid")

@@ -10,9 +10,9 @@ from models import SASRec
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.data.histories import Histories
+from utils.run.build import has_groups
 from utils.run.finished import item_number, user_row
 from utils.run.run import Run
-from utils.run.settings import has_groups
 from utils.training.evaluation import last_states, rank_targets
 
 

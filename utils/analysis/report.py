@@ -15,10 +15,10 @@ from utils.analysis.groups import Interval, intervals_by_group, mean_interval, t
 from utils.analysis.page import Page, TileRow
 from utils.analysis.recommendation import Recommender, known_user
 from utils.common.errors import PerPEFTError
+from utils.run.build import has_groups
 from utils.run.finished import Models, open_finished
 from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
-from utils.run.settings import has_groups
 from utils.training.evaluation import METRICS, ndcg_at
 
 TOP_K = 10  # items of a history and of a list of recommendations

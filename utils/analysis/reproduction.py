@@ -1,4 +1,5 @@
 """The runs behind the paper's Tables 2 and 3: all of them, the finished ones, an estimate for the rest."""
+import argparse
 import contextlib
 import io
 import json
@@ -9,8 +10,8 @@ from typing import Any
 
 from utils.common.errors import PerPEFTError
 from utils.run import reports as reporting
+from utils.run.folder import fixed_options, read_settings, run_name
 from utils.run.options import parse_options
-from utils.run.settings import fixed_options, read_settings, run_name
 
 PERPEFT = "PerPEFT"
 # Each kind of adapter: the script that trains it, and the kinds that this script knows.
@@ -20,7 +21,6 @@ SCRIPTS = {
     "iisan": ("perpeft_iisan.py", ("iisan",)),
 }
 PEFT_TYPES = tuple(SCRIPTS)
-ADAPTERS_IN_CLIP = {"--rank": 1, "--gradient_checkpointing": 0}  # options of LoRA and (IA)3 alone, and their values
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,12 @@ class PlannedRun:
 
 
 def _arguments_for(peft_type: str, arguments: list[str]) -> list[str]:
-    """The arguments without those that a kind of adapter does not have."""
-    if "lora" in SCRIPTS[peft_type][1]:
-        return arguments
-    kept, left = [], list(arguments)
-    while left:
-        name, given, _ = left[0].partition("=")
-        if name in ADAPTERS_IN_CLIP:
-            del left[: 1 if given else 1 + ADAPTERS_IN_CLIP[name]]
-        else:
-            kept.append(left.pop(0))
-    return kept
+    """The arguments without those that LoRA and (IA)3 alone have, where a kind of adapter is neither."""
+    alone = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    alone.add_argument("--gradient_checkpointing", action="store_true")
+    for option in ("--rank", "--precision"):
+        alone.add_argument(option)
+    return arguments if "lora" in SCRIPTS[peft_type][1] else alone.parse_known_args(arguments)[1]
 
 
 def _planned(dataset: str, peft_type: str, method: Method, trial: int, passed_on: list[str]) -> PlannedRun:

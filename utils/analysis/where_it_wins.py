@@ -11,9 +11,10 @@ from utils.analysis.tables import markdown_table
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.data.histories import Histories, leave_last_out
+from utils.run.build import has_groups
 from utils.run.finished import finished_options
+from utils.run.folder import dataset_fingerprint
 from utils.run.reports import read_groups, read_ranks
-from utils.run.settings import dataset_fingerprint, has_groups
 from utils.training.evaluation import ndcg_at
 from utils.training.sampling import group_items
 

@@ -7,8 +7,8 @@ on Windows and macOS, cannot hold images of two ids that differ in case alone.)
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from urllib.parse import quote, unquote
+from collections.abc import Mapping
+from urllib.parse import quote
 
 RAW_ID_RULE = "a non-empty text without a line break"
 ENCODED, HASHED = "id%", "id%="  # percent-encoding leaves no "="
@@ -37,20 +37,6 @@ def image_file_name(raw_id: str) -> str:
     if len(encoded) > MAX_BYTES:
         encoded = HASHED + hashlib.sha256(raw_id.encode()).hexdigest()
     return f"{encoded}.jpg"
-
-
-def raw_id_of(name: str, raw_ids: Iterable[str] = ()) -> str | None:
-    """The raw id whose `image_file_name` is `name`, or None.
-
-    Args:
-        name: a file's name, without its folder.
-        raw_ids: all raw ids of the data set, among which hashed ones are looked up.
-    """
-    stem = name.removesuffix(".jpg")
-    if stem.startswith(HASHED):
-        return next((raw_id for raw_id in raw_ids if image_file_name(raw_id) == name), None)
-    raw_id = unquote(stem.removeprefix(ENCODED), errors="replace") if stem.startswith(ENCODED) else stem
-    return raw_id if is_raw_id(raw_id) and image_file_name(raw_id) == name else None
 
 
 def find_image_files(names: set[str], raw_ids: Mapping[int, str]) -> dict[int, str]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -16,8 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
 from models.pair import EncoderPair
-from models.towers import TOWER_NAMES, Traits, dual_features, hidden_states, skeleton, tower, tower_name
-from models.trial import TokenizerMismatch, find_traits
+from models.towers import Traits, dual_features, hidden_states, skeleton, tower
 from utils.common.errors import PerPEFTError
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
@@ -33,9 +31,9 @@ from utils.items.model_files import (
     model_folders,
     quiet_transformers,
 )
-from utils.items.store import ImageTitleStore, bare_image, output_size, padding_token
+from utils.items.store import ImageTitleStore
+from utils.items.trial import TokenizerMismatch, find_traits
 
-LONGEST_TITLE = 512  # of models and tokenizers that name no longest input
 ITEMS_AT_ONCE = 64  # in a pass over all items
 
 
@@ -57,7 +55,7 @@ class Foundation:
         """
         try:
             with quiet_transformers():
-                return self._tried()
+                return find_traits(self.clip, self.image_processor, self.tokenizer)
         except TokenizerMismatch as error:
             end = getattr(tower(self.clip, "text").config, "eos_token_id", None)
             raise self._unfit(
@@ -67,55 +65,8 @@ class Foundation:
         except Exception as error:  # each model has its own ways to refuse inputs
             raise self._unfit(first_line(error)) from error
 
-    def _tried(self) -> Traits:
-        for part in ("text",) if self.image_processor is None else ("image", "text"):
-            if tower_name(self.clip, part) is None:
-                raise ValueError(f"it has no {part} tower called {' or '.join(TOWER_NAMES[part])}")
-        rows = getattr(tower(self.clip, "text").config, "vocab_size", None)
-        highest = max(self.tokenizer.get_vocab().values())
-        if rows and highest >= rows:
-            sizes = f"its tokenizer has tokens up to number {highest}, its text tower {rows} token embeddings"
-            raise ValueError(f"its parts do not fit together: {sizes}")
-        image = None if self.image_processor is None else self._tried_image()
-        specials = " ".join(self.tokenizer.all_special_tokens)
-        longest = self._longest_title()
-        titles = ["red lamp of wood and steel", "", "lamp", f"red {specials} lamp", "very long title " * longest]
-        tokens = self.tokenizer(titles, truncation=True, max_length=longest)["input_ids"]
-        return find_traits(self.clip, image, tokens, padding_token(self.tokenizer), longest)
-
-    def _tried_image(self) -> torch.Tensor:
-        """An image as the processor makes it, which the image tower has taken, [1, 3, height, width]."""
-        height, width = output_size(self.image_processor)
-        drawn = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        options = {"return_tensors": "np", "input_data_format": "channels_last"}
-        image = torch.from_numpy(self.image_processor(drawn, **options)["pixel_values"])
-        scale, shift = channel_statistics(self.image_processor)
-        own = torch.addcmul(shift, torch.from_numpy(bare_image(drawn, self.image_processor)).float(), scale)
-        if (own - image[0]).abs().max() > 1e-3:
-            raise ValueError("its image processor does more than resize, crop, rescale and normalise")
-        try:
-            with torch.no_grad():
-                self.clip.get_image_features(pixel_values=image)
-        except Exception as error:
-            side = getattr(tower(self.clip, "image").config, "image_size", None)
-            if side in (None, height, [height, width]):
-                raise
-            sizes = f"its image processor makes images of {height} x {width} pixels, its image tower takes {side} x {side}"
-            raise ValueError(f"its parts do not fit together: {sizes}") from error
-        return image
-
     def _unfit(self, reason: str) -> PerPEFTError:
         return PerPEFTError(f"'{self.name}' cannot be used: {reason}")
-
-    def _longest_title(self) -> int:
-        """The text tower's longest input, in tokens."""
-        text = tower(self.clip, "text")
-        longest = getattr(text.config, "max_position_embeddings", None)
-        if not longest:
-            return min(self.tokenizer.model_max_length, LONGEST_TITLE)
-        tables = [module for name, module in text.named_modules() if name.endswith("position_embeddings")]
-        reserved = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-        return longest - max(reserved, default=0)  # RoBERTa's family counts positions from its padding token's number on
 
     def store(self, dataset: Dataset, missing_images: str = "error") -> ImageTitleStore:
         """A data set's images and titles as this model reads them; images are left out if `missing_images` is "unused"."""

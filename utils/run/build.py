@@ -57,6 +57,11 @@ class EncoderKind:
         return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
 
 
+def has_groups(options: argparse.Namespace) -> bool:
+    """Whether a run has groups: the methods that PerPEFT is compared with have none."""
+    return options.method == "perpeft"
+
+
 def needs_contents(options: argparse.Namespace) -> bool:
     """Whether images, titles and the model's weights are needed: not by IISAN once the hidden states are there."""
     if options.peft_type == "iisan":

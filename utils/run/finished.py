@@ -11,9 +11,9 @@ from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.run.build import MODEL_OPTIONS, build_model, image_use, needs_contents
 from utils.run.distributed import make_accelerator
+from utils.run.folder import FINGERPRINTS, contents_fingerprints, dataset_fingerprint, read_settings
 from utils.run.options import build_parser
 from utils.run.run import Run
-from utils.run.settings import FINGERPRINTS, contents_fingerprints, dataset_fingerprint, minimum_users, read_settings
 
 Models = Mapping[str, str | None]
 
@@ -64,7 +64,7 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
     images = image_use(options)
     if at_hand and (not needed or images == "unused"):
         images = "blank"
-    dataset = read_dataset(folder, name, needed or at_hand, images, minimum_users(options))
+    dataset = read_dataset(folder, name, needed or at_hand, images)
     if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
         raise _other_data(name, "dataset_fingerprint", "")
     named = {option: getattr(options, option) for option in MODEL_OPTIONS if getattr(options, option)}

@@ -1,21 +1,144 @@
-"""The run folder: locked while a run trains in it, and either new, started or finished."""
+"""The run folder: named for its options, bound to all that its figures follow from, and either new, started or finished."""
+import argparse
 import contextlib
+import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
+from utils.common.devices import choose_precision
 from utils.common.errors import PerPEFTError
 from utils.common.files import remove_leftovers, write_json
-from utils.run import reports
-from utils.run.settings import FINGERPRINTS, read_settings
+from utils.data.dataset import Dataset
+from utils.items.hidden_states import made_by, states_path
+from utils.items.model_files import FoundationName, add_model_files, model_folders, model_hash
+from utils.items.store import image_status
+from utils.run.build import MODEL_OPTIONS, foundation_name, image_use
 
+# Options that may differ between the start of a run and its continuation: they change no figure.
+FREE_OPTIONS = {
+    "device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "gradient_checkpointing", "debug",
+    "log_with",
+}  # fmt: skip
+# What identifies the data beside the options, and what a difference means.
+FINGERPRINTS = {
+    "dataset_fingerprint": " (the data set's interactions or raw ids have changed)",
+    "contents_fingerprint": " (the data set's titles or images, or the files of the foundation model, have changed)",
+}
 RUN_FILES = (
     "resume", "global", "personalized", "global_ranks.csv", "personalized_ranks.csv", "groups.csv", "metrics.csv", "curves.png",
     "groups.png", "figures", "report.html", "tensorboard", "wandb",
 )  # fmt: skip  # and summary.json
+
+
+def run_name(options: argparse.Namespace) -> str:
+    """The run folder's name: data set, adapter, what differs from PerPEFT if anything, learning rate, weight decay, seed."""
+    parts = [options.dataset, options.peft_type]
+    if options.peft_config:
+        parts.append(f"config_{hashlib.sha256(json.dumps(options.peft_config, sort_keys=True).encode()).hexdigest()[:6]}")
+    if options.method in ("global", "large_global"):  # frozen and none stand in the adapter's place
+        parts.append(options.method)
+    if options.modality != "both":
+        parts.append(options.modality)
+    if options.negatives != "group":
+        parts.append(f"negatives_{options.negatives}")
+    if options.grouping != "kmeans":
+        parts.append(f"grouping_{options.grouping}")
+    return "_".join([*parts, f"lr{options.lr:g}", f"wd{options.wdecay:g}", f"seed{options.trial}"])
+
+
+def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run's figures follow from, as JSON holds them."""
+    return json.loads(json.dumps({name: value for name, value in sorted(vars(options).items()) if name not in FREE_OPTIONS}))
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """A hash of histories and raw ids."""
+    digest = hashlib.sha256()
+    for array in (dataset.user_ids, dataset.histories.items, dataset.histories.offsets):
+        digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    digest.update("\0".join(dataset.raw_ids).encode())
+    return digest.hexdigest()[:16]
+
+
+def contents_fingerprints(options: argparse.Namespace, dataset: Dataset) -> Iterator[str | None]:
+    """Yield a hash of what the encoder reads beside the histories: titles, sizes of images, and the files of model folders.
+
+    None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A model from the hub adds
+    nothing, and so do images that are not used; earlier versions counted these, and such a hash comes second.
+    """
+    if options.peft_type in ("iisan", "none"):
+        yield None
+        return
+    for images in (False, True) if image_use(options) == "unused" else (True,):
+        digest = hashlib.sha256()
+        for title, path in zip(dataset.titles, dataset.image_paths):
+            status = image_status(path) if images else None
+            digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
+        if name := foundation_name(options):
+            add_model_files(digest, name)
+        yield digest.hexdigest()[:16]
+
+
+def run_settings(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+    """All that a run's figures follow from."""
+    return {
+        **fixed_options(options),
+        "dataset_fingerprint": dataset_fingerprint(dataset),
+        "contents_fingerprint": next(contents_fingerprints(options, dataset)),
+    }
+
+
+def with_moved_models(
+    settings: dict[str, Any], saved: dict[str, Any] | None, options: argparse.Namespace, dataset: Dataset
+) -> dict[str, Any]:
+    """The settings of a run that continues, under the saved names of its model folders where these have only moved.
+
+    Args:
+        settings: of the command.
+        saved: of the run in the folder; None where there is none.
+        options, dataset: of the command.
+    """
+    name = foundation_name(options)
+    adopted = ("contents_fingerprint", *MODEL_OPTIONS)
+    if saved is None or name is None or all(saved.get(option) == settings[option] for option in adopted):
+        return settings
+    moved = any(saved.get(option) != settings[option] for option in MODEL_OPTIONS)
+    if moved and not all(Path(folder).is_dir() for folder in model_folders(name)):
+        return settings
+    if options.peft_type == "iisan":
+        states = states_path(dataset.folder, dataset.name)
+        noted = states.with_suffix(".json").is_file()  # published states have no note
+        same = noted and made_by(states) == (str(_saved_name(saved)), model_hash(name))
+    else:
+        same = saved.get("contents_fingerprint") in contents_fingerprints(options, dataset)
+    return settings | {option: saved[option] for option in adopted if same and option in saved}
+
+
+def _saved_name(saved: dict[str, Any]) -> FoundationName | None:
+    return foundation_name(argparse.Namespace(**{**dict.fromkeys((*MODEL_OPTIONS, "text_pooling")), **saved}))
+
+
+def read_settings(path: Path, nested: bool) -> dict[str, Any]:
+    """The settings of a run from its resume/config.json, or from its summary.json, where they are `nested`.
+
+    Raises:
+        PerPEFTError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = {**content["config"], **{name: content[name] for name in FINGERPRINTS}} if nested else dict(content)
+        if nested:  # runs of earlier versions did not write it
+            settings.setdefault("precision", choose_precision(None, content["device"]))
+        return settings
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PerPEFTError(f"{path} is damaged ({reason}); start over with --restart, or choose another --output_dir") from error
 
 
 class RunFolder:
@@ -87,8 +210,8 @@ class RunFolder:
 
     def begin(self, settings: dict[str, Any], restart: bool) -> None:
         """Prepare the folder: continue the run that is here, or clear it for a new one."""
-        remove_leftovers(self.path)
         if self.has_state and not restart:
+            remove_leftovers(self.path)
             print(f"continuing {self.path}", flush=True)
             return
         self.clear()  # without a saved state there is nothing to lose, and the rest of a half-cleared run must not be used
@@ -111,9 +234,3 @@ class RunFolder:
     def remove_state(self) -> None:
         """Remove what only a continuation needs."""
         shutil.rmtree(self._resume, ignore_errors=True)
-
-    def print_finished(self) -> None:
-        """Print the table of the finished run."""
-        self.remove_state()  # left by a run that was killed right after its summary
-        print(f"{self.path} is finished; --restart trains it again")
-        reports.print_results(json.loads(self._summary.read_text(encoding="utf-8")), self.path)

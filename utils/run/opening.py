@@ -1,6 +1,7 @@
 """From a command line to a run that can be trained: data, model, ranks, and the locked run folder."""
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,12 @@ from utils.common.devices import choose_device, choose_precision
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset, require_dataset
 from utils.prepare.demo import make_demo
-from utils.run.build import build_model, image_use, needs_contents
+from utils.run import reports
+from utils.run.build import build_model, has_groups, image_use, needs_contents
 from utils.run.distributed import make_accelerator
-from utils.run.folder import RunFolder
+from utils.run.folder import RunFolder, run_name, run_settings, with_moved_models
 from utils.run.options import parse_options
 from utils.run.run import Run
-from utils.run.settings import minimum_users, run_name, run_settings, with_moved_models
 from utils.run.tracking import EpochLog, require_tracker
 
 
@@ -61,8 +62,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     # A run continues in the precision that it started with.
     options.precision = choose_precision(options.precision or (saved or {}).get("precision"), options.device)
     accelerator = make_accelerator(options.device, options.precision == "fp16", options.log_with, str(folder.path))
-    contents, images = needs_contents(options), image_use(options)
-    dataset = read_dataset(options.train_dir, options.dataset, contents, images, minimum_users(options))
+    num_groups = options.C if has_groups(options) else 1
+    dataset = read_dataset(options.train_dir, options.dataset, needs_contents(options), image_use(options), num_groups)
     settings = with_moved_models(run_settings(options, dataset), saved, options, dataset)
     with contextlib.ExitStack() as stack:
         if writes and accelerator.is_main_process:
@@ -75,7 +76,9 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
             raise PerPEFTError(f"{folder.path} holds no finished run; train it first, without --inference_only")
         if finished and writes:
             if accelerator.is_main_process:
-                folder.print_finished()
+                folder.remove_state()  # left by a run that was killed right after its summary
+                print(f"{folder.path} is finished; --restart trains it again")
+                reports.print_results(json.loads((folder.path / "summary.json").read_text(encoding="utf-8")), folder.path)
             yield None
             return
         run = Run(options, dataset, *build_model(options, dataset), folder.path, settings, accelerator)
@@ -84,7 +87,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
         accelerator.wait_for_everyone()
         if writes and accelerator.is_main_process:  # only now that nothing is missing may a restart discard anything
             folder.begin(settings, restart)
-            run.epoch_log = EpochLog(accelerator, options.log_with, folder.path, settings)
+            if options.log_with:
+                run.epoch_log = EpochLog(accelerator, options.log_with, folder.path, settings)
         accelerator.wait_for_everyone()
         try:
             yield run

@@ -12,7 +12,7 @@ from models import PerPEFT
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
 from utils.run.build import trainable_counts
-from utils.run.settings import FINGERPRINTS
+from utils.run.folder import FINGERPRINTS
 from utils.training.evaluation import METRICS, Ranks
 from utils.training.progress import best_row
 

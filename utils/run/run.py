@@ -19,9 +19,9 @@ from utils.data.dataset import Dataset, read_true_groups
 from utils.data.histories import leave_last_out
 from utils.items.source import ItemSource
 from utils.run import plots, reports
+from utils.run.build import has_groups
 from utils.run.distributed import StopSignal
 from utils.run.folder import RunFolder
-from utils.run.settings import has_groups
 from utils.run.tracking import EpochLog
 from utils.training import checkpoints
 from utils.training.checkpoints import Checkpoint
@@ -83,7 +83,7 @@ class Run:
         self.checkpoint: Checkpoint | None = None  # of the stage that is trained
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._grouping_seconds = 0.0
-        self.epoch_log: EpochLog | None = None  # of rank 0
+        self.epoch_log: EpochLog | None = None  # of rank 0, with --log_with
 
     def train_global(self) -> None:
         """Stage 1: one adapter and one projector for all users, negatives from all items.

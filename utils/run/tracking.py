@@ -34,16 +34,14 @@ class EpochLog:
 
     Args:
         accelerator: made with `log_with`.
-        name: of the tracker; None to log nowhere.
+        name: of the tracker.
         folder: the run folder; the files go into its `tensorboard/` or `wandb/`.
         settings: of the run.
     """
 
-    def __init__(self, accelerator: Accelerator, name: str | None, folder: Path, settings: dict[str, Any]):
+    def __init__(self, accelerator: Accelerator, name: str, folder: Path, settings: dict[str, Any]):
         self._accelerator = accelerator
-        self._note_path = folder / "resume" / f"{name}.json" if name else None
-        if name is None:
-            return
+        self._note_path = folder / "resume" / f"{name}.json"
         is_new = not self._note_path.is_file()
         self._note = {"id": uuid.uuid4().hex, "rows": 0} if is_new else _read_note(self._note_path)
         config = {key: "none" if value is None else value for key, value in settings.items()} if is_new else None
@@ -61,8 +59,6 @@ class EpochLog:
         Args:
             rows: one an epoch, of both stages, in order, from the first on.
         """
-        if self._note_path is None:
-            return
         first = self._note["rows"]
         self._note["rows"] = len(rows)
         write_json(self._note_path, self._note)

@@ -6,22 +6,17 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
-from utils.common.errors import PerPEFTError
-
 
 def kmeans_groups(user_vectors: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
     """Group users (k-means, at most 100 iterations, best of 10 seeded starts).
 
     Args:
-        user_vectors: one row a real user, [users, hidden].
+        user_vectors: one row a real user, [users, hidden]; at least C, which reading the data checks.
         num_groups: C.
         seed: of the starts.
     Returns:
         each user's group, 0..C-1, [users]
-    Raises:
-        PerPEFTError: fewer users than groups.
     """
-    _refuse_few_users(len(user_vectors), num_groups)
     kmeans = KMeans(num_groups, max_iter=100, n_init=10, random_state=seed)
     # One thread: several sum in the order in which they finish, so the last bits would differ from run to run.
     with threadpool_limits(1), warnings.catch_warnings():
@@ -30,15 +25,5 @@ def kmeans_groups(user_vectors: np.ndarray, num_groups: int, seed: int) -> np.nd
 
 
 def random_groups(num_users: int, num_groups: int, seed: int) -> np.ndarray:
-    """Groups of equal size (but for one user) at random, for comparison, [users].
-
-    Raises:
-        PerPEFTError: fewer users than groups.
-    """
-    _refuse_few_users(num_users, num_groups)
+    """Groups of equal size (but for one user) at random, for comparison, [users]."""
     return np.random.default_rng(seed).permutation(np.arange(num_users) % num_groups)
-
-
-def _refuse_few_users(num_users: int, num_groups: int) -> None:
-    if num_users < num_groups:
-        raise PerPEFTError(f"{num_users} users cannot be put into --C {num_groups} groups; choose a smaller --C")

@@ -76,8 +76,8 @@ class Trainer:
         """The loss of a batch: of the full batch, or of this rank's shard such that the mean over ranks is that."""
         ranks = self.accelerator.num_processes
         shard = batch.shard(self.accelerator.process_index, ranks)
-        inputs = self.source.fetch(shard.items[1:], self.device)
-        positive_logits, negative_logits, mask = self._forward(shard.to(self.device), inputs)  # [batch, time] each
+        on_device, inputs = shard.to(self.device), self.source.fetch(shard.items[1:], self.device)
+        positive_logits, negative_logits, mask = self._forward(on_device, inputs)  # [batch, time] each
         loss = transition_loss(positive_logits, negative_logits, mask, batch.num_transitions)
         return ranks * loss + self._l2_emb * torch.linalg.vector_norm(self.model.sasrec.item_emb.weight)
 

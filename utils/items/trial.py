@@ -1,14 +1,19 @@
 """What differs between dual encoders, found by running one on an image and a few titles."""
-
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from models.towers import Traits, part_features, tower
+from models.clip_peft import channel_statistics
+from models.towers import TOWER_NAMES, Traits, part_features, tower, tower_name
+from utils.items.store import bare_image, output_size, padding_token
 
+LONGEST_TITLE = 512  # of models and tokenizers that name no longest input
 TOLERANCE = 2e-5  # by which features of unit length may differ in a batch of other sizes
 
 
@@ -58,9 +63,7 @@ def _unit_features(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | 
     return F.normalize(part_features(model, "text", input_ids=tokens, attention_mask=mask).float(), dim=-1)
 
 
-def find_traits(
-    model: nn.Module, image: torch.Tensor | None, titles: Sequence[Sequence[int]], padding: int, longest: int
-) -> Traits:
+def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase) -> Traits:
     """Try a dual encoder on an image and on titles.
 
     A title's features are the model's own of that title alone. Where they stay the same in a batch with padding, no mask is
@@ -69,16 +72,26 @@ def find_traits(
 
     Args:
         model: in eval mode.
-        image: [1, 3, height, width], as its image processor makes them; None for titles alone.
-        titles: token numbers, of several lengths, an ordinary title first.
-        padding: the token that fills short titles.
-        longest: the text tower's longest input, in tokens.
+        processor: of images; None for titles alone.
+        tokenizer: of titles.
     Raises:
         TokenizerMismatch: the model does not read all of a title.
-        ValueError: it pools titles in a way that is not known here.
+        ValueError: its parts do not fit together, or it pools titles in a way that is not known here.
         Exception: the model's own, where it does not run on an image and a title alone.
     """
-    rows = [list(title) for title in titles if len(title)]
+    for part in ("text",) if processor is None else ("image", "text"):
+        if tower_name(model, part) is None:
+            raise ValueError(f"it has no {part} tower called {' or '.join(TOWER_NAMES[part])}")
+    embeddings = getattr(tower(model, "text").config, "vocab_size", None)
+    highest = max(tokenizer.get_vocab().values())
+    if embeddings and highest >= embeddings:
+        sizes = f"its tokenizer has tokens up to number {highest}, its text tower {embeddings} token embeddings"
+        raise ValueError(f"its parts do not fit together: {sizes}")
+    image = None if processor is None else _tried_image(model, processor)
+    padding, longest = padding_token(tokenizer), _longest_title(model, tokenizer)
+    specials = " ".join(tokenizer.all_special_tokens)
+    titles = ["red lamp of wood and steel", "", "lamp", f"red {specials} lamp", "very long title " * longest]
+    rows = [title for title in tokenizer(titles, truncation=True, max_length=longest)["input_ids"] if len(title)]
     alone = torch.cat([_unit_features(model, *_padded([row], padding)) for row in rows])
     tokens, mask = _padded(rows, padding)
 
@@ -118,3 +131,36 @@ def _check_reading(read: torch.Tensor, pooled: torch.Tensor, title: list[int], t
     if unread:
         raise TokenizerMismatch(f"it ends a title by token {title[-1]}, but the model pools token {int(tokens[0, place])}")
     return int(tokens[0, place])
+
+
+def _tried_image(model: nn.Module, processor: BaseImageProcessor) -> torch.Tensor:
+    """An image as the processor makes it, which the image tower has taken, [1, 3, height, width]."""
+    height, width = output_size(processor)
+    drawn = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    options = {"return_tensors": "np", "input_data_format": "channels_last"}
+    image = torch.from_numpy(processor(drawn, **options)["pixel_values"])
+    scale, shift = channel_statistics(processor)
+    own = torch.addcmul(shift, torch.from_numpy(bare_image(drawn, processor)).float(), scale)
+    if (own - image[0]).abs().max() > 1e-3:
+        raise ValueError("its image processor does more than resize, crop, rescale and normalise")
+    try:
+        with torch.no_grad():
+            model.get_image_features(pixel_values=image)
+    except Exception as error:
+        side = getattr(tower(model, "image").config, "image_size", None)
+        if side in (None, height, [height, width]):
+            raise
+        sizes = f"its image processor makes images of {height} x {width} pixels, its image tower takes {side} x {side}"
+        raise ValueError(f"its parts do not fit together: {sizes}") from error
+    return image
+
+
+def _longest_title(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The text tower's longest input, in tokens."""
+    text = tower(model, "text")
+    longest = getattr(text.config, "max_position_embeddings", None)
+    if not longest:
+        return min(tokenizer.model_max_length, LONGEST_TITLE)
+    tables = [module for name, module in text.named_modules() if name.endswith("position_embeddings")]
+    reserved = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return longest - max(reserved, default=0)  # RoBERTa's family counts positions from its padding token's number on
