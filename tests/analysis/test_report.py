@@ -15,7 +15,7 @@ from tests.run.test_pipeline import read_csv, tree
 from utils.analysis.figures import group_colours, inline_svg, plot_users
 from utils.analysis.groups import intervals_by_group, mean_interval, typical_items
 from utils.analysis.page import thumbnail
-from utils.analysis.report import choose_users, user_values
+from utils.analysis.report import choose_users
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
 
@@ -211,13 +211,6 @@ def test_users_of_the_gallery_are_the_ones_that_gained_and_lost_most():
     assert len(drawn) == 2 and len({choice.user for choice in chosen}) == 6 and set(drawn) <= set(ids.tolist())
     assert chosen[0].gain == "+1.00" and chosen == choose_users(ids, before, after, 6, seed=1)
     assert len(choose_users(ids, None, after, 30)) == 12
-
-
-def test_values_of_users_follow_the_definition():
-    ranks = np.array([0, 2, 9, 10, 19, 20])
-    assert user_values("HR@10", ranks).tolist() == [1, 1, 1, 0, 0, 0]
-    expected = [1, 0.5, 1 / math.log2(11), 1 / math.log2(12), 1 / math.log2(21), 0]
-    assert user_values("NDCG@20", ranks).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("num_groups", [1, 12, 25])

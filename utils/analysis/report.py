@@ -19,15 +19,9 @@ from utils.run.build import has_groups
 from utils.run.finished import Models, open_finished
 from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
-from utils.training.evaluation import METRICS, ndcg_at
+from utils.training.evaluation import METRICS, user_values
 
 TOP_K = 10  # items of a history and of a list of recommendations
-
-
-def user_values(metric: str, ranks: np.ndarray) -> np.ndarray:
-    """Each user's value of a metric such as HR@20, of ranks from 0, [users]."""
-    kind, cutoff = metric.split("@")
-    return (ranks < int(cutoff)).astype(float) if kind == "HR" else ndcg_at(int(cutoff), ranks)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils.common.errors import PerPEFTError
-from utils.run import reports as reporting
 from utils.run.folder import fixed_options, read_settings, run_name
 from utils.run.options import parse_options
+from utils.run.reports import read_ranks
 
 PERPEFT = "PerPEFT"
 # Each kind of adapter: the script that trains it, and the kinds that this script knows.
@@ -114,10 +116,9 @@ class PlannedRun:
             raise PerPEFTError(f"{path} is damaged: it has no test figures; remove {self.folder}")
         return summary
 
-    def test_ranks(self) -> dict[int, int]:
-        """Each evaluated user's rank of the test item at the best epoch, from 0, by the user's number."""
-        ranks = reporting.read_ranks(self.folder / f"{self.method.stage}_ranks.csv")
-        return dict(zip(ranks["users"].tolist(), ranks["test"].tolist()))
+    def test_ranks(self) -> np.ndarray:
+        """Each evaluated user's rank of the test item at the best epoch, from 0, [users]."""
+        return read_ranks(self.folder / f"{self.method.stage}_ranks.csv")["test"]
 
 
 def _arguments_for(peft_type: str, arguments: list[str]) -> list[str]:

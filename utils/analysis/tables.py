@@ -12,7 +12,7 @@ from scipy.stats import ttest_rel
 from utils.analysis.reproduction import PEFT_TYPES, PERPEFT, TABLES, PlannedRun, methods_of, plan_runs
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
-from utils.training.evaluation import ndcg_at
+from utils.training.evaluation import user_values
 
 SHOWN = ("HR@20", "HR@30", "NDCG@20", "NDCG@30")
 PAPER_FILE = Path(__file__).with_name("paper_results.csv")
@@ -115,14 +115,13 @@ def _row(found: dict[PlannedRun, dict[str, Any]], paper: dict[str, float]) -> Ro
     """A row of finished runs of one method and their summaries."""
     stages = [summary[run.method.stage] for run, summary in found.items()]
     values = {metric: np.array([100 * stage["test"][metric] for stage in stages]) for metric in SHOWN}
-    ranks = {run.trial: run.test_ranks() for run in found}
     return Row(
         next(iter(found)).method.name,
         {metric: float(each.mean()) for metric, each in values.items()},
         {metric: float(each.std(ddof=1)) if len(each) > 1 else float("nan") for metric, each in values.items()},
         paper,
         float(np.mean([stage["valid"]["NDCG@20"] for stage in stages])),
-        {trial: ndcg_at(20, np.array([own[user] for user in sorted(own)])) for trial, own in ranks.items()},
+        {run.trial: user_values("NDCG@20", run.test_ranks()) for run in found},
     )
 
 

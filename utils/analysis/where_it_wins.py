@@ -15,7 +15,7 @@ from utils.run.build import has_groups
 from utils.run.finished import finished_options
 from utils.run.folder import dataset_fingerprint
 from utils.run.reports import read_groups, read_ranks
-from utils.training.evaluation import ndcg_at
+from utils.training.evaluation import user_values
 from utils.training.sampling import group_items
 
 TOP = 20
@@ -26,28 +26,23 @@ POPULARITIES = {0: "0", 1: "1 or 2", 3: "3 to 5", 6: "6 to 10", 11: "11 or more"
 GROUP_SHARES = {0: "below 10 % of users", 0.1: "10 to 20 %", 0.2: "20 % or more"}
 
 
-def hit_at(k: int, ranks: np.ndarray) -> np.ndarray:
-    """1 where the target is among the first k, ranks from 0, [users]."""
-    return (ranks < k).astype(float)
-
-
-def difference(own: np.ndarray, other: np.ndarray) -> str:
-    """The mean difference in points of two metrics, [users] each, and its 95 % interval over users."""
-    found = mean_interval(100 * (own - other))
+def difference(metric: str, own: np.ndarray, other: np.ndarray) -> str:
+    """The mean difference of a metric in points and its 95 % interval over users; ranks from 0, [users] each."""
+    found = mean_interval(100 * (user_values(metric, own) - user_values(metric, other)))
     return f"{found.mean:+.2f} ± {found.high - found.mean:.2f}"
 
 
-def percent(*metrics: np.ndarray) -> str:
-    """Means over users in percent, as in "6.74 / 3.09"."""
-    return " / ".join(f"{100 * metric.mean():.2f}" for metric in metrics)
+def percent(ranks: np.ndarray, *metrics: str) -> str:
+    """Means over users in percent, as in "6.74 / 3.09"; ranks from 0, [users]."""
+    return " / ".join(f"{100 * user_values(metric, ranks).mean():.2f}" for metric in metrics)
 
 
 def by_depth(own: np.ndarray, other: np.ndarray) -> str:
     """HR@K of both runs and the difference; test ranks from 0, [users] each."""
-    hits = [(k, hit_at(k, own), hit_at(k, other)) for k in DEPTHS]
+    metrics = [f"HR@{k}" for k in DEPTHS]
     return markdown_table(
         ["depth", "other run", "PerPEFT", "difference, points"],
-        [[f"HR@{k}", percent(theirs), percent(ours), difference(ours, theirs)] for k, ours, theirs in hits],
+        [[metric, percent(other, metric), percent(own, metric), difference(metric, own, other)] for metric in metrics],
     )
 
 
@@ -60,15 +55,15 @@ def by_stratum(own: np.ndarray, other: np.ndarray, values: np.ndarray, strata: d
         strata: lower bound, ascending, to name.
         name: of the values.
     """
+    metrics = ("HR@20", "NDCG@20", "HR@100")
     stratum = np.searchsorted(list(strata), values, side="right") - 1  # [users]
     rows = []
     for number, label in enumerate(strata.values()):
         chosen = stratum == number
         if chosen.any():
-            a, b = own[chosen], other[chosen]
-            metrics = [(hit_at(20, a), hit_at(20, b)), (ndcg_at(20, a), ndcg_at(20, b)), (hit_at(100, a), hit_at(100, b))]
-            rows.append([label, f"{100 * chosen.mean():.0f} %", *(difference(*pair) for pair in metrics)])
-    return markdown_table([name, "users", "HR@20", "NDCG@20", "HR@100"], rows)
+            gains = [difference(metric, own[chosen], other[chosen]) for metric in metrics]
+            rows.append([label, f"{100 * chosen.mean():.0f} %", *gains])
+    return markdown_table([name, "users", *metrics], rows)
 
 
 @dataclass(frozen=True)
@@ -89,11 +84,10 @@ class GroupRanking:
 
     def cells(self) -> list[str]:
         """The row of `outside_the_group`."""
-        a, b = self.among_own, self.among_all
-        metrics = [(hit_at(20, a), hit_at(20, b)), (ndcg_at(20, a), ndcg_at(20, b))]
+        metrics = ("HR@20", "NDCG@20")
         return [
-            f"{100 * self.share.mean():.1f} %", f"{100 * self.outside.mean():.1f} %", percent(*(pair[1] for pair in metrics)),
-            percent(*(pair[0] for pair in metrics)), *(difference(*pair) for pair in metrics),
+            f"{100 * self.share.mean():.1f} %", f"{100 * self.outside.mean():.1f} %", percent(self.among_all, *metrics),
+            percent(self.among_own, *metrics), *(difference(metric, self.among_own, self.among_all) for metric in metrics),
         ]  # fmt: skip
 
 

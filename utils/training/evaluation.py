@@ -158,13 +158,13 @@ def _rows_and_items(histories: Histories, users: np.ndarray) -> tuple[np.ndarray
     return np.repeat(np.arange(len(users)), lengths), histories.items[first + np.arange(len(first))]
 
 
-def ndcg_at(k: int, ranks: np.ndarray) -> np.ndarray:
-    """Each user's NDCG@k, 1 / log2(rank + 2) if rank < k, else 0, of ranks from 0, [users]."""
-    return 1 / np.log2(ranks + 2.0) * (ranks < k)
+def user_values(metric: str, ranks: np.ndarray) -> np.ndarray:
+    """Each user's HR@K (1 if rank < K, else 0) or NDCG@K (1 / log2(rank + 2) if rank < K, else 0), of ranks from 0, [users]."""
+    kind, cutoff = metric.split("@")
+    hits = (ranks < int(cutoff)).astype(float)
+    return hits if kind == "HR" else hits / np.log2(ranks + 2.0)
 
 
 def metrics_of(ranks: np.ndarray) -> dict[str, float]:
-    """HR@K (the share of ranks below K) and NDCG@K for K of CUTOFFS, means over users."""
-    return {f"HR@{k}": float((ranks < k).mean()) for k in CUTOFFS} | {
-        f"NDCG@{k}": float(ndcg_at(k, ranks).mean()) for k in CUTOFFS
-    }
+    """The METRICS of ranks from 0, means over users."""
+    return {name: float(user_values(name, ranks).mean()) for name in METRICS}
