@@ -174,7 +174,7 @@ class ClipPeftEncoder(ItemEncoder):
 
     def use_group(self, group: int) -> None:
         """Let group `group`'s adapter act from now on."""
-        super().use_group(group)
+        self._active = group
         for owners, parameter in zip(self._slots.values(), self._groups[group]):
             for module, attribute in owners:
                 module._parameters[attribute] = parameter

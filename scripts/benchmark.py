@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from utils.analysis import benchmark
 from utils.analysis.tables import markdown_table
 from utils.common.console import number, run_main, script_parser
-from utils.common.devices import choose_device, seed_everything
+from utils.common.devices import choose_device
 from utils.common.files import write_json
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import Foundation, load_foundation
@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     figures: dict[str, Any] = {"date": date.today().isoformat(), **machine, "dataset": options.dataset, "clip": clip_model}
 
     def foundation() -> Foundation:
-        seed_everything(0)
+        torch.manual_seed(0)
         return random_foundation(dataset) if clip_model == RANDOM_CLIP else load_foundation(clip_folder(clip_model, dataset))
 
     for peft_type in tqdm(options.peft, "adapters", unit="adapter", disable=None):

@@ -18,7 +18,7 @@ from models import (
 )
 from models.peft_configs import peft_config
 from models.towers import count_parameters, layers_of
-from utils.common.devices import PRECISIONS, seed_everything
+from utils.common.devices import PRECISIONS
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import Foundation, ensure_hidden_states, known_model, load_foundation
@@ -166,7 +166,7 @@ def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:
 def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT, ItemSource]:
     """The model with one group, on its device, and the source of its item inputs."""
     device = torch.device(options.device)
-    seed_everything(options.trial)
+    torch.manual_seed(options.trial)
     encoder, source = build_encoder(EncoderKind.of(options), dataset, foundation_name(options), device, image_use(options))
     projector = (MMProjector if encoder.feature_dim else NoProjector)(encoder.feature_dim, options.hidden_units)
     sizes = [getattr(options, name) for name in ("hidden_units", "maxlen", "num_blocks", "num_heads", "dropout_rate")]
