@@ -224,12 +224,6 @@ def test_output_dir_that_is_a_file_is_reported(run, end, tmp_path):
         assert code == 2 and "--output_dir" in message and str(output_dir) in message
 
 
-def test_train_dir_that_is_a_file_is_reported(run, end, tmp_path):
-    (tmp_path / "file").write_text("")
-    code, message = end(run.arguments, "--train_dir", str(tmp_path / "file"))
-    assert code == 2 and "'tiny' is not in" in message
-
-
 # ---------------------------------------------------------------- memory
 
 

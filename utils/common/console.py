@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from utils.common.errors import PerPEFTError, is_out_of_memory
+from utils.common.errors import PerPEFTError, first_line, is_out_of_memory
 
 # How long another rank keeps its error to itself: rank 0 meets most errors too and reports them, and the launcher then ends all.
 ERROR_GRACE_SECONDS = 60
@@ -78,10 +78,9 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, PerPEFTError):
         return 2, f"error: {error}"
     if is_out_of_memory(error):
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         return 1, (
-            f"error: the memory is full ({reason}). Try --gradient_checkpointing (LoRA and the like), with which a run continues,"
-            " or a smaller --batch_size, which starts a new run and so needs --restart or another --output_dir"
+            f"error: the memory is full ({first_line(error)}). Try --gradient_checkpointing (LoRA and the like), with which a "
+            "run continues, or a smaller --batch_size, which starts a new run and so needs --restart or another --output_dir"
         )
     if isinstance(error, OSError) and error.errno is not None:
         hint = ""

@@ -12,3 +12,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of the machine or of its device is full; every allocator words it differently."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
 from models.pair import EncoderPair
 from models.towers import Traits, dual_features, hidden_states, skeleton, tower
-from utils.common.errors import PerPEFTError
+from utils.common.errors import PerPEFTError, first_line
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
 from utils.items.hidden_states import has_states, save_hidden_states, states_path
@@ -24,7 +24,6 @@ from utils.items.model_files import (
     DEFAULT_CLIP,
     FoundationName,
     PairName,
-    first_line,
     load_image_processor,
     load_model,
     load_tokenizer,

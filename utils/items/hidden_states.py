@@ -10,7 +10,7 @@ from torch import nn
 from models.item_encoder import MODALITIES
 from models.towers import evenly_spaced, tower, tower_name
 from utils.common.devices import to_device
-from utils.common.errors import PerPEFTError
+from utils.common.errors import PerPEFTError, first_line
 from utils.common.files import save_tensors, write_atomically, write_json
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
@@ -30,13 +30,16 @@ def states_path(train_dir: str | Path, name: str) -> Path:
 def has_states(train_dir: str | Path, name: str, modality: str = "both") -> bool:
     """Whether a data set's states are there, and hold what a modality needs as far as the note beside them says."""
     path = states_path(train_dir, name)
-    if not path.is_file():
-        return False
+    return path.is_file() and _note(path).get("modality", "both") in ("both", modality)
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """What the note beside states says of them; nothing where there is none, as beside published ones, or it is damaged."""
     try:
-        held = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["modality"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        held = "both"  # as all published files
-    return held in ("both", modality)
+        content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def state_shapes(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
@@ -93,8 +96,7 @@ def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
         refuse_damaged_tensors(path)
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PerPEFTError(f"{path} cannot be read ({reason[:500]}); {again}") from error
+        raise PerPEFTError(f"{path} cannot be read ({first_line(error)[:500]}); {again}") from error
     if not (isinstance(content, (tuple, list)) and len(content) == 3):
         raise PerPEFTError(f"{path} holds no (image states, title states, ids); {again}")
     image_states, text_states, ids = content
@@ -117,12 +119,11 @@ def made_by(path: Path) -> tuple[str, str | None]:
     Raises:
         PerPEFTError: the note does not say so.
     """
-    note = path.with_suffix(".json")
-    try:
-        content = json.loads(note.read_text(encoding="utf-8"))
-        return str(content["clip_model"])[:200], content.get("clip_files")
-    except (AttributeError, ValueError, LookupError, TypeError, RecursionError, OSError) as error:
-        raise PerPEFTError(f"{note} does not say which model made the states beside it; delete both and start again") from error
+    note = _note(path)
+    if "clip_model" not in note:
+        where = path.with_suffix(".json")
+        raise PerPEFTError(f"{where} does not say which model made the states beside it; delete both and start again")
+    return str(note["clip_model"])[:200], note.get("clip_files")
 
 
 def _refuse_other_model(path: Path, model: FoundationName) -> None:

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from utils.common.errors import PerPEFTError
+from utils.common.errors import PerPEFTError, first_line
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 
@@ -72,11 +72,6 @@ def model_hash(name: FoundationName) -> str | None:
     if isinstance(name, PairName):
         digest.update(name.text_pooling.encode())
     return digest.hexdigest()[:16]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

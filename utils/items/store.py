@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from models.towers import Traits
 from utils.common.devices import to_device
-from utils.common.errors import PerPEFTError
+from utils.common.errors import PerPEFTError, first_line
 from utils.common.files import build_once, folder_written_atomically
 from utils.data.dataset import Dataset
 from utils.data.images import DECODING, decoded_image, on_all_cores
@@ -227,8 +227,8 @@ class ImageTitleStore:
             pixels = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
             return cls(pixels, titles["tokens"], titles["lengths"], traits.masks_titles)
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-            reason = str(error) or type(error).__name__
-            raise PerPEFTError(f"the image store {folder} is damaged ({reason}); delete it, it will be rebuilt") from error
+            damage = f"the image store {folder} is damaged ({first_line(error)}); delete it, it will be rebuilt"
+            raise PerPEFTError(damage) from error
 
     def place_on(self, device: torch.device) -> None:
         """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no image."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from models import ItemEncoder, PerPEFT
-from utils.common.errors import PerPEFTError, is_out_of_memory
+from utils.common.errors import PerPEFTError, first_line, is_out_of_memory
 from utils.common.files import folder_written_atomically, save_tensors, write_atomically
 from utils.training.progress import Progress
 from utils.training.trainer import Trainer
@@ -26,8 +26,7 @@ def _read(path: Path) -> Any:
     except FileNotFoundError:
         raise PerPEFTError(f"{path} is missing; train first, or start over with --restart") from None
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PerPEFTError(f"{path} cannot be read ({reason}); delete it, or start over with --restart") from error
+        raise PerPEFTError(f"{path} cannot be read ({first_line(error)}); delete it, or start over with --restart") from error
 
 
 def save_adapter(encoder: ItemEncoder, folder: Path, group: int) -> None:
