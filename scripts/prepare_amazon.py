@@ -12,7 +12,7 @@ from utils.common.console import HelpFormatter, run_main
 from utils.prepare.amazon import open_meta, open_reviews
 from utils.prepare.image_cells import ImageFinder
 from utils.prepare.shop import Shop
-from utils.prepare.writer import add_image_options, add_target_options, image_getter, prepare, target_of
+from utils.prepare.writer import add_image_options, add_target_options, prepare
 
 
 def main() -> None:
@@ -28,8 +28,7 @@ def main() -> None:
         reviews, meta = open_reviews(options.reviews), open_meta(options.meta, with_images=options.images is None)
         return Shop(reviews, meta, ImageFinder(options.meta.parent, options.images), first_row_counts=True)
 
-    get, stop = image_getter(options)
-    print(prepare(target_of(options), open_shop, get, options.workers, stop, options.give_up))
+    print(prepare(options, open_shop))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from utils.prepare.columns import add_table_options, table_options_of
 from utils.prepare.image_cells import ImageFinder
 from utils.prepare.shop import Shop
 from utils.prepare.tables import open_table
-from utils.prepare.writer import add_image_options, add_target_options, image_getter, prepare, target_of
+from utils.prepare.writer import add_image_options, add_target_options, prepare
 
 
 def main() -> None:
@@ -39,8 +39,7 @@ def main() -> None:
         finder = ImageFinder(items.files[0].parent, options.images)
         return Shop(interactions, items, finder, form, options.min_rating)
 
-    get, stop = image_getter(options)
-    print(prepare(target_of(options), open_shop, get, options.workers, stop, options.give_up))
+    print(prepare(options, open_shop))
 
 
 if __name__ == "__main__":

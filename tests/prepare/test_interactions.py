@@ -1,9 +1,16 @@
 """First interactions, the core and the sample of users in SQL, against plain Python on small random tables."""
+import json
+import random
+
 import duckdb
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.prepare import interactions, lines, parts
+from utils.prepare.columns import TableOptions
 from utils.prepare.interactions import EPOCH, keep_core, keep_first, keep_sample
+from utils.prepare.tables import open_table
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=60)
 
@@ -33,9 +40,9 @@ def kept():
 def first_interactions(rows, unusable=()):
     histories = {}
     for place, (user, item, _) in sorted(enumerate(rows), key=lambda row: (row[1][2], row[0])):
-        if place not in unusable and item not in histories.setdefault(user, []):
-            histories[user].append(item)
-    return {user: items for user, items in histories.items() if items}
+        if place not in unusable:
+            histories.setdefault(user, {}).setdefault(item)
+    return {user: list(items) for user, items in histories.items()}
 
 
 def core_of(histories, core):
@@ -80,3 +87,31 @@ def test_the_sample_is_of_active_users_and_ignores_the_order_of_rows(rows, count
         drawn.append(set(found))
         assert {user: set(items) for user, items in found.items()} == {user: set(expected[user]) for user in found}
     assert drawn[0] == drawn[1] <= active and len(drawn[0]) == min(count, len(active))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_equal_times_keep_the_order_of_files_that_several_cores_read(kind, tmp_path, monkeypatch):
+    for module in (lines, parts):  # so that the files have many blocks
+        monkeypatch.setattr(module, "LONGEST_LINE", 2**13)
+    con = duckdb.connect(config={"threads": 4})
+    draw = random.Random(1)
+    rows = [(draw.choice("abc"), str(draw.randrange(5000)), "7") for _ in range(40_000)]
+    rows[30_000] = ("a", "", "7")
+    header = ("user", "item", "time")
+    for number, part in enumerate((rows[:15_000], rows[15_000:])):
+        path = tmp_path / f"{number}.{kind}"
+        if kind == "jsonl":
+            path.write_text("\n\n".join(json.dumps(dict(zip(header, row))) for row in part))
+        else:
+            path.with_suffix(".csv").write_text("\n".join(map(",".join, [header, *part])))
+        if kind == "parquet":
+            con.execute(f"COPY (FROM read_csv('{path.with_suffix('.csv')}', all_varchar=true)) TO '{path}' (ROW_GROUP_SIZE 2048)")
+    con.execute("CREATE TABLE items AS SELECT range::INTEGER AS number, range::VARCHAR AS raw_id FROM range(5000)")
+    table = open_table(con, tmp_path / f"*.{kind}", header, (), TableOptions())
+    assert interactions.stage(con, table, TableOptions(), None, stable_keys=False) == len(rows)
+    line = {"csv": 15_002, "jsonl": 30_001, "parquet": 15_001}[kind]
+    assert interactions.left_out(con, table, "staged") == {"item missing": (1, [f"1.{kind} line {line}"])}
+    keep_first(con)
+    found = [items for (items,) in con.execute("SELECT list(item ORDER BY rank) FROM kept GROUP BY user").fetchall()]
+    expected = first_interactions(rows, {30_000}).values()
+    assert sorted(found) == sorted(list(map(int, items)) for items in expected)

@@ -1,6 +1,7 @@
 """The one image decoder: only kinds that run no other program, only whole images, only of bounded size, always 8-bit RGB."""
 import contextlib
 import functools
+import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -51,11 +52,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def decoded_image(path: str | Path, edge: int = CLIP_EDGE) -> Iterator[Image.Image]:
+def decoded_image(path: str | Path | io.BytesIO, edge: int = CLIP_EDGE) -> Iterator[Image.Image]:
     """Decode one image to RGB, see `to_rgb`.
 
     Args:
-        path: an image of any mode.
+        path: an image of any mode, or its content.
         edge: what its shortest edge will be resized to; images whose other edge would then become huge are refused.
     Yields:
         the image
@@ -74,7 +75,7 @@ def decoded_image(path: str | Path, edge: int = CLIP_EDGE) -> Iterator[Image.Ima
                     held.enter_context(_one_large_image)
                 image = to_rgb(opened)
         except UnidentifiedImageError:
-            empty = os.path.getsize(path) == 0
+            empty = not (path.getvalue() if isinstance(path, io.BytesIO) else os.path.getsize(path))
             raise OSError("the file is empty" if empty else "not an image of a kind that is read") from None
         except Image.DecompressionBombError:  # Pillow's own limit, reached while opening
             raise ValueError("far too many pixels") from None

@@ -1,5 +1,6 @@
 """A data set's folder of images filled by many threads: existing images stay, only whole images get their names."""
 import contextlib
+import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
-from utils.common.files import remove_leftovers
+from utils.common.files import remove_leftovers, sync
 from utils.data.image_names import image_file_name
 from utils.data.images import decoded_image, try_image
 from utils.prepare.downloads import ImageError, PassingError
@@ -37,23 +38,18 @@ def keep_image(content: bytes, path: Path) -> None:
     Raises:
         ImageError: the content is no image.
     """
+    try:
+        with decoded_image(io.BytesIO(content)) as image:
+            if not content.startswith(JPEG):
+                image.save(encoded := io.BytesIO(), "JPEG", quality=QUALITY)
+                content = encoded.getvalue()
+    except (OSError, ValueError) as error:
+        raise ImageError(f"no image: {error or type(error).__name__}") from error
     # an id may fill a file name to the last byte, so the temporary name is the thread's
     temporary = path.with_name(f".{threading.get_ident()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            with decoded_image(temporary) as decoded:
-                image = decoded
-        except (OSError, ValueError) as error:
-            raise ImageError(f"no image: {error or type(error).__name__}") from error
-        if not content.startswith(JPEG):
-            with temporary.open("wb") as file:
-                image.save(file, "JPEG", quality=QUALITY)
-                file.flush()
-                os.fsync(file.fileno())
+        temporary.write_bytes(content)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import duckdb
 from utils.common.errors import PerPEFTError
 from utils.prepare.columns import TableOptions
 from utils.prepare.parts import BLANK, PROBLEMS, quote
+from utils.prepare.progress import shown_progress
 from utils.prepare.tables import ROWS, Table
 
 MEMORY = "1GB"  # of DuckDB; the process stays below 2 GiB with what lies outside it
@@ -136,10 +137,11 @@ def keep_first(con: duckdb.DuckDBPyConnection) -> int:
         time = f"time * {1e6 if largest < 1e12 else 1}"
     else:
         time = f"CASE WHEN kind = {EPOCH} THEN time * {_unit('time')} ELSE time END"
-    con.execute(f"""
-        CREATE OR REPLACE TABLE kept AS
-        SELECT user, item, min(({time})::HUGEINT * {1 << 62} + place) AS rank FROM staged
-        WHERE reason IS NULL GROUP BY user, item""")
+    with shown_progress(con, "first interactions"):
+        con.execute(f"""
+            CREATE OR REPLACE TABLE kept AS
+            SELECT user, item, min(({time})::HUGEINT * {1 << 62} + place) AS rank FROM staged
+            WHERE reason IS NULL GROUP BY user, item""")
     return _one(con, "SELECT count(*) FROM staged WHERE reason IS NULL") - _one(con, "SELECT count(*) FROM kept")
 
 

@@ -158,20 +158,14 @@ def _undecodable(path: Path, encoding: str, reason: str) -> Exception:
     try:
         with _open(path, encoding) as (content, _, _):
             for number, line in enumerate(content, 1):
-                if first is None and not _can_decode(line, encoding):
-                    first = number
+                try:
+                    line.decode(encoding)
+                except UnicodeError:
+                    first = first or number
     except Exception as error:
         return error
     advice = "name its encoding by --encoding, for example --encoding cp1252"
     return PerPEFTError(f"{path}, line {first or 1}: not {encoding} text ({reason}); {advice}")
-
-
-def _can_decode(line: bytes, encoding: str) -> bool:
-    try:
-        line.decode(encoding)
-    except UnicodeError:
-        return False
-    return True
 
 
 def lines_sql(source: str, skip: int = 0) -> str:

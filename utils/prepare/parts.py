@@ -84,7 +84,7 @@ def _parquet_text(name: str, kind: str) -> str:
     if kind == "BLOB":
         return f"decode({column})"
     nested = kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
-    return f"to_json({column})::VARCHAR" if nested else f"{column}::VARCHAR"
+    return f"to_json({column})::VARCHAR" if nested else _trimmed(f"{column}::VARCHAR")
 
 
 def text_part(form: TextForm, columns: dict[str, str | None], needed: list[str]) -> Part:

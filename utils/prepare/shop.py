@@ -83,10 +83,10 @@ class Shop:
             FROM found""")  # fmt: skip
         self.items_left_out = interactions.left_out(con, self.items, "(SELECT rowid AS place, reason FROM item_rows)")
         differing = con.execute("""
-            SELECT raw_id, min(rowid), arg_min((title, source), rowid) FROM item_rows WHERE reason IS NULL
+            SELECT raw_id FROM item_rows WHERE reason IS NULL
             GROUP BY raw_id HAVING count(DISTINCT (title, source)) > 1 ORDER BY min(rowid)""").fetchall()
         if differing and not self.first_row_counts:
-            raise PerPEFTError(self._differing(con, *differing[0], len(differing)))
+            raise PerPEFTError(self._differing(con, differing[0][0], len(differing)))
         con.execute("""
             CREATE TABLE items AS SELECT (row_number() OVER (ORDER BY raw_id))::INTEGER AS number, * FROM (
                 SELECT raw_id, arg_min(title, rowid) AS title, arg_min(source, rowid) AS source FROM item_rows
@@ -98,17 +98,14 @@ class Shop:
         if rows > usable:
             self.counts["items listed again"] = rows - usable
 
-    def _differing(self, con: duckdb.DuckDBPyConnection, raw_id: str, place: int, first: tuple, count: int) -> str:
-        other = con.execute(
-            "SELECT rowid, title, source FROM item_rows WHERE raw_id = ? AND reason IS NULL AND (title, source) <> (?, ?) "
-            "ORDER BY rowid LIMIT 1", [raw_id, *_pair(first)],
-        ).fetchone()  # fmt: skip
+    def _differing(self, con: duckdb.DuckDBPyConnection, raw_id: str, count: int) -> str:
+        rows = con.execute(
+            "SELECT min(rowid), title, source FROM item_rows WHERE raw_id = ? AND reason IS NULL "
+            "GROUP BY title, source ORDER BY 1 LIMIT 2", [raw_id],
+        ).fetchall()  # fmt: skip
+        shown = [f"{self.items.where(place)} {title[:100], source[:100]}" for place, title, source in rows]
         more = f"; {count:,} items have such rows" if count > 1 else ""
-        return (
-            f"{self.items.files[0]}: two rows of item {raw_id[:60]!r} differ: {self.items.where(place)} "
-            f"{tuple(text[:100] for text in _pair(first))} and {self.items.where(other[0])} "
-            f"{tuple(text[:100] for text in other[1:])}; keep one{more}"
-        )
+        return f"{self.items.files[0]}: two rows of item {raw_id[:60]!r} differ: {' and '.join(shown)}; keep one{more}"
 
     def _why_nothing(self, con: duckdb.DuckDBPyConnection) -> str:
         """Why no interaction can be used."""
@@ -142,10 +139,6 @@ def _first(con: duckdb.DuckDBPyConnection, table: Table, roles: str, count: int)
     """Some columns of the first usable rows that have a value in the first of them."""
     where = f"problem IS NULL AND {roles.partition(',')[0]} IS NOT NULL"
     return table.execute(con, f"SELECT {roles} FROM {ROWS} WHERE {where} LIMIT {count}")
-
-
-def _pair(value: dict | tuple) -> tuple:
-    return tuple(value.values()) if isinstance(value, dict) else tuple(value)
 
 
 def format_columns(heading: str, table: Table) -> str:

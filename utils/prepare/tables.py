@@ -5,13 +5,10 @@ import contextlib
 import glob
 import itertools
 import json
-import sys
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import duckdb
-from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
 from utils.prepare.columns import TableOptions, recognise_columns
@@ -27,6 +24,7 @@ from utils.prepare.parts import (
     quote,
     text_part,
 )
+from utils.prepare.progress import shown_progress
 from utils.prepare.text_tables import recognise_form
 
 ROWS = "{rows}"
@@ -72,7 +70,7 @@ class Table:
                 with contextlib.ExitStack() as opened:
                     parts = [self._select(part, opened) for part in self.parts]
                     rows = " UNION ALL ".join(f"SELECT {n}::USMALLINT AS file, * FROM ({part})" for n, part in enumerate(parts))
-                    opened.enter_context(_shown_progress(con, self.files[0].name))
+                    opened.enter_context(shown_progress(con, self.files[0].name))
                     return con.execute(query.replace(ROWS, f"({rows})")).fetchall()
             except duckdb.OutOfMemoryException:
                 raise
@@ -102,29 +100,6 @@ class Table:
         else:
             line = next(itertools.islice(part.rows(text_lines(part.path, self.encoding)), row, None))[0]
         return f"line {line}" if len(self.parts) == 1 else f"{part.path.name} line {line}"
-
-
-@contextlib.contextmanager
-def _shown_progress(con: duckdb.DuckDBPyConnection, name: str) -> Iterator[None]:
-    """Show in a terminal how far a connection's query on a file is; a pipe has a bar of its own, as DuckDB knows no size."""
-    ended = threading.Event()
-
-    def show() -> None:
-        form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with tqdm(desc=name, total=100, bar_format=form, delay=1) as bar:
-            while not ended.wait(0.5):
-                bar.update(max(con.query_progress() - bar.n, 0))
-
-    thread = threading.Thread(target=show, daemon=True)
-    if sys.stderr.isatty():
-        con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")  # else DuckDB measures none
-        thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if thread.is_alive():
-            thread.join()
 
 
 def files_of(pattern: str | Path) -> list[Path]:

@@ -7,7 +7,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -22,6 +21,7 @@ from utils.prepare.image_cells import WEB
 from utils.prepare.image_folder import Filling, fill_folder, read_image
 from utils.prepare.interactions import engine, keep_core, keep_sample
 from utils.prepare.parts import quote
+from utils.prepare.progress import shown_progress
 from utils.prepare.shop import LeftOut, Shop, format_columns, format_lines
 
 LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a temporary one must fit behind it
@@ -29,35 +29,8 @@ EVALUATED = 3  # interactions without which a user is never evaluated
 GROUPS = 8  # --C of the training scripts
 
 
-@dataclass(frozen=True)
-class Target:
-    """The data set to make.
-
-    Attributes:
-        name, train_dir: of the data set.
-        core: how many interactions every user and every item must have.
-        max_users, seed: how many users are drawn at most, and the seed for it; None draws none.
-        restart: whether a data set of that name may be replaced.
-        strict: whether rows that cannot be used are an error.
-        dry_run: whether only to report columns, first rows and counts.
-    """
-
-    name: str
-    train_dir: Path
-    core: int = 5
-    max_users: int | None = None
-    seed: int = 0
-    restart: bool = False
-    strict: bool = False
-    dry_run: bool = False
-
-    def file(self, ending: str) -> Path:
-        """One of the data set's files."""
-        return self.train_dir / f"{self.name}{ending}"
-
-
 def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `target_of` reads."""
+    """The options of the data set that `prepare` makes."""
     parser.add_argument("--name", required=True, help="name of the data set to make")
     parser.add_argument("--train_dir", type=Path, default=Path("./dataset"), help="folder of the data sets")
     parser.add_argument(
@@ -78,7 +51,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_options(parser: argparse.ArgumentParser, images_help: str) -> None:
-    """The options that `image_getter` and `prepare` read."""
+    """The options of the images that `prepare` fetches."""
     images = parser.add_argument_group("images")
     images.add_argument("--images", type=Path, default=None, help=images_help)
     images.add_argument("--workers", type=number(int, 1, 256), default=16, help="images fetched at once")
@@ -92,106 +65,87 @@ def add_image_options(parser: argparse.ArgumentParser, images_help: str) -> None
     )
 
 
-def image_getter(options: argparse.Namespace) -> tuple[Callable[[str], bytes], Callable[[], None]]:
-    """What returns the content of a path or an address, and what stops it."""
-    web = Downloader(options.retries, options.timeout, options.deadline, options.max_image_bytes)
-    return lambda source: web.get(source) if source.lower().startswith(WEB) else read_image(source), web.stop
-
-
-def target_of(options: argparse.Namespace) -> Target:
-    """What the options ask for."""
-    return Target(
-        options.name, options.train_dir, options.core, options.max_users, options.seed, options.restart, options.strict,
-        options.dry_run,
-    )  # fmt: skip
-
-
-def prepare(
-    target: Target,
-    open_shop: Callable[[duckdb.DuckDBPyConnection], Shop],
-    get: Callable[[str], bytes],
-    workers: int,
-    stop: Callable[[], None] = lambda: None,
-    give_up: int = 0,
-) -> str:
+def prepare(options: argparse.Namespace, open_shop: Callable[[duckdb.DuckDBPyConnection], Shop]) -> str:
     """Make a data set; `{name}_final.txt` comes last, so that without it nothing counts as made.
 
     Items whose image fails are left out and the core is formed again. Interrupted, the same call continues with the images
     that are missing.
 
     Args:
-        target: the data set to make.
+        options: of `add_target_options` and `add_image_options`.
         open_shop: opens the tables on a connection.
-        get, workers, stop, give_up: as in `utils.prepare.image_folder.fill_folder`.
     Returns:
         a report: what was read, what was left out and why, what remained, and the next command
     Raises:
         PerPEFTError: the name cannot be used or is in use, nothing is left, or every image failed.
     """
-    _require_name(target)
+    _require_name(options)
     try:
-        if target.dry_run:
+        if options.dry_run:
             with engine(Path(tempfile.gettempdir())) as con:
-                return _dry_run(target, open_shop(con), con)
-        target.train_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.train_dir / f".{target.name}_prepare.lock", timeout=0), engine(target.train_dir) as con:
+                return _dry_run(options, open_shop(con), con)
+        options.train_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(options.train_dir / f".{options.name}_prepare.lock", timeout=0), engine(options.train_dir) as con:
             shop = open_shop(con)
-            _select(target, shop, con)
-            filling = _fetch(target, shop, con, get, workers, stop, give_up)
-            _write(target, con)
-            return _report(target, shop, con, filling)
+            _select(options, shop, con)
+            filling = _fetch(options, shop, con)
+            _write(options, con)
+            return _report(options, shop, con, filling)
     except Timeout:
-        raise PerPEFTError(f"another process is making data set '{target.name}' in {target.train_dir}") from None
+        raise PerPEFTError(f"another process is making data set '{options.name}' in {options.train_dir}") from None
 
 
-def _require_name(target: Target) -> None:
-    if not is_dataset_name(target.name) or len(target.name.encode(errors="replace")) > LONGEST_NAME:
-        raise PerPEFTError(f"--name '{target.name[:60]}': expected a short name, not a path; --train_dir is its folder")
-    if target.name == "demo":
+def _file(options: argparse.Namespace, ending: str) -> Path:
+    """One of the data set's files."""
+    return options.train_dir / f"{options.name}{ending}"
+
+
+def _require_name(options: argparse.Namespace) -> None:
+    if not is_dataset_name(options.name) or len(options.name.encode(errors="replace")) > LONGEST_NAME:
+        raise PerPEFTError(f"--name '{options.name[:60]}': expected a short name, not a path; --train_dir is its folder")
+    if options.name == "demo":
         raise PerPEFTError("'demo' is the data set that the training scripts draw themselves; choose another --name")
-    if target.file("_final.txt").exists() and not target.restart:
-        raise PerPEFTError(f"{target.file('_final.txt')} exists already; choose another --name, or replace it by --restart")
+    if _file(options, "_final.txt").exists() and not options.restart:
+        raise PerPEFTError(f"{_file(options, '_final.txt')} exists already; choose another --name, or replace it by --restart")
 
 
-def _select(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection) -> None:
+def _select(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> None:
     """Read the tables and keep the core."""
-    shop.read(con, target.strict, stable_keys=target.max_users is not None)
-    if target.max_users is not None:
-        shop.counts["of users not drawn"] = keep_sample(con, target.max_users, target.core, target.seed)
-    shop.counts[f"outside the {target.core}-core"] = keep_core(con, target.core)
-    _require_enough(con, target, "")
+    shop.read(con, options.strict, stable_keys=options.max_users is not None)
+    if options.max_users is not None:
+        shop.counts["of users not drawn"] = keep_sample(con, options.max_users, options.core, options.seed)
+    with shown_progress(con, f"{options.core}-core"):
+        shop.counts[f"outside the {options.core}-core"] = keep_core(con, options.core)
+    _require_enough(con, options, "")
 
 
-def _require_enough(con: duckdb.DuckDBPyConnection, target: Target, when: str) -> None:
+def _require_enough(con: duckdb.DuckDBPyConnection, options: argparse.Namespace, when: str) -> None:
     longest = con.execute("SELECT max(count) FROM users").fetchone()[0]
     if longest is None:
-        more_users = "" if target.max_users is None else " or raise --max_users"
-        raise PerPEFTError(f"no users and items with {target.core} interactions each are left{when}; lower --core{more_users}")
+        more_users = "" if options.max_users is None else " or raise --max_users"
+        raise PerPEFTError(f"no users and items with {options.core} interactions each are left{when}; lower --core{more_users}")
     if longest < EVALUATED:
         raise PerPEFTError(f"no user has the {EVALUATED} interactions that evaluation needs{when}")
 
 
-def _dry_run(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection) -> str:
+def _dry_run(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> str:
     described = shop.describe(con)
-    _select(target, shop, con)
-    return f"{described}\n{_tables(target, shop, con, {})}\nNothing was written (--dry_run); no image was opened."
+    _select(options, shop, con)
+    return f"{described}\n{_tables(options, shop, con, {})}\nNothing was written (--dry_run); no image was opened."
 
 
-def _fetch(
-    target: Target,
-    shop: Shop,
-    con: duckdb.DuckDBPyConnection,
-    get: Callable[[str], bytes],
-    workers: int,
-    stop: Callable[[], None],
-    give_up: int,
-) -> Filling:
+def _fetch(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> Filling:
     """Fill the folder of images, list what failed, and leave those items out."""
-    folder, failures = target.file("_images"), target.file("_failed_images.csv")
+    folder, failures = _file(options, "_images"), _file(options, "_failed_images.csv")
     query = "SELECT raw_id, source FROM items JOIN used ON number = item ORDER BY number"
     sources = dict(con.execute(query).fetchall())
+    web = Downloader(options.retries, options.timeout, options.deadline, options.max_image_bytes)
+
+    def get(source: str) -> bytes:
+        return web.get(source) if source.lower().startswith(WEB) else read_image(source)
+
     try:
-        filling = fill_folder(folder, sources, get, workers, stop, give_up)
+        filling = fill_folder(folder, sources, get, options.workers, web.stop, options.give_up)
     except (KeyboardInterrupt, OSError):
         print(f"the images so far are in {folder}; the same command continues from there", file=sys.stderr)
         raise
@@ -205,8 +159,8 @@ def _fetch(
         before = con.execute("SELECT count(*) FROM kept").fetchone()[0]
         failed = "SELECT number FROM items WHERE raw_id IN (SELECT unnest(?::VARCHAR[]))"
         con.execute(f"DELETE FROM kept WHERE item IN ({failed})", [list(filling.failed)])
-        keep_core(con, target.core)
-        _require_enough(con, target, f" once {len(filling.failed):,} items without image are left out")
+        keep_core(con, options.core)
+        _require_enough(con, options, f" once {len(filling.failed):,} items without image are left out")
         left = before - con.execute("SELECT count(*) FROM kept").fetchone()[0]
         shop.counts["of items whose image failed, and outside the core without them"] = left
     return filling
@@ -219,7 +173,7 @@ def _write_failures(path: Path, sources: dict[str, str], failed: dict[str, str])
         writer.writerows((raw_id, sources[raw_id], reason) for raw_id, reason in sorted(failed.items()))
 
 
-def _write(target: Target, con: duckdb.DuckDBPyConnection) -> None:
+def _write(options: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> None:
     """Number users and items from 1, users by their first interaction and items by their raw ids; write the three files."""
     rows = con.execute("""
         SELECT row_number() OVER (ORDER BY number), raw_id, title FROM items JOIN used ON number = item ORDER BY 1""").fetchall()
@@ -229,18 +183,19 @@ def _write(target: Target, con: duckdb.DuckDBPyConnection) -> None:
         SELECT users.number, items.number FROM kept JOIN user_numbers users USING (user) JOIN item_numbers items USING (item)
         ORDER BY users.number, rank"""
     for ending in ("_final.txt", "_preX.pt", "_preX.json"):  # from here on an old data set is being replaced
-        target.file(ending).unlink(missing_ok=True)
+        _file(options, ending).unlink(missing_ok=True)
     raw_ids = {item: raw_id for item, raw_id, _ in rows}
     titles = {raw_id: title for _, raw_id, title in rows}
     for ending, value in (("_item2id_final.pickle", raw_ids), ("_texts_final.pickle", titles)):
-        write_atomically(target.file(ending), lambda path, value=value: path.write_bytes(pickle.dumps(value)))
-    write_atomically(
-        target.file("_final.txt"),
-        lambda path: con.execute(f"COPY ({lines}) TO {quote(path)} (FORMAT csv, DELIMITER ' ', HEADER false)"),
-    )
+        write_atomically(_file(options, ending), lambda path, value=value: path.write_bytes(pickle.dumps(value)))
+    with shown_progress(con, _file(options, "_final.txt").name):
+        write_atomically(
+            _file(options, "_final.txt"),
+            lambda path: con.execute(f"COPY ({lines}) TO {quote(path)} (FORMAT csv, DELIMITER ' ', HEADER false)"),
+        )
 
 
-def _tables(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection, images: dict[str, int]) -> str:
+def _tables(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection, images: dict[str, int]) -> str:
     """What was read, left out and kept, as a table."""
     users, items, kept = con.execute("SELECT count(*), (SELECT count(*) FROM used), sum(count) FROM users").fetchone()
     listed = shop.counts.pop("items listed again", 0)
@@ -250,7 +205,7 @@ def _tables(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection, images: 
         ("interactions read", {"": (read, "")}),
         ("interactions left out", _rows(shop.interactions_left_out) | {what: (count, "") for what, count in shop.counts.items()}),
         ("images", {what: (count, "") for what, count in images.items()}),
-        (f"data set '{target.name}'", {"users": (users, ""), "items": (items, ""), "interactions": (kept, "")}),
+        (f"data set '{options.name}'", {"users": (users, ""), "items": (items, ""), "interactions": (kept, "")}),
     ]
     lines = []
     for heading, rows in parts:
@@ -266,14 +221,15 @@ def _rows(left_out: LeftOut) -> dict[str, tuple[int, str]]:
     return {reason: (count, f"  {format_lines(count, lines)}") for reason, (count, lines) in left_out.items()}
 
 
-def _report(target: Target, shop: Shop, con: duckdb.DuckDBPyConnection, filling: Filling) -> str:
+def _report(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection, filling: Filling) -> str:
     """The columns chosen, what was read, left out and kept, and the next command."""
     images = {"fetched": filling.fetched, "already there": filling.kept, "failed": len(filling.failed)}
     lines = [format_columns("interactions", shop.interactions), format_columns("items", shop.items)]
-    lines.append(_tables(target, shop, con, images))
+    lines.append(_tables(options, shop, con, images))
     if filling.failed:
-        lines.append(f"{target.file('_failed_images.csv')} lists the failed images with the reasons; their items are left out.")
+        failures = _file(options, "_failed_images.csv")
+        lines.append(f"{failures} lists the failed images with the reasons; their items are left out.")
     users = con.execute("SELECT count(*) FROM users").fetchone()[0]
-    command = ["python3", "-m", "scripts.check_data", "--dataset", target.name, "--train_dir", str(target.train_dir)]
+    command = ["python3", "-m", "scripts.check_data", "--dataset", options.name, "--train_dir", str(options.train_dir)]
     command += ["--C", str(users)] if users < GROUPS else []
     return "\n".join([*lines, f"Next: {shlex.join(command)}"])
