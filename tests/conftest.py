@@ -1,4 +1,5 @@
 """Shared by all tests: a tiny data set in the documented files, a tiny random CLIP, and one full run on them."""
+import io
 import pickle
 import shutil
 import signal
@@ -59,6 +60,13 @@ def draw_image(item):
     image = Image.new("RGB", (37 + item % 5, 41 + item % 7), tuple(255 - value for value in colour))
     getattr(ImageDraw.Draw(image), SHAPES[item % 3])((6, 8, 30, 33), fill=colour)
     return image
+
+
+def encoded(image, kind="JPEG", **options):
+    """The bytes of an image's file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def tiny_histories():

@@ -237,13 +237,6 @@ def test_saved_weights_with_code_are_refused(name, lora_model, copied_run):
     load()
 
 
-def test_inference_with_weights_that_carry_code_ends_in_a_sentence(copied_run):
-    path = copied_run.folder / "global" / "sasrec.pth"
-    path.write_bytes(with_payload(path, PAYLOADS["within a dict"]))
-    with pytest.raises(PerPEFTError, match="sasrec.pth"):
-        run_script([*copied_run.arguments, "--inference_only"])
-
-
 def test_state_to_continue_from_with_code_is_refused(tmp_path):
     path = tmp_path / "global.pt"
     torch.save({"weight": torch.ones(3)}, path)

@@ -1,5 +1,4 @@
 """Histories, raw ids, titles and images come out of the files as written; all that is wrong with them is in one report."""
-import io
 import pickle
 import re
 import runpy
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from tests.conftest import draw_image, tiny_options, write_dataset
+from tests.conftest import draw_image, encoded, tiny_options, write_dataset
 from tests.forks import in_a_fork
 from utils.common.errors import PerPEFTError
 from utils.data import images
@@ -62,12 +61,6 @@ def write_title(folder, title):
 
 def image_path(folder, item):
     return folder / "shop_images" / f"B{item:03d}.jpg"
-
-
-def encoded(image, kind="JPEG"):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
 
 
 def bomb():

@@ -34,7 +34,7 @@ def test_a_raw_id_that_can_be_a_file_name_is_its_name():
 @pytest.mark.parametrize("raw_id", ENCODED)
 def test_any_other_raw_id_is_encoded(raw_id):
     assert image_file_name(raw_id) == f"{ENCODED[raw_id]}.jpg"
-    assert unquote(ENCODED[raw_id].removeprefix("id%")) == raw_id  # so that it can be had back
+    assert unquote(ENCODED[raw_id].removeprefix("id%")) == raw_id  # reversible
 
 
 @pytest.mark.parametrize("raw_id", LONG)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 from models import ClipPeftEncoder
 from models.peft_configs import lora_config
 from models.towers import Traits
-from tests.conftest import write_dataset
+from tests.conftest import encoded, write_dataset
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items import store as items_module
@@ -37,12 +37,6 @@ def noise(mode, width, height, seed=0):
         return image
     bands = len(Image.new(mode, (1, 1)).getbands())
     return Image.frombytes(mode, (width, height), random.bytes(width * height * bands))
-
-
-def encoded(image, format_, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format_, **options)
-    return buffer.getvalue()
 
 
 def image_files():
