@@ -50,24 +50,34 @@ class Watch:
         if any(parameter.is_cuda for parameter in module.parameters()):  # not where a model is tried before it is on its device
             self.autocast.setdefault(type(module).__name__, set()).add(torch.is_autocast_enabled())
 
-    def update(self, function):
-        """`Trainer.update`, after which the step is noted in `steps`."""
+    def training(self, function):
+        """`Trainer.steps`, each of whose steps is a phase."""
 
-        def wrapped(trainer, loss):
+        def wrapped(trainer, *args):
+            steps = function(trainer, *args)
+            while (step := self.phase("step", next)(steps, None)) is not None:
+                yield step
+
+        return wrapped
+
+    def update(self, function):
+        """`Trainer.update`, after which the step is noted in `steps`; comparing weights is no part of the step."""
+
+        def noted(trainer, loss):
             before = [parameter.detach().clone() for parameter in trainer._parameters]
             skipped = trainer.skipped_steps
             self.phase("step", function)(trainer, loss)
             changed = sum(not torch.equal(old, new) for old, new in zip(before, trainer._parameters))
             self.steps.append((trainer.skipped_steps - skipped, changed))
 
-        return wrapped
+        return self.phase(None, noted)
 
     @contextlib.contextmanager
     def watching(self):
         """Record during a block."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(Trainer, "update", self.update(Trainer.update)))
-            stack.enter_context(mock.patch.object(Trainer, "loss", self.phase("step", Trainer.loss)))
+            stack.enter_context(mock.patch.object(Trainer, "steps", self.training(Trainer.steps)))
             item_table = self.phase("encoding", evaluation.Evaluator.item_table)
             stack.enter_context(mock.patch.object(evaluation.Evaluator, "item_table", item_table))
             for name in ("rank_targets", "last_states"):

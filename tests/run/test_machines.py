@@ -51,7 +51,7 @@ def test_two_machines_train_what_one_process_does(zygote, machines, tiny_dataset
         command = ["ip", "netns", "exec", name, sys.executable, *LAUNCH, "--machine_rank", str(machine), "perpeft_iisan.py"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **pipes))
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     (one,), (two,) = ([read_csv(path) for path in (tmp_path / name).glob("*/metrics.csv")] for name in ("alone", "both"))
     assert len(one) == len(two) == 2

@@ -72,7 +72,7 @@ def weights(folder):
 def run_command(arguments, cwd, **environment):
     command = [sys.executable, str(ROOT / "perpeft_lora_ia3.py"), *map(str, arguments)]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=600)
 
 
 # ---------------------------------------------------------------- what a run leaves

@@ -179,7 +179,7 @@ def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_pro
         if "global epoch 1/2" in line:
             launched.send_signal(signal.SIGTERM)
             break
-    output, _ = launched.communicate(timeout=100)
+    output, _ = launched.communicate(timeout=600)
     assert launched.returncode != 0
     assert output.count("interrupted by SIGTERM") == 1 and "the same command continues from there" in output, output
     first, second = zygote.run_together(run.arguments, script="perpeft_iisan")
@@ -192,7 +192,7 @@ def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_pro
 def test_users_error_is_reported_once_and_ends_the_launcher(begin):
     run = begin("run", clip_model="/nowhere")
     launched = launch("perpeft_lora_ia3.py", run.arguments)
-    output, _ = launched.communicate(timeout=100)
+    output, _ = launched.communicate(timeout=600)
     assert launched.returncode != 0
     assert output.count("CLIP weights '/nowhere' cannot be loaded") == 1, output
     assert "rank 1: " not in output

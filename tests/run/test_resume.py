@@ -228,7 +228,7 @@ class RealRun:
 
     def end(self):
         """What it still says, and its exit code."""
-        output, _ = self.process.communicate(timeout=120)
+        output, _ = self.process.communicate(timeout=600)
         return output, self.process.returncode
 
 
