@@ -106,7 +106,7 @@ def test_run_killed_at_any_moment_and_continued_ends_the_same(zygote, through, b
     run = begin("by_the_clock")
     for _ in range(6):
         killed = zygote.run(run.arguments, kill_after=seeded.uniform(0.05, 1.5))
-        kills.append(killed.events[-1] if killed.code else "after the end")
+        kills += (killed.events[-1:] or ["before any event"]) if killed.code else ["after the end"]
     assert zygote.run(run.arguments).code == 0
     assert outcome(run.folder) == through.outcome, kills[-6:]
     assert len(kills) >= 20
