@@ -96,7 +96,8 @@ def fill_folder(
     def make(raw_id: str) -> tuple[str, ImageError | bool]:
         """Whether the image is new, or why there is none."""
         path = folder / image_file_name(raw_id)
-        if _is_image(path):
+        with contextlib.suppress(OSError, ValueError):  # none, or not a whole one
+            try_image(path)
             return raw_id, False
         try:
             keep_image(get(sources[raw_id]), path)
@@ -123,16 +124,6 @@ def fill_folder(
                     f"command continues with the images that are missing in {folder}; --give_up 0 never gives up"
                 )
     return filling
-
-
-def _is_image(path: Path) -> bool:
-    if not path.exists():
-        return False
-    try:
-        try_image(path)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _in_threads(work: Callable, tasks: Iterable, workers: int, stop: Callable[[], None]) -> Iterator:

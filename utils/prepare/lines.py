@@ -186,11 +186,11 @@ def named_text(path: Path, encoding: str | None) -> Iterator[str]:
     """A name under which DuckDB can read a file's text once: its own where it is plain UTF-8, else a pipe's."""
     with _open(path, encoding) as (content, name, is_plain):
         is_utf8 = codecs.lookup(name).name == "utf-8"
-        if is_plain and is_utf8:
-            yield glob.escape(str(path))
-        else:
+        if not (is_plain and is_utf8):
             with _pipe(_blocks(content) if is_utf8 else _decoded(content, name)) as source:
                 yield source
+            return
+    yield glob.escape(str(path))
 
 
 def named_lines(lines: Iterable[str]) -> contextlib.AbstractContextManager[str]:
