@@ -108,7 +108,7 @@ def require_one_kind_of_time(con: duckdb.DuckDBPyConnection, table: Table) -> No
     Raises:
         PerPEFTError: they do; with a line of each.
     """
-    rows = dict(con.execute("SELECT kind, min(place) FROM staged WHERE time IS NOT NULL GROUP BY kind").fetchall())
+    rows = dict(con.execute("SELECT kind, min(rowid) FROM interactions WHERE time IS NOT NULL GROUP BY kind").fetchall())
     if DATE in rows and 0 in rows:
         raise PerPEFTError(
             f"{table.files[0].name}: the time is a date in {table.where(rows[DATE])} and a number in {table.where(rows[0])}; "
@@ -130,9 +130,9 @@ def keep_first(con: duckdb.DuckDBPyConnection) -> int:
     Returns:
         how many interactions are repeated ones
     """
-    others, largest = con.execute(
-        f"SELECT count(*) FILTER (kind = 0), max(abs(time)) FILTER (kind <> {DATE}) FROM staged WHERE reason IS NULL"
-    ).fetchone()
+    usable, others, largest = con.execute(f"""
+        SELECT count(*), count(*) FILTER (kind = 0), max(abs(time)) FILTER (kind <> {DATE}) FROM staged
+        WHERE reason IS NULL""").fetchone()
     if others:  # counters, say: their size says nothing
         time = f"time * {1e6 if largest < 1e12 else 1}"
     else:
@@ -142,7 +142,7 @@ def keep_first(con: duckdb.DuckDBPyConnection) -> int:
             CREATE OR REPLACE TABLE kept AS
             SELECT user, item, min(({time})::HUGEINT * {1 << 62} + place) AS rank FROM staged
             WHERE reason IS NULL GROUP BY user, item""")
-    return _one(con, "SELECT count(*) FROM staged WHERE reason IS NULL") - _one(con, "SELECT count(*) FROM kept")
+    return usable - _one(con, "SELECT count(*) FROM kept")
 
 
 def keep_core(con: duckdb.DuckDBPyConnection, core: int) -> int:
@@ -151,15 +151,17 @@ def keep_core(con: duckdb.DuckDBPyConnection, core: int) -> int:
     The tables `users` (user, count, first: their first interaction's rank) and `used` (item, count) are made of what remains.
     """
     before = _one(con, "SELECT count(*) FROM kept")
-    while True:
-        con.execute("CREATE OR REPLACE TABLE users AS SELECT user, count(*) AS count, min(rank) AS first FROM kept GROUP BY user")
-        con.execute("CREATE OR REPLACE TABLE used AS SELECT item, count(*) AS count FROM kept GROUP BY item")
-        users, items = (f"SELECT %s FROM {table} WHERE count < {core}" for table in ("users", "used"))
-        if not _one(con, f"SELECT ({users}) + ({items})" % ("count(*)", "count(*)")):
-            return before - _one(con, "SELECT count(*) FROM kept")
-        con.execute(f"""
-            CREATE OR REPLACE TABLE kept AS SELECT * FROM kept
-            ANTI JOIN ({users % 'user'}) USING (user) ANTI JOIN ({items % 'item'}) USING (item)""")
+    few_users, few_items = (f"FROM {table} WHERE count < {core}" for table in ("users", "used"))
+    with shown_progress(con, f"{core}-core"):
+        while True:
+            con.execute("""
+                CREATE OR REPLACE TABLE users AS SELECT user, count(*) AS count, min(rank) AS first FROM kept GROUP BY user""")
+            con.execute("CREATE OR REPLACE TABLE used AS SELECT item, count(*) AS count FROM kept GROUP BY item")
+            if not _one(con, f"SELECT (SELECT count(*) {few_users}) + (SELECT count(*) {few_items})"):
+                return before - _one(con, "SELECT count(*) FROM kept")
+            con.execute(f"""
+                CREATE OR REPLACE TABLE kept AS SELECT * FROM kept
+                ANTI JOIN (SELECT user {few_users}) USING (user) ANTI JOIN (SELECT item {few_items}) USING (item)""")
 
 
 def keep_sample(con: duckdb.DuckDBPyConnection, count: int, core: int, seed: int) -> int:

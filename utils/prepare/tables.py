@@ -10,7 +10,7 @@ from pathlib import Path
 
 import duckdb
 
-from utils.common.errors import PerPEFTError
+from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.columns import TableOptions, recognise_columns
 from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
 from utils.prepare.parts import (
@@ -78,7 +78,7 @@ class Table:
                 if not self._careful:
                     self._careful = True  # the errors of this way name the line
                 elif isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)):
-                    names, reason = ", ".join(map(str, self.files[:3])), str(error).splitlines()[0][:200]
+                    names, reason = ", ".join(map(str, self.files[:3])), first_line(error)[:200]
                     raise PerPEFTError(f"{names} cannot be read; is it cut off or damaged? ({reason})") from error
                 else:
                     raise
@@ -154,8 +154,7 @@ def _open_part(
         try:
             described = con.execute(f"DESCRIBE FROM {parquet_source(path)}").fetchall()
         except duckdb.Error as error:
-            reason = str(error).splitlines()[0][:200]
-            raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({reason})") from error
+            raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({first_line(error)[:200]})") from error
         types = {row[0]: row[1] for row in described}
         columns = recognise_columns(path, list(types), required, optional, options)
         return parquet_part(path, columns, types), columns

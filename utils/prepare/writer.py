@@ -114,8 +114,7 @@ def _select(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnect
     shop.read(con, options.strict, stable_keys=options.max_users is not None)
     if options.max_users is not None:
         shop.counts["of users not drawn"] = keep_sample(con, options.max_users, options.core, options.seed)
-    with shown_progress(con, f"{options.core}-core"):
-        shop.counts[f"outside the {options.core}-core"] = keep_core(con, options.core)
+    shop.counts[f"outside the {options.core}-core"] = keep_core(con, options.core)
     _require_enough(con, options, "")
 
 
