@@ -155,8 +155,7 @@ class Run:
             seed=(options.trial, stage.number),
             mixed=options.negatives == "mixed" and stage.name == "personalized",
         )
-        rates = {"lr": options.lr, "wdecay": options.wdecay, "l2_emb": options.l2_emb}
-        trainer = Trainer(self.model, self.source, self.accelerator, **rates)
+        trainer = Trainer(self.model, self.source, self.accelerator, lr=options.lr, wdecay=options.wdecay, l2_emb=options.l2_emb)
         progress = Progress(stage.name, stage.epochs, sampler.num_batches, self.device, self.accelerator)
         self.checkpoint = checkpoint = Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
         checkpoint.restore(trainer, progress)
