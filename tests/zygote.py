@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -193,6 +194,8 @@ class Events:
         self.call(shutil, "rmtree", last_part)
         for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "posix_fallocate"):
             self.call(os, name, last_part)
+            if hasattr(getattr(pathlib, "_NormalAccessor", None), name):  # through which Path calls os in Python 3.10
+                setattr(pathlib._NormalAccessor, name, staticmethod(getattr(os, name)))
 
 
 def write_instead_of_drawing(figure, path, **options):
