@@ -1,4 +1,5 @@
 # make demo: a first run on drawn data.   make test: the whole suite.   Both install requirements-tested.txt into .venv.
+# make clean: removes the environments and caches, no run and no data set.
 # make test-oldest, make test-newest: the whole suite with the oldest and the newest libraries, in .venv-oldest and .venv-newest.
 PYTHON ?= python3
 VENV := .venv
@@ -44,4 +45,4 @@ $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest runs dataset/demo*
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache

@@ -6,17 +6,19 @@ from utils.common.console import number, run_main, script_parser
 from utils.items.data_check import check_dataset
 from utils.prepare.demo import make_demo
 from utils.run.build import image_use
+from utils.run.options import default_groups
 
 
 def main() -> None:
     """Parse, check, print."""
     parser = script_parser(__doc__, "--dataset", "--train_dir", "--missing_images")
-    parser.add_argument("--C", type=number(int, 1), default=8, help="number of user groups; the data set needs as many users")
+    parser.add_argument("--C", type=number(int, 1), default=None, help="user groups, as in training (default: 8; demo: 4)")
     parser.add_argument("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
     options = parser.parse_args()
     if options.dataset == "demo":
         make_demo(options.train_dir)
-    report = check_dataset(options.train_dir, options.dataset, options.C, image_use(options), options.modality)
+    num_groups = options.C or default_groups(options.dataset)
+    report = check_dataset(options.train_dir, options.dataset, num_groups, image_use(options), options.modality)
     print(report)
     sys.exit(0 if report.usable else 2)
 

@@ -15,7 +15,7 @@ from tests.run.test_pipeline import read_csv, tree
 from utils.analysis.figures import group_colours, inline_svg, plot_users
 from utils.analysis.groups import intervals_by_group, mean_interval, typical_items
 from utils.analysis.page import thumbnail
-from utils.analysis.report import choose_users
+from utils.analysis.report import choose_users, write_report
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
 
@@ -198,6 +198,22 @@ def test_damaged_ranks_and_summary_are_refused(copied_run, tiny_dataset):
     path.write_text(json.dumps(summary))
     with pytest.raises(PerPEFTError, match="summary.json is damaged"):
         run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
+
+
+def test_damaged_metrics_are_refused(copied_run, tiny_dataset):
+    (copied_run.folder / "metrics.csv").write_text("stage,epoch\nglobal,first\n")
+    with pytest.raises(PerPEFTError, match="metrics.csv cannot be read"):
+        run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
+
+
+def test_runs_that_cannot_be_compared_are_refused_before_any_is_opened(copied_run, tiny_run, monkeypatch):
+    monkeypatch.delattr("utils.analysis.report.open_finished")
+    path = copied_run.folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset_fingerprint": "other"}))
+    with pytest.raises(PerPEFTError, match="the runs are of different data sets"):
+        write_report([copied_run.folder, tiny_run.folder], path)
+    with pytest.raises(PerPEFTError, match="27 runs are more than the 26"):
+        write_report([tiny_run.folder] * 27, path)
 
 
 def test_users_of_the_gallery_are_the_ones_that_gained_and_lost_most():

@@ -15,7 +15,7 @@ from utils.analysis.tables import blocks_of, finished_blocks, markdown, paper_fi
 from utils.common.errors import PerPEFTError
 from utils.run import reports as reporting
 from utils.run.run import Run
-from utils.training.evaluation import Ranks
+from utils.training.evaluation import METRICS, Ranks
 
 
 def passed_on(tiny_dataset, tiny_clip, output_dir):
@@ -141,9 +141,9 @@ def finish(run, share, seconds=60, valid=None):
     """Write what the tables read of a finished run: `share` of the users have rank 0, the others rank 100."""
     run.folder.mkdir(parents=True)
     ranks = np.where(np.arange(len(USERS)) < share * len(USERS), 0, 100)
-    test = dict.fromkeys(("HR@20", "HR@30", "NDCG@20", "NDCG@30"), share)
-    stage = {"best_epoch": 1, "valid": {"NDCG@20": share if valid is None else valid}, "test": test}
-    summary = {run.method.stage: stage, "seconds": {"global": seconds}, "config": run.options}
+    split = dict.fromkeys(METRICS, share)
+    stage = {"best_epoch": 1, "valid": split | {"NDCG@20": share if valid is None else valid}, "test": split}
+    summary = {"global": stage, run.method.stage: stage, "seconds": {"global": seconds}, "config": run.options}
     summary |= {"dataset_fingerprint": None, "contents_fingerprint": None, "device": "cpu"}
     (run.folder / "summary.json").write_text(json.dumps(summary))
     reporting.write_ranks(run.folder / f"{run.method.stage}_ranks.csv", USERS, Ranks(np.arange(len(USERS)), ranks, ranks))
@@ -232,10 +232,14 @@ def test_runs_of_different_data_make_no_table(tmp_path):
 
 def test_options_of_clips_adapters_do_not_reach_iisan():
     passed_on = ["--rank", "8", "--maxlen", "8", "--gradient_checkpointing", "--precision=bf16"]
-    runs = plan_runs("arts", [2], ["lora", "iisan"], 1, passed_on)
-    lora, iisan = (next(run for run in runs if run.peft_type == kind and run.method.peft_types) for kind in ("lora", "iisan"))
+    runs = plan_runs("arts", [2], ["lora", "ia3", "iisan"], 1, passed_on)
+    kinds = ("lora", "ia3", "iisan")
+    lora, ia3, iisan = (next(run for run in runs if run.peft_type == kind and run.method.peft_types) for kind in kinds)
     assert lora.options["rank"] == 8 and iisan.options["rank"] is None and iisan.options["maxlen"] == 8
     assert "--rank" not in iisan.arguments and iisan.arguments[-2:] == ("--maxlen", "8")
+    assert (ia3.options["rank"], ia3.options["precision"]) == (4, "bf16")
+    frozen = next(run for run in runs if run.method.name == "Frozen MM")
+    assert frozen.arguments[-2:] == ("--maxlen", "8")
 
 
 def test_methods_without_an_adapter_are_one_run_for_all_adapters():
@@ -277,4 +281,4 @@ def test_a_damaged_summary_is_one_clear_sentence(tmp_path):
     run.folder.mkdir()
     (run.folder / "summary.json").write_text("{}")
     with pytest.raises(PerPEFTError, match="is damaged"):
-        run.summary()
+        blocks_of([run], "arts")

@@ -1,8 +1,10 @@
 """IISAN's cached hidden states: what is computed, what files are read, what is refused, and a run on them alone."""
+import errno
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,8 @@ from tests.conftest import NUM_ITEMS, iisan_arguments
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items.foundation import DEFAULT_CLIP, ensure_hidden_states, known_model, load_foundation
-from utils.items.hidden_states import HiddenStateStore, states_path
+from utils.items.hidden_states import HiddenStateStore, has_states, save_hidden_states, states_path
+from utils.items.model_files import PairName
 
 CPU = torch.device("cpu")
 
@@ -164,7 +167,7 @@ def test_ids_that_stand_twice_are_named(copied, computed):
 def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, computed, tiny_clip):
     with pytest.raises(PerPEFTError, match=r"another CLIP.*\(3, 32\).*\(7, 768\).*--clip_model"):
         HiddenStateStore.open(copied.dataset, skeleton=known_model(DEFAULT_CLIP))
-    with pytest.raises(PerPEFTError, match="was computed by CLIP .*tiny_clip.*not 'elsewhere'"):
+    with pytest.raises(PerPEFTError, match="was computed by .*tiny_clip.*not 'elsewhere'"):
         HiddenStateStore.open(copied.dataset, "elsewhere")
     assert json.loads(copied.path.with_suffix(".json").read_text())["clip_model"] == str(tiny_clip)
 
@@ -230,8 +233,41 @@ def test_a_clip_is_known_again_by_its_files_wherever_they_lie(copied, tiny_clip,
     moved = shutil.copytree(tiny_clip, tmp_path / "moved")
     assert HiddenStateStore.open(copied.dataset, str(moved)).num_items == NUM_ITEMS
     (moved / "config.json").write_text("{}")  # another one now
-    with pytest.raises(PerPEFTError, match="was computed by CLIP"):
+    with pytest.raises(PerPEFTError, match="was computed by"):
         HiddenStateStore.open(copied.dataset, str(moved))
+
+
+def test_states_that_cannot_be_written_leave_none_of_another_model(copied, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.items.hidden_states.save_tensors", full)
+    with pytest.raises(PerPEFTError, match="make room or allow writing there"):
+        save_hidden_states(copied.path, torch.ones(2, 3, 4), torch.ones(2, 3, 4), ["a", "b"], "another")
+    assert not has_states(copied.folder, "tiny")
+
+
+def test_states_of_a_pair_name_the_options_that_read_them(copied):
+    pair = PairName("dino", "e5", "cls")
+    save_hidden_states(copied.path, torch.ones(30, 3, 4), torch.ones(30, 3, 4), copied.dataset.raw_ids, pair)
+    with pytest.raises(PerPEFTError, match="pass --image_model dino --text_model e5 --text_pooling cls, or delete it"):
+        HiddenStateStore.open(copied.dataset, "some_clip")
+
+
+def test_several_processes_compute_states_once_where_those_of_another_modality_are_there(copied, tiny_clip, monkeypatch):
+    note = copied.path.with_suffix(".json")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"modality": "text"}))
+    loaded = []
+    monkeypatch.setattr("utils.items.foundation.load_foundation", lambda name: loaded.append(name) or load_foundation(name))
+    threads = [
+        threading.Thread(target=ensure_hidden_states, args=(copied.dataset, str(tiny_clip), CPU), kwargs={"modality": "image"})
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 1 and has_states(copied.folder, "tiny", "image")
 
 
 def test_a_note_of_a_clip_from_the_hub_goes_by_its_name(copied):

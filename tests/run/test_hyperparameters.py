@@ -4,6 +4,7 @@ import pickletools
 
 import pytest
 
+from scripts import write_hyperparameters as write_script
 from utils.common.errors import PerPEFTError
 from utils.run.hyperparameters import HYPERPARAMETER_FILE, read_hyperparameters, write_hyperparameters
 from utils.run.options import parse_options
@@ -32,6 +33,14 @@ def test_written_file_is_the_papers_table(tmp_path):
     write_hyperparameters(tmp_path / "table.pickle")
     assert pickle.loads((tmp_path / "table.pickle").read_bytes()) == TABLE
     assert [path.name for path in tmp_path.iterdir()] == ["table.pickle"]
+
+
+def test_help_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["write_hyperparameters", "--help"])
+    before = HYPERPARAMETER_FILE.stat().st_mtime_ns
+    with pytest.raises(SystemExit, match="0"):
+        write_script.main()
+    assert HYPERPARAMETER_FILE.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(("dataset", "peft_type"), [(dataset, peft) for dataset in PAPER for peft in ("lora", "ia3", "iisan")])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from filelock import FileLock
 
 from tests.conftest import NUM_ITEMS, RUN, fresh_data, tiny_arguments
@@ -18,6 +19,7 @@ from tests.zygote import ROOT
 from utils.common.devices import choose_device, seed_everything
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
+from utils.run.distributed import make_accelerator
 from utils.training.sampling import Sampler
 
 NO_DROPOUT = {"dropout_rate": 0, "batch_size": 7, "save_every": 4}  # an odd batch: the shards differ in size
@@ -37,6 +39,11 @@ def example_sampler(batch_size):
 def users_of(batch):
     """Each user's history, positives and negatives, as item numbers."""
     return list(zip(*(batch.items[table].tolist() for table in (batch.seq, batch.positives, batch.negatives))))
+
+
+def test_runs_in_two_precisions_fit_into_one_process():
+    Accelerator(cpu=True, mixed_precision="bf16")
+    assert make_accelerator("cpu").mixed_precision == "no"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
@@ -194,7 +201,7 @@ def test_users_error_is_reported_once_and_ends_the_launcher(begin):
     launched = launch("perpeft_lora_ia3.py", run.arguments)
     output, _ = launched.communicate(timeout=600)
     assert launched.returncode != 0
-    assert output.count("CLIP weights '/nowhere' cannot be loaded") == 1, output
+    assert output.count("--clip_model '/nowhere' cannot be loaded") == 1, output
     assert "rank 1: " not in output
 
 

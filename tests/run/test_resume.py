@@ -348,6 +348,23 @@ def test_started_run_refuses_other_settings_and_names_them(started, name, value,
     assert outcome(started.folder) == before
 
 
+def in_fp16(path):
+    """Change a file's precision to that of a run on a GPU."""
+    content = json.loads(path.read_text())
+    content.get("config", content)["precision"] = "fp16"
+    path.write_text(json.dumps(content))
+
+
+def test_a_run_of_a_gpu_is_shown_and_evaluated_elsewhere_but_continued_there(started, copied_run, capsys):
+    in_fp16(copied_run.folder / "summary.json")
+    run_script(copied_run.arguments)
+    run_script([*copied_run.arguments, "--inference_only"])
+    assert capsys.readouterr().out.count("personalized    test") == 2
+    in_fp16(started.folder / "resume" / "config.json")
+    with pytest.raises(PerPEFTError, match="started in fp16 on CUDA, not cpu; continue it there, or use --restart"):
+        run_script(started.arguments)
+
+
 def add_interaction(run, tiny_clip):
     path = run.train_dir / "tiny_final.txt"
     path.write_text(path.read_text() + "2 5\n")
@@ -431,7 +448,7 @@ def test_damaged_config_is_reported_with_the_way_out(started, content):
         run_script(started.arguments)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"config": 3}'])
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"config": 3}', '{"config": {"method": "none"}}'])
 def test_damaged_summary_is_reported_with_the_way_out(copied_run, content):
     (copied_run.folder / "summary.json").write_text(content)
     with pytest.raises(PerPEFTError, match=r"summary\.json is damaged.*--restart"):

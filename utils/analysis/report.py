@@ -1,5 +1,4 @@
 """The report: one page that shows finished runs of one data set, alone or side by side."""
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from utils.analysis.page import Page, TileRow
 from utils.analysis.recommendation import Recommender, known_user
 from utils.common.errors import PerPEFTError
 from utils.run.build import has_groups
-from utils.run.finished import Models, open_finished
+from utils.run.finished import Models, finished_options, open_finished
+from utils.run.folder import read_summary
 from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
 from utils.training.evaluation import METRICS, user_values
 
 TOP_K = 10  # items of a history and of a list of recommendations
+MOST_RUNS = 26  # called A to Z
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ class RunPart:
         self.run = open_finished(folder, device, train_dir, models)
         self.options = self.run.options
         self.stages = ["global", "personalized"] if has_groups(self.options) else ["global"]
-        self.summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if not all("best_epoch" in self.summary.get(stage, {}) for stage in self.stages):
-            raise PerPEFTError(f"{folder / 'summary.json'} is damaged: it lacks a stage's results; train again with --restart")
+        self.summary = read_summary(folder / "summary.json")
         self.ranks = {stage: read_ranks(folder / f"{stage}_ranks.csv") for stage in self.stages}
         self.test_ranks = self.ranks[self.stages[-1]]["test"]  # of the last stage, from 0, [evaluated users]
         self.recommender = Recommender(self.run)
@@ -217,11 +216,14 @@ def write_report(
     Raises:
         PerPEFTError: a run is not finished, its data is missing or has changed, or the runs are of different data.
     """
+    if len(folders) > MOST_RUNS:
+        raise PerPEFTError(f"{len(folders)} runs are more than the {MOST_RUNS} that a report compares; name fewer")
+    fingerprints = {finished_options(folder, train_dir, device)[1]["dataset_fingerprint"] for folder in folders}
+    if len(fingerprints) > 1:  # before minutes of encoding
+        raise PerPEFTError("the runs are of different data sets; a report compares runs of one")
     names = [""] if len(folders) == 1 else [chr(ord("A") + place) for place in range(len(folders))]
     parts = [RunPart(folder, train_dir, device, models, name) for folder, name in zip(folders, names)]
     dataset = parts[0].run.dataset
-    if len({part.summary["dataset_fingerprint"] for part in parts}) > 1:
-        raise PerPEFTError("the runs are of different data sets; a report compares runs of one")
     page = Page(dataset, f"{'Runs' if names[0] else 'A run'} of {dataset.name}")
     for part in parts:
         if len(part.stages) == 2:

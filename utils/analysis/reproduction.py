@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import io
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils.common.errors import PerPEFTError
-from utils.run.folder import fixed_options, read_settings, run_name
+from utils.run.folder import fixed_options, read_summary, run_name, settings_of
 from utils.run.options import parse_options
 from utils.run.reports import read_ranks
 
@@ -64,6 +63,10 @@ TABLES: dict[int, tuple[Method, ...]] = {
 OWN_FLAGS = ("--method", "--modality", "--negatives", "--grouping", "--init_from", "--peft_type", "--trial", "--inference_only")
 
 
+class OtherSettings(PerPEFTError):
+    """A folder holds a run with other settings than its name promises."""
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """One training run.
@@ -97,12 +100,14 @@ class PlannedRun:
         """The finished run's summary; None where it is not finished.
 
         Raises:
-            PerPEFTError: its summary.json is damaged, or the folder holds a run with other settings.
+            OtherSettings: the folder holds a run with other settings.
+            PerPEFTError: its summary.json is damaged.
         """
         path = self.folder / "summary.json"
         if not path.is_file():
             return None
-        found = read_settings(path, nested=True)
+        summary = read_summary(path)
+        found = settings_of(summary)
         # None: chosen when a run starts. The folder of the global model that it started from may have been renamed since.
         differences = ", ".join(
             f"{name} {found.get(name)} instead of {value}"
@@ -110,10 +115,7 @@ class PlannedRun:
             if name != "init_from" and value is not None and found.get(name) != value
         )
         if differences:
-            raise PerPEFTError(f"{self.folder} holds a run with {differences}; use the same options, or another --output_dir")
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if "test" not in summary.get(self.method.stage, {}):
-            raise PerPEFTError(f"{path} is damaged: it has no test figures; remove {self.folder}")
+            raise OtherSettings(f"{self.folder} holds a run with {differences}; use the same options, or another --output_dir")
         return summary
 
     def test_ranks(self) -> np.ndarray:
@@ -121,19 +123,21 @@ class PlannedRun:
         return read_ranks(self.folder / f"{self.method.stage}_ranks.csv")["test"]
 
 
-def _arguments_for(peft_type: str, arguments: list[str]) -> list[str]:
-    """The arguments without those that LoRA and (IA)3 alone have, where a kind of adapter is neither."""
-    alone = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    alone.add_argument("--gradient_checkpointing", action="store_true")
-    for option in ("--rank", "--precision"):
-        alone.add_argument(option)
-    return arguments if "lora" in SCRIPTS[peft_type][1] else alone.parse_known_args(arguments)[1]
+def _arguments_for(peft_type: str, method: Method, arguments: list[str]) -> list[str]:
+    """The arguments without those that have no effect with a kind of adapter, or with a method without one."""
+    unused = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    if peft_type != "lora" or not method.peft_types:
+        unused.add_argument("--rank")
+    if peft_type == "iisan" or not method.peft_types:
+        unused.add_argument("--precision")
+        unused.add_argument("--gradient_checkpointing", action="store_true")
+    return unused.parse_known_args(arguments)[1]
 
 
 def _planned(dataset: str, peft_type: str, method: Method, trial: int, passed_on: list[str]) -> PlannedRun:
     kinds = SCRIPTS[peft_type][1]
     arguments = ["--dataset", dataset, *(["--peft_type", peft_type] if len(kinds) > 1 else [])]
-    arguments += ["--trial", str(trial), *method.flags, *_arguments_for(peft_type, passed_on)]
+    arguments += ["--trial", str(trial), *method.flags, *_arguments_for(peft_type, method, passed_on)]
     if method.shares_stage_1:
         arguments += ["--init_from", str(_planned(dataset, peft_type, FULL_METHOD, trial, passed_on).folder)]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the learning rate; so will the run

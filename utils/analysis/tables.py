@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_rel
 
-from utils.analysis.reproduction import PEFT_TYPES, PERPEFT, TABLES, PlannedRun, methods_of, plan_runs
+from utils.analysis.reproduction import PEFT_TYPES, PERPEFT, TABLES, OtherSettings, PlannedRun, methods_of, plan_runs
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
 from utils.training.evaluation import user_values
@@ -129,11 +129,11 @@ def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
     """The tables as far as runs are finished; a table without any finished run of its own adapter is left out.
 
     Raises:
-        PerPEFTError: the data set has changed between runs, or a file of ranks is damaged.
+        PerPEFTError: the data set has changed between runs, or a summary or a file of ranks is damaged.
     """
     found = {}
     for run in runs:
-        with contextlib.suppress(PerPEFTError):  # a run with other settings does not belong to these tables
+        with contextlib.suppress(OtherSettings):  # which do not belong to these tables
             found[run] = run.summary()
     if len({summary["dataset_fingerprint"] for summary in found.values() if summary}) > 1:
         raise PerPEFTError(f"the runs of {dataset} used different data: its files have changed between them; train them again")

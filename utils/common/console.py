@@ -78,10 +78,7 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, PerPEFTError):
         return 2, f"error: {error}"
     if is_out_of_memory(error):
-        return 1, (
-            f"error: the memory is full ({first_line(error)}). Try --gradient_checkpointing (LoRA and the like), with which a "
-            "run continues, or a smaller --batch_size, which starts a new run and so needs --restart or another --output_dir"
-        )
+        return 1, f"error: the memory is full ({first_line(error)})"
     if isinstance(error, OSError) and error.errno is not None:
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

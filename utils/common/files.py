@@ -123,16 +123,20 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def build_once(path: str | Path) -> Iterator[bool]:
+def build_once(path: str | Path, is_built: Callable[[], bool] | None = None) -> Iterator[bool]:
     """Let one of several processes build `path` while the others wait; a process that dies releases its lock.
 
+    Args:
+        path: a file or a folder.
+        is_built: whether what is there serves; by default anything does.
     Yields:
         whether it is still to be built
     """
     path = Path(path)
-    if path.exists():  # without a lock: an existing path may be in a read-only folder
+    is_built = is_built or path.exists
+    if is_built():  # without a lock: an existing path may be in a read-only folder
         yield False
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_hidden(path, ".lock")):
-        yield not path.exists()
+        yield not is_built()

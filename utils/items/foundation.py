@@ -138,12 +138,12 @@ def load_foundation(name: FoundationName, attention: str | None = None) -> Found
     """
     if isinstance(name, str):
         model = load_model(name, "--clip_model", attention)
-        image_processor, tokenizer = load_image_processor(name), load_tokenizer(name)
+        image_processor, tokenizer = load_image_processor(name, "--clip_model"), load_tokenizer(name, "--clip_model")
     else:
         images = load_model(name.image_model, "--image_model", attention) if name.image_model else None
         model = EncoderPair(images, load_model(name.text_model, "--text_model", attention), name.text_pooling)
-        image_processor = load_image_processor(name.image_model) if name.image_model else None
-        tokenizer = load_tokenizer(name.text_model)
+        image_processor = load_image_processor(name.image_model, "--image_model") if name.image_model else None
+        tokenizer = load_tokenizer(name.text_model, "--text_model")
     foundation = Foundation(model, image_processor, tokenizer, str(name))
     try:
         _ = foundation.traits  # which tries the model
@@ -177,8 +177,8 @@ def ensure_hidden_states(
 ) -> Path:
     """The path of a data set's hidden states, which are computed first if they are not there, or in any case if `recompute`."""
     path = states_path(dataset.folder, dataset.name)
-    with build_once(path) as missing:
-        if missing or recompute or not has_states(dataset.folder, dataset.name, modality):
+    with build_once(path, lambda: not recompute and has_states(dataset.folder, dataset.name, modality)) as missing:
+        if missing:
             foundation = load_foundation(name)
             states = foundation.hidden_states(foundation.store(dataset, missing_images), device, modality)
             save_hidden_states(path, *states, dataset.raw_ids, name)

@@ -15,7 +15,7 @@ from utils.common.files import save_tensors, write_atomically, write_json
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
 from utils.data.problems import Problems
-from utils.items.model_files import FoundationName, model_hash
+from utils.items.model_files import FoundationName, model_hash, model_options
 from utils.items.store import DEVICE_SHARE
 
 PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
@@ -73,11 +73,12 @@ def save_hidden_states(
     """
     try:
         modality = "text" if image_states.shape[2] == 0 else "image" if text_states.shape[2] == 0 else "both"
-        note = {"clip_model": str(model), "clip_files": model_hash(model), "modality": modality}
+        note = {"clip_model": str(model), "clip_files": model_hash(model), "modality": modality, "options": model_options(model)}
+        path.unlink(missing_ok=True)  # first, so that a note never stands beside another model's states
         write_json(path.with_suffix(".json"), note)
         write_atomically(path, lambda temporary: save_tensors((image_states, text_states, list(raw_ids)), temporary))
     except OSError as error:
-        raise PerPEFTError(f"the hidden states {path} cannot be written ({error}); make room or choose another folder") from error
+        raise PerPEFTError(f"the hidden states {path} cannot be written ({error}); make room or allow writing there") from error
 
 
 def _is_dense(states: Any) -> bool:
@@ -131,9 +132,9 @@ def _refuse_other_model(path: Path, model: FoundationName) -> None:
     name, files = made_by(path)
     own = model_hash(model)
     if files != own if files and own else name != str(model):
+        options = _note(path).get("options", f"--clip_model {name}")
         raise PerPEFTError(
-            f"{path} was computed by CLIP '{name}', not '{model}'; pass --clip_model {name}, or delete it and start again to "
-            "compute it"
+            f"{path} was computed by '{name}', not '{model}'; pass {options}, or delete it and start again to compute it"
         )
 
 

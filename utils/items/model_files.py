@@ -48,6 +48,14 @@ class PairName:
 FoundationName = str | PairName
 
 
+def model_options(name: FoundationName) -> str:
+    """The options that name a foundation model, as one types them."""
+    if isinstance(name, str):
+        return f"--clip_model {name}"
+    image = f"--image_model {name.image_model} " if name.image_model else ""
+    return f"{image}--text_model {name.text_model} --text_pooling {name.text_pooling}"
+
+
 def model_folders(name: FoundationName) -> list[str]:
     """The folders or hub names that a foundation model's files lie in."""
     return [name] if isinstance(name, str) else [part for part in (name.image_model, name.text_model) if part]
@@ -90,8 +98,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[dict[str, bool]]:
-    """Yield how to load from a folder or the hub; what goes wrong becomes one sentence."""
+def _loading(name: str, option: str) -> Iterator[dict[str, bool]]:
+    """Yield how to load from a folder or the hub; what goes wrong becomes one sentence, with the option that named it."""
     is_folder = Path(name).is_dir()
     try:
         with quiet_transformers():
@@ -102,10 +110,10 @@ def _loading(name: str) -> Iterator[dict[str, bool]]:
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
         reason = first_line(error)
         what = "the folder is no complete model folder" if is_folder else "there is no such folder and the hub has none"
+        small = ", or train a small CLIP on your data with python3 -m scripts.make_small_clip --dataset NAME and pass its folder"
         raise PerPEFTError(
-            f"CLIP weights '{name}' cannot be loaded: {what} ({reason}). Run once with network access so that they are "
-            "downloaded, or name a CLIPModel folder by --clip_model DIR, or train a small one on your data with "
-            "python3 -m scripts.make_small_clip --dataset NAME and pass its folder."
+            f"{option} '{name}' cannot be loaded: {what} ({reason}). Run once with network access so that it is downloaded, or "
+            f"pass the folder of a model by {option} DIR{small if option == '--clip_model' else ''}."
         ) from error
 
 
@@ -119,7 +127,7 @@ def load_model(name: str, option: str, attention: str | None) -> PreTrainedModel
     Raises:
         PerPEFTError: there is no such model, its weights are not whole, or the option takes another kind.
     """
-    with _loading(name) as source:
+    with _loading(name, option) as source:
         config = AutoConfig.from_pretrained(name, **source)
         _require_kind(name, type(config), option)
         model, loading = AutoModel.from_pretrained(name, output_loading_info=True, attn_implementation=attention, **source)
@@ -155,15 +163,15 @@ def _reads(model_class: type | None, name: str) -> bool:
     return getattr(model_class, "main_input_name", None) == name and not hasattr(model_class, "get_image_features")
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a model's own tokenizer; errors as in `load_model`."""
-    with _loading(name) as source:
+def load_tokenizer(name: str, option: str) -> PreTrainedTokenizerBase:
+    """Load a model's own tokenizer; arguments and errors as in `load_model`."""
+    with _loading(name, option) as source:
         return AutoTokenizer.from_pretrained(name, **source)
 
 
-def load_image_processor(name: str) -> BaseImageProcessor:
-    """Load a model's own image processor, as either transformers 4 or 5 saves it; errors as in `load_model`."""
-    with _loading(name) as source:
+def load_image_processor(name: str, option: str) -> BaseImageProcessor:
+    """Load a model's own image processor, as either transformers 4 or 5 saves it; arguments and errors as in `load_model`."""
+    with _loading(name, option) as source:
         try:
             return AutoImageProcessor.from_pretrained(name, use_fast=False, **source)
         except OSError:

@@ -221,7 +221,8 @@ class ImageTitleStore:
                         else:
                             _write_images(temporary / "images.npy", dataset, processor, missing_images)
         except OSError as error:
-            raise PerPEFTError(f"the image store {folder} cannot be written ({error}); make room there") from error
+            advice = "make room or allow writing there"
+            raise PerPEFTError(f"the image store {folder} cannot be written ({error}); {advice}") from error
         try:
             titles = np.load(folder / "titles.npz", allow_pickle=False)
             pixels = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)

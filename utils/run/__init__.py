@@ -1,4 +1,4 @@
 """One training run: its options, settings, folder, stages and reports; finished runs opened again.
 
-Imports everything above it; only analysis and the scripts import it.
+Imports common, data, items, prepare, training and models; only analysis and the scripts import it.
 """

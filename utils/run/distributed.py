@@ -4,6 +4,7 @@ from datetime import timedelta
 from types import TracebackType
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 
@@ -21,6 +22,7 @@ def make_accelerator(device: str, scaled: bool = False, log_with: str | None = N
         # Rank 0 may compute hidden states for hours before it reaches the point where the others wait.
         InitProcessGroupKwargs(timeout=timedelta(days=7)),
     ]
+    AcceleratorState._reset_state()  # of a run before in this process, whose precision accelerate would insist on
     return Accelerator(
         cpu=device == "cpu", mixed_precision="fp16" if scaled else "no", kwargs_handlers=handlers, log_with=log_with,
         project_dir=folder,

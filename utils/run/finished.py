@@ -1,6 +1,5 @@
 """A finished run opened again from its folder alone: options, data and model, checked to be those that it was trained with."""
 import argparse
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.run.build import MODEL_OPTIONS, build_model, image_use, needs_contents
 from utils.run.distributed import make_accelerator
-from utils.run.folder import FINGERPRINTS, contents_fingerprints, dataset_fingerprint, read_settings
+from utils.run.folder import FINGERPRINTS, contents_fingerprint, dataset_fingerprint, read_summary, settings_of
 from utils.run.options import build_parser
 from utils.run.run import Run
 
@@ -37,7 +36,7 @@ def finished_options(
     if not (folder / "summary.json").is_file():
         what = "is not there" if not folder.is_dir() else "holds no finished run (it has no summary.json)"
         raise PerPEFTError(f"{folder} {what}; name the folder of a run whose training has ended, as in ./runs")
-    found = read_settings(folder / "summary.json", nested=True)
+    found = settings_of(read_summary(folder / "summary.json"))
     defaults = vars(build_parser("", ("lora", "ia3")).parse_args(["--dataset", "any"]))  # of options that change no figure
     config = {name: value for name, value in found.items() if name not in FINGERPRINTS}
     options = argparse.Namespace(**{**defaults, **config})
@@ -70,8 +69,7 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
     named = {option: getattr(options, option) for option in MODEL_OPTIONS if getattr(options, option)}
     # A model from the hub left no trace in the fingerprint; a copy of it in a folder may be named now.
     without = argparse.Namespace(**{**vars(options), **dict.fromkeys(named)})
-    possible = itertools.chain.from_iterable(contents_fingerprints(given, dataset) for given in (options, without))
-    if expected["contents_fingerprint"] not in possible:
+    if expected["contents_fingerprint"] not in [contents_fingerprint(given, dataset) for given in (options, without)]:
         lost = [f"'{model}', which is no folder here, lies elsewhere: name it by --{option} DIR"
                 for option, model in named.items() if not Path(model).is_dir()]  # fmt: skip
         raise _other_data(name, "contents_fingerprint", f"; or its model {' and '.join(lost)}" if lost else "")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from utils.common.devices import choose_precision
 from utils.common.errors import PerPEFTError
 from utils.common.files import remove_leftovers, write_json
 from utils.data.dataset import Dataset
@@ -19,6 +18,7 @@ from utils.items.hidden_states import made_by, states_path
 from utils.items.model_files import FoundationName, add_model_files, model_folders, model_hash
 from utils.items.store import image_status
 from utils.run.build import MODEL_OPTIONS, foundation_name, image_use
+from utils.training.evaluation import METRICS, SPLITS
 
 # Options that may differ between the start of a run and its continuation: they change no figure.
 FREE_OPTIONS = {
@@ -66,23 +66,21 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def contents_fingerprints(options: argparse.Namespace, dataset: Dataset) -> Iterator[str | None]:
-    """Yield a hash of what the encoder reads beside the histories: titles, sizes of images, and the files of model folders.
+def contents_fingerprint(options: argparse.Namespace, dataset: Dataset) -> str | None:
+    """A hash of what the encoder reads beside the histories: titles, sizes of images, and the files of model folders.
 
     None for IISAN, whose hidden states are checked when they are opened, and where nothing is read. A model from the hub adds
-    nothing, and so do images that are not used; earlier versions counted these, and such a hash comes second.
+    nothing, and so do images that are not used.
     """
     if options.peft_type in ("iisan", "none"):
-        yield None
-        return
-    for images in (False, True) if image_use(options) == "unused" else (True,):
-        digest = hashlib.sha256()
-        for title, path in zip(dataset.titles, dataset.image_paths):
-            status = image_status(path) if images else None
-            digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
-        if name := foundation_name(options):
-            add_model_files(digest, name)
-        yield digest.hexdigest()[:16]
+        return None
+    digest = hashlib.sha256()
+    for title, path in zip(dataset.titles, dataset.image_paths):
+        status = None if image_use(options) == "unused" else image_status(path)
+        digest.update(f"{title}\0{status.st_size if status else None}\n".encode())
+    if name := foundation_name(options):
+        add_model_files(digest, name)
+    return digest.hexdigest()[:16]
 
 
 def run_settings(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def run_settings(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any
     return {
         **fixed_options(options),
         "dataset_fingerprint": dataset_fingerprint(dataset),
-        "contents_fingerprint": next(contents_fingerprints(options, dataset)),
+        "contents_fingerprint": contents_fingerprint(options, dataset),
     }
 
 
@@ -116,7 +114,7 @@ def with_moved_models(
         noted = states.with_suffix(".json").is_file()  # published states have no note
         same = noted and made_by(states) == (str(_saved_name(saved)), model_hash(name))
     else:
-        same = saved.get("contents_fingerprint") in contents_fingerprints(options, dataset)
+        same = saved.get("contents_fingerprint") == settings["contents_fingerprint"]
     return settings | {option: saved[option] for option in adopted if same and option in saved}
 
 
@@ -124,18 +122,30 @@ def _saved_name(saved: dict[str, Any]) -> FoundationName | None:
     return foundation_name(argparse.Namespace(**{**dict.fromkeys((*MODEL_OPTIONS, "text_pooling")), **saved}))
 
 
-def read_settings(path: Path, nested: bool) -> dict[str, Any]:
-    """The settings of a run from its resume/config.json, or from its summary.json, where they are `nested`.
+def read_summary(path: Path) -> dict[str, Any]:
+    """A finished run's summary.json.
 
     Raises:
-        PerPEFTError: the file is damaged.
+        PerPEFTError: it is damaged, or lacks settings or results.
     """
+    with _damage_reported(path):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        for stage in ("global", "personalized") if summary["config"]["method"] == "perpeft" else ("global",):
+            for value in (summary[stage]["best_epoch"], *(summary[stage][split][name] for split in SPLITS for name in METRICS)):
+                float(value)
+        settings_of(summary)
+        return summary
+
+
+def settings_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a finished run: all that its metrics follow from."""
+    return {**summary["config"], **{name: summary[name] for name in FINGERPRINTS}}
+
+
+@contextlib.contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        settings = {**content["config"], **{name: content[name] for name in FINGERPRINTS}} if nested else dict(content)
-        if nested:  # runs of earlier versions did not write it
-            settings.setdefault("precision", choose_precision(None, content["device"]))
-        return settings
+        yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise PerPEFTError(f"{path} is damaged ({reason}); start over with --restart, or choose another --output_dir") from error
@@ -186,8 +196,11 @@ class RunFolder:
             PerPEFTError: they are damaged.
         """
         if self.is_finished:
-            return read_settings(self._summary, nested=True)
-        return read_settings(self._config, nested=False) if self.has_state else None
+            return settings_of(read_summary(self._summary))
+        if not self.has_state:
+            return None
+        with _damage_reported(self._config):
+            return dict(json.loads(self._config.read_text(encoding="utf-8")))
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Refuse to mix runs.

@@ -1,22 +1,27 @@
 """From a command line to a run that can be trained: data, model, ranks, and the locked run folder."""
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from utils.common.devices import choose_device, choose_precision
-from utils.common.errors import PerPEFTError
+from utils.common.errors import PerPEFTError, is_out_of_memory
 from utils.data.dataset import read_dataset, require_dataset
 from utils.prepare.demo import make_demo
 from utils.run import reports
 from utils.run.build import build_model, has_groups, image_use, needs_contents
 from utils.run.distributed import make_accelerator
-from utils.run.folder import RunFolder, run_name, run_settings, with_moved_models
+from utils.run.folder import RunFolder, read_summary, run_name, run_settings, with_moved_models
 from utils.run.options import parse_options
 from utils.run.run import Run
 from utils.run.tracking import EpochLog, require_tracker
+
+FULL_MEMORY = (
+    "Less memory is needed with --gradient_checkpointing (LoRA and the like), with which a run continues, or with a smaller "
+    "--batch_size, which starts a new run and so needs --restart or another --output_dir"
+)
 
 
 def train(description: str, peft_types: tuple[str, ...], stages: Callable[[Run], None], arguments: list[str] | None) -> None:
@@ -39,6 +44,24 @@ def train(description: str, peft_types: tuple[str, ...], stages: Callable[[Run],
             run.report()
 
 
+def _settle_precision(options: argparse.Namespace, saved: dict[str, Any] | None, finished: bool) -> str:
+    """Fill in the precision to compute in, and return the run's own: by default that which it started with.
+
+    They differ where a run that was trained in fp16 on CUDA is evaluated elsewhere.
+
+    Raises:
+        PerPEFTError: the device cannot train in it.
+    """
+    chosen = options.precision or (saved or {}).get("precision")
+    if options.precision is None and chosen == "fp16" and not options.device.startswith("cuda"):
+        if not finished:
+            raise PerPEFTError(f"this run was started in fp16 on CUDA, not {options.device}; continue it there, or use --restart")
+        options.precision = "fp32"
+        return chosen
+    options.precision = choose_precision(chosen, options.device)
+    return options.precision
+
+
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     """Read the data, build the model, and open or make the run folder, which is locked meanwhile.
@@ -59,12 +82,11 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     restart = options.restart and writes
     saved = None if restart else folder.saved_settings()
     options.device = choose_device(options.device)
-    # A run continues in the precision that it started with.
-    options.precision = choose_precision(options.precision or (saved or {}).get("precision"), options.device)
+    settled = _settle_precision(options, saved, folder.is_finished)
     accelerator = make_accelerator(options.device, options.precision == "fp16", options.log_with, str(folder.path))
     num_groups = options.C if has_groups(options) else 1
     dataset = read_dataset(options.train_dir, options.dataset, needs_contents(options), image_use(options), num_groups)
-    settings = with_moved_models(run_settings(options, dataset), saved, options, dataset)
+    settings = with_moved_models({**run_settings(options, dataset), "precision": settled}, saved, options, dataset)
     with contextlib.ExitStack() as stack:
         if writes and accelerator.is_main_process:
             stack.enter_context(folder.lock())
@@ -78,7 +100,7 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
             if accelerator.is_main_process:
                 folder.remove_state()  # left by a run that was killed right after its summary
                 print(f"{folder.path} is finished; --restart trains it again")
-                reports.print_results(json.loads((folder.path / "summary.json").read_text(encoding="utf-8")), folder.path)
+                reports.print_results(read_summary(folder.path / "summary.json"), folder.path)
             yield None
             return
         run = Run(options, dataset, *build_model(options, dataset), folder.path, settings, accelerator)
@@ -92,10 +114,14 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
         accelerator.wait_for_everyone()
         try:
             yield run
-        except BaseException:
+        except BaseException as error:
             if run.checkpoint and run.checkpoint.saved:
-                again = "the same command" + (" without --restart" if options.restart else "")
-                print(f"{folder.path} is saved up to {run.checkpoint.saved}; {again} continues from there", file=sys.stderr)
+                way_on = f"; the same command{' without --restart' if options.restart else ''} continues from there"
+                if not (isinstance(error, (KeyboardInterrupt, OSError)) or is_out_of_memory(error)):
+                    way_on = ""  # where the same error, such as a loss that is not finite, would come again
+                print(f"{folder.path} is saved up to {run.checkpoint.saved}{way_on}", file=sys.stderr)
+            if is_out_of_memory(error):
+                print(FULL_MEMORY, file=sys.stderr)
             for tracker in accelerator.trackers:
                 tracker.finish()
             raise

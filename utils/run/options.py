@@ -184,13 +184,20 @@ def _resolve_adapter(parser: argparse.ArgumentParser, options: argparse.Namespac
 def _check_method(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Check which options go together, and give methods without an adapter the same settings in both scripts."""
     method = options.method
-    for name, unused in (
-        ("negatives", method != "perpeft"), ("grouping", method != "perpeft"), ("init_from", method != "perpeft"),
-        ("modality", method == "none"), ("peft_config", method in ("large_global", "frozen", "none")),
-    ):  # fmt: skip
-        if unused and getattr(options, name) != parser.get_default(name):
-            value = "" if name == "peft_config" else f" {getattr(options, name)}"
-            parser.error(f"--{name}{value} has no effect with --method {method}; leave it out")
+    without_adapter = method in ("frozen", "none")
+    by_method = {
+        "negatives": method != "perpeft", "grouping": method != "perpeft", "init_from": method != "perpeft",
+        "modality": method == "none", "peft_config": without_adapter or method == "large_global",
+        "rank": without_adapter, "gradient_checkpointing": without_adapter, "precision": without_adapter,
+    }  # fmt: skip
+    unused = {name: f"--method {method}" for name, is_unused in by_method.items() if is_unused}
+    if options.peft_type not in ("lora", "dora"):
+        unused.setdefault("rank", f"--peft_type {options.peft_type}")
+    for name, by in unused.items():
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            shown = "" if name in ("peft_config", "gradient_checkpointing") else f" {value}"
+            parser.error(f"--{name}{shown} has no effect with {by}; leave it out")
     if method == "large_global":
         if options.peft_type != "lora":
             parser.error("--method large_global needs --peft_type lora: only LoRA's rank can be raised")
@@ -199,6 +206,11 @@ def _check_method(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         options.peft_type, options.rank, options.gradient_checkpointing, options.precision = method, None, False, "fp32"
     if method == "none":
         options.clip_model = options.image_model = options.text_model = options.text_pooling = None
+
+
+def default_groups(dataset: str) -> int:
+    """The paper's C, or what suits the demo, which is drawn with four groups."""
+    return 4 if dataset == "demo" else 8
 
 
 def parse_options(description: str, peft_types: tuple[str, ...], arguments: list[str] | None = None) -> argparse.Namespace:
@@ -213,7 +225,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     if options.hidden_units % options.num_heads:
         parser.error(f"--num_heads {options.num_heads} must divide --hidden_units {options.hidden_units}")
     is_demo = options.dataset == "demo"
-    options.C = options.C or (4 if is_demo else 8)
+    options.C = options.C or default_groups(options.dataset)
     resolve_model(parser, options)
     _resolve_adapter(parser, options)
     _check_method(parser, options)

@@ -1,4 +1,4 @@
-"""The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, curves, the closing table."""
+"""The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, the results table."""
 import csv
 import io
 import platform
@@ -13,10 +13,10 @@ from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
 from utils.run.build import trainable_counts
 from utils.run.folder import FINGERPRINTS
-from utils.training.evaluation import METRICS, Ranks
+from utils.training.evaluation import METRICS, SPLITS, Ranks
 from utils.training.progress import best_row
 
-SPLIT_METRICS = tuple(f"{split}_{name}" for split in ("valid", "test") for name in METRICS)
+SPLIT_METRICS = tuple(f"{split}_{name}" for split in SPLITS for name in METRICS)
 METRIC_COLUMNS = ("stage", "epoch", "train_loss", "seconds", *SPLIT_METRICS)
 
 
@@ -31,12 +31,12 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv, numbers as numbers."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {name: value if name == "stage" else int(value) if name == "epoch" else float(value) for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    """The rows of a metrics.csv, numbers as numbers.
+
+    Raises:
+        PerPEFTError: it is missing or damaged.
+    """
+    return _read_table(path, dict.fromkeys(METRIC_COLUMNS, float) | {"stage": str, "epoch": int})
 
 
 def _write_table(path: Path, **columns: np.ndarray) -> None:
@@ -45,13 +45,18 @@ def _write_table(path: Path, **columns: np.ndarray) -> None:
     write_text_atomically(path, "".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
 
 
-def _read_table(path: Path, *columns: str) -> list[np.ndarray]:
+def _read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
+    """The rows of a CSV file, each column's values of a type."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [np.array([int(row[name]) for row in rows], dtype=np.int64) for name in columns]
+            return [{name: kind(row[name]) for name, kind in columns.items()} for row in csv.DictReader(file)]
     except (KeyError, OSError, TypeError, ValueError, csv.Error) as error:
         raise PerPEFTError(f"{path} cannot be read ({error}); train this run again with --restart") from error
+
+
+def _read_integers(path: Path, *columns: str) -> list[np.ndarray]:
+    rows = _read_table(path, dict.fromkeys(columns, int))
+    return [np.array([row[name] for row in rows], dtype=np.int64) for name in columns]
 
 
 def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
@@ -65,7 +70,7 @@ def read_groups(path: Path) -> np.ndarray:
     Raises:
         PerPEFTError: it is missing or damaged.
     """
-    return _read_table(path, "group")[0]
+    return _read_integers(path, "group")[0]
 
 
 def write_ranks(path: Path, user_ids: np.ndarray, ranks: Ranks) -> None:
@@ -79,14 +84,14 @@ def read_ranks(path: Path) -> dict[str, np.ndarray]:
     Raises:
         PerPEFTError: it is missing or damaged.
     """
-    return dict(zip(("users", "valid", "test"), _read_table(path, "user", "valid_rank", "test_rank")))
+    return dict(zip(("users", "valid", "test"), _read_integers(path, "user", "valid_rank", "test_rank")))
 
 
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Best epoch by valid NDCG@20 and its metrics as fractions."""
     best = best_row(rows)
     return {"best_epoch": best["epoch"]} | {
-        split: {name: best[f"{split}_{name}"] for name in METRICS} for split in ("valid", "test")
+        split: {name: best[f"{split}_{name}"] for name in METRICS} for split in SPLITS
     }
 
 
@@ -100,7 +105,7 @@ def results_table(summary: dict[str, Any]) -> str:
     """Global against personalized, valid and test, in percent as the paper prints them."""
     lines = [f"{'':<16}{'split':<7}" + "".join(f"{name:>9}" for name in METRICS) + "   best epoch"]
     for stage in [stage for stage in ("global", "personalized") if stage in summary]:
-        for split in ("valid", "test"):
+        for split in SPLITS:
             values = "".join(f"{100 * summary[stage][split][name]:>9.2f}" for name in METRICS)
             lines.append(f"{stage:<16}{split:<7}{values}   {summary[stage]['best_epoch']:>10}")
     return "\n".join(lines)

@@ -21,13 +21,13 @@ from utils.items.source import ItemSource
 from utils.run import plots, reports
 from utils.run.build import has_groups
 from utils.run.distributed import StopSignal
-from utils.run.folder import RunFolder
+from utils.run.folder import RunFolder, read_summary
 from utils.run.tracking import EpochLog
 from utils.training import checkpoints
 from utils.training.checkpoints import Checkpoint
 from utils.training.evaluation import Evaluator, Ranks, last_states
 from utils.training.grouping import kmeans_groups, random_groups
-from utils.training.progress import Progress, best_row, steps_between_reads
+from utils.training.progress import Progress, steps_between_reads
 from utils.training.sampling import Sampler, group_items
 from utils.training.trainer import Trainer
 
@@ -246,9 +246,9 @@ class Run:
         if has_groups(self.options):
             self.load_personalized()
             results["personalized"] = self.evaluate().metrics()
-        saved = reports.read_metrics(self.folder / "metrics.csv")
-        best = {stage: best_row([row for row in saved if row["stage"] == stage])["epoch"] for stage in results}
-        summary = {stage: reports.stage_summary([{"epoch": best[stage], **metrics}]) for stage, metrics in results.items()}
+        saved = read_summary(self.folder / "summary.json")
+        epochs = {stage: saved[stage]["best_epoch"] for stage in results}
+        summary = {stage: reports.stage_summary([{"epoch": epochs[stage], **metrics}]) for stage, metrics in results.items()}
         reports.print_results(summary, self.folder)
         return summary
 

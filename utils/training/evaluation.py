@@ -11,6 +11,7 @@ from utils.data.histories import Histories, Split
 from utils.items.source import ItemSource
 
 CUTOFFS = (10, 20, 30)
+SPLITS = ("valid", "test")
 METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS)
 SCORES_AT_ONCE = 2**24  # entries of a score matrix held at a time: memory stays flat in the number of users
 
