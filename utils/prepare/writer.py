@@ -155,13 +155,10 @@ def _fetch(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnecti
         reason = next(iter(filling.failed.values()))
         raise PerPEFTError(f"all {len(sources):,} images failed (the first: {reason}); see {failures}")
     if filling.failed:
-        before = con.execute("SELECT count(*) FROM kept").fetchone()[0]
         failed = "SELECT number FROM items WHERE raw_id IN (SELECT unnest(?::VARCHAR[]))"
-        con.execute(f"DELETE FROM kept WHERE item IN ({failed})", [list(filling.failed)])
-        keep_core(con, options.core)
+        deleted = con.execute(f"DELETE FROM kept WHERE item IN ({failed})", [list(filling.failed)]).fetchone()[0]
+        shop.counts["of items whose image failed, and outside the core without them"] = deleted + keep_core(con, options.core)
         _require_enough(con, options, f" once {len(filling.failed):,} items without image are left out")
-        left = before - con.execute("SELECT count(*) FROM kept").fetchone()[0]
-        shop.counts["of items whose image failed, and outside the core without them"] = left
     return filling
 
 

@@ -56,7 +56,7 @@ def load_adapter(encoder: ItemEncoder, folder: Path, group: int) -> None:
         Exception: a damaged file raises errors of its format's library.
     """
     if encoder.adapter_config is None:
-        if encoder.group_state(group):
+        if encoder.group_parameters(group):
             encoder.load_group_state(group, torch.load(folder / encoder.state_file, map_location="cpu", weights_only=True))
         return
     settings = folder / "adapter" / "adapter_config.json"
