@@ -7,8 +7,8 @@ command continues.
 
 import argparse
 
-from utils.common.console import HelpFormatter, run_main
-from utils.prepare.columns import add_table_options, table_options_of
+from utils.common.console import HelpFormatter, number, run_main
+from utils.prepare.columns import add_table_options, require_item_columns, table_options_of
 from utils.prepare.image_cells import ImageFinder
 from utils.prepare.shop import Shop
 from utils.prepare.tables import open_table
@@ -18,14 +18,13 @@ from utils.prepare.writer import add_image_options, add_target_options, prepare
 def main() -> None:
     """Parse, prepare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--interactions", required=True, help="table of users, items and times; a file or a quoted pattern")
+    parser.add_argument("--interactions", required=True, help="table of users, items and times; a file, folder or quoted pattern")
     parser.add_argument(
         "--items", required=True, help="table of items, titles and images (a path from its folder, or an address)"
     )
     add_target_options(parser)
-    parser.add_argument(
-        "--min_rating", type=float, default=None, help="leave interactions with a lower rating out (default: keep all)"
-    )
+    rating_help = "leave interactions with a lower rating out (default: keep all)"
+    parser.add_argument("--min_rating", type=number(float, -1e9, 1e9), default=None, help=rating_help)
     add_image_options(parser, "folder of images named by the item's id or as the table names them")
     add_table_options(parser)
     options = parser.parse_args()
@@ -35,7 +34,8 @@ def main() -> None:
     def open_shop(con) -> Shop:
         required, optional = (("item", "title"), ("image",)) if options.images else (("item", "title", "image"), ())
         interactions = open_table(con, options.interactions, columns, (), form)
-        items = open_table(con, options.items, required, optional, form)
+        items = open_table(con, options.items, required, optional, table_options_of(options, of_items=True))
+        require_item_columns(options, interactions.columns, items.columns)
         finder = ImageFinder(items.files[0].parent, options.images)
         return Shop(interactions, items, finder, form, options.min_rating)
 

@@ -1,6 +1,9 @@
 """First interactions, the core and the sample of users in SQL, against plain Python on small random tables."""
 import json
+import os
 import random
+import signal
+import threading
 
 import duckdb
 import pytest
@@ -115,3 +118,13 @@ def test_equal_times_keep_the_order_of_files_that_several_cores_read(kind, tmp_p
     found = [items for (items,) in con.execute("SELECT list(item ORDER BY rank) FROM kept GROUP BY user").fetchall()]
     expected = first_interactions(rows, {30_000}).values()
     assert sorted(found) == sorted(list(map(int, items)) for items in expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_query(tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as raised, interactions.engine(tmp_path) as con:
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        con.execute("SELECT count(*) FROM range(10000000) a, range(100000) b WHERE a.range % 7 = b.range % 3")
+    assert raised.value.args == (number,) and signal.getsignal(number) == before
+    assert not list(tmp_path.iterdir())

@@ -73,6 +73,18 @@ def values(rows):
     return "VALUES " + ", ".join(str(row) for row in rows)
 
 
+def objects(header, rows):
+    return [dict(zip(header, row)) for row in rows]
+
+
+def lines_of(header, rows):
+    return "".join(json.dumps(row) + "\n" for row in objects(header, rows))
+
+
+def columns(header, rows):
+    return json.dumps({name: dict(enumerate(column)) for name, column in zip(header, zip(*rows))})
+
+
 CASES = {
     "comma": (table(USER, BUYS), table(ITEM, GOODS)),
     "semicolon of a spreadsheet": (table(USER, BUYS, ";", "\r\n"), "\ufeff" + table(ITEM, GOODS, ";", "\r\n")),
@@ -122,6 +134,38 @@ CASES = {
     "JSON in UTF-16": ("".join(json.dumps(dict(zip(USER, buy))) + "\n" for buy in BUYS).encode("utf-16"), table(ITEM, GOODS)),
     "a counter of any size": (table(USER, [(u, i, (t - 1_599_999_000) * 10**9) for u, i, t in BUYS]), table(ITEM, GOODS)),
     "exponents": (table(USER, [(u, i, f"{t:.10e}") for u, i, t in BUYS]), table(ITEM, GOODS)),
+    "an index without a name, as pandas writes it": (
+        table(("", *USER), [(n, *buy) for n, buy in enumerate(BUYS)]),
+        table(("", *ITEM), [(n, *good) for n, good in enumerate(GOODS)]),
+    ),
+    "RecBole's name without its type": (
+        table(("user_id:token", "item_id:token", "timestamp:float"), BUYS, "\t"),
+        table(("item_id:token", "film:token_seq", "image:token"), GOODS, "\t"), "--title_column", "Film",
+    ),
+    "numbers of their own for each table": (
+        "".join(f"{u}::{i}::5::{t}\n" for u, i, t in BUYS),
+        "".join(f"{item}::{title}::{image}\n" for item, title, image in GOODS),
+        *("--user_column", "1", "--item_column", "2", "--time_column", "4"),
+        *("--items_item_column", "1", "--title_column", "2", "--image_column", "3"),
+    ),
+    "a space before the zone": (when("%Y-%m-%d %H:%M:%S -0500", -5), table(ITEM, GOODS)),
+    "ISO without separators": (when("%Y%m%dT%H%M%SZ"), table(ITEM, GOODS)),
+    "decimal commas": (table(USER, [(u, i, f"{t},5") for u, i, t in BUYS], ";"), table(ITEM, GOODS)),
+    "times of 0 to 1": (table(USER, [(u, i, f"{(t - 1_599_000_000) / 1e14:.20f}") for u, i, t in BUYS]), table(ITEM, GOODS)),
+    "several images in a cell": (table(USER, BUYS), table(ITEM, [(*good[:2], f"{good[2]}, img/other.png") for good in GOODS])),
+    "a list as numpy prints it": (table(USER, BUYS), table(ITEM, [(*good[:2], f"['{good[2]}' 'x.png']") for good in GOODS])),
+    "columns of pandas": (columns(USER, BUYS), table(ITEM, GOODS)),
+    "lists by column": (json.dumps(dict(zip(USER, zip(*BUYS)))), table(ITEM, GOODS)),
+    "pandas' table": (json.dumps({"schema": {"fields": []}, "data": objects(USER, BUYS)}), table(ITEM, GOODS)),
+    "pandas' split": (json.dumps({"columns": USER, "index": list(range(28)), "data": BUYS}), table(ITEM, GOODS)),
+    "objects over several lines": ("\n".join(json.dumps(row, indent=1) for row in objects(USER, BUYS)), table(ITEM, GOODS)),
+    "MongoDB": (
+        lines_of(USER, [({"$oid": u}, i, {"$date": {"$numberLong": str(t * 1000)}}) for u, i, t in BUYS]),
+        lines_of(ITEM, [({"$oid": item}, title, image) for item, title, image in GOODS]),
+    ),
+    "a key that comes late": (
+        "".join(json.dumps(dict(zip(USER[:2], buy))) + "\n" for buy in BUYS * 40) + lines_of(USER, BUYS), lines_of(ITEM, GOODS),
+    ),
     "spaces around": (table(USER, BUYS).replace(",", " , "), table(ITEM, GOODS).replace(",", ",  ")),
 }  # fmt: skip
 
@@ -253,6 +297,35 @@ def test_images_of_all_kinds_in_one_table(shop, tmp_path, server):  # noqa: F811
     assert server.asked == {"/a.jpg": 4}
 
 
+def test_a_folder_of_parts_as_spark_writes_it(shop, tmp_path):
+    folder = tmp_path / "shop" / "buys"
+    folder.mkdir()
+    for part in range(3):
+        (folder / f"part-{part}.csv").write_text(table(USER, BUYS[part::3]))
+    for name in ("_SUCCESS", ".part-0.csv.crc", "part-3.csv"):
+        (folder / name).write_bytes(b"" if name != ".part-0.csv.crc" else b"\0\1")
+    code, _ = shop("", PLAIN_GOODS, "--interactions", folder)
+    assert code == 0 and histories_of(tmp_path / "data", "mine") == histories()
+
+
+def test_missing_values_as_databases_write_them(shop, tmp_path):
+    buys = PLAIN_BUYS + "\\N,A-1,5\nv,A-1,NULL\nNULL,A-1,5\n"
+    code, printed = shop(buys, PLAIN_GOODS + "A-8,NULL,img/A-1.png\n")
+    counts = counts_of(printed.out)
+    assert code == 0 and (counts["user missing"], counts["time missing"], counts["no title"]) == (1, 1, 1)
+    assert ["A-1"] in histories_of(tmp_path / "data", "mine")  # NULL may be an id
+
+
+def test_images_named_as_ids_that_hold_an_ending_or_decomposed_letters(shop, tmp_path):
+    ids = {item: f"{item}.jpg" for item in ITEMS} | {"A-3": "Gr\u00fcn", "A-4": "v1.2"}
+    folder = tmp_path / "shop" / "img"
+    for item, name in ids.items():
+        (folder / f"{item}.png").rename(folder / {"A-3": "Gru\u0308n.png", "A-4": "v1.2"}.get(item, name))
+    buys, goods = ([(u, ids[i], t) for u, i, t in BUYS], [(ids[i], title) for i, title, _ in GOODS])
+    code, printed = shop(table(USER, buys), table(ITEM[:2], goods), "--images", folder)
+    assert code == 0 and counts_of(printed.out)["items"] == 6
+
+
 def test_a_folder_of_images_named_by_the_id(shop, tmp_path):
     code, printed = shop(PLAIN_BUYS, table(ITEM[:2], [good[:2] for good in GOODS]), "--images", tmp_path / "shop" / "img")
     assert code == 0 and counts_of(printed.out)["fetched"] == 6
@@ -323,12 +396,21 @@ def test_latin_1_needs_its_name_and_then_is_read(shop, tmp_path):
     (PLAIN_BUYS, PLAIN_GOODS + 'A-9,"a b\n', "", "items.csv, line 8: a quotation mark opens a value and none ends it"),
     ("user,item,time\na,1.0,3\n", "item,title,image\n1,t,img/A-1.png\n", "", "write '1.0' and '1' alike"),
     ("user,item,time\na,b,3\n", PLAIN_GOODS, "", "['b'], those of items.csv ['A-0', 'A-1', 'A-2']; do both files fit"),
+    ("user,item,time\na,A-1,13/09/20\n", PLAIN_GOODS, "", "write the form of times such as '13/09/20' as --time_format"),
     ("user,item,time\na,A-1,31.12.1999\n", PLAIN_GOODS, "", "write the form of times such as '31.12.1999' as --time_format"),
     (b"PK\x03\x04", PLAIN_GOODS, "", "is a zip or Excel file"),
     (b"PAR1 and no more", PLAIN_GOODS, "", "is cut off or damaged, or no Parquet file"),
     (PLAIN_BUYS, PLAIN_GOODS + "x" * (2**24 + 1), "", "items.csv, line 8: longer than 16,777,216 bytes"),
     (b"\0\0\0b" * 9, PLAIN_GOODS, "", "buys.csv is not a text file"),
     (PLAIN_BUYS, PLAIN_GOODS, "--encoding klingon", "--encoding klingon: no such encoding"),
+    (PLAIN_BUYS, PLAIN_GOODS, "--encoding base64", "--encoding base64: no such encoding"),
+    (PLAIN_BUYS, PLAIN_GOODS, "--time_format %Q", "--time_format '%Q': "),
+    (PLAIN_BUYS, PLAIN_GOODS, "--user_column item", "the column 'item' cannot be the user and the item; choose two"),
+    (PLAIN_BUYS, PLAIN_GOODS, "--item_column prodct", "--item_column prodct: there is no such column"),
+    ("user,item,date,time\na,A-1,2020-01-02,1300\n", PLAIN_GOODS, "", "columns 'date', 'time' could be the time"),
+    ("user,id,time\na,1,2\n", PLAIN_GOODS, "", "has no column of the item"),
+    ("user,item,time\na,A-1,5\na,A-2,x\n", PLAIN_GOODS, "", "left out: time not readable: 1 (line 3))"),
+    ("user,item,time\na,01,3\n", "item,title,image\n1,t,img/A-1.png\n", "", "write '01' and '1' alike"),
 ])  # fmt: skip
 def test_errors_are_one_sentence_and_leave_nothing(shop, tmp_path, buys, goods, options, message):
     code, printed = shop(buys, goods, *options.split())

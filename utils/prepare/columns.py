@@ -6,9 +6,11 @@ from pathlib import Path
 from utils.common.errors import PerPEFTError
 
 NAMES = {  # usual names of each column, lower case, without "_", " ", "-"; the first that is there is chosen
-    "user": ("user", "userid", "reviewerid", "customer", "customerid", "visitorid", "sessionid", "uid"),
-    "item": ("item", "itemid", "parentasin", "asin", "movieid", "product", "productid", "articleid", "sku", "iid", "id"),
-    "time": ("time", "timestamp", "date", "datetime", "unixreviewtime", "createdat", "eventtime"),
+    "user": ("user", "userid", "reviewerid", "customer", "customerid", "visitorid", "sessionid", "memberid", "uid"),
+    "item": ("item", "itemid", "parentasin", "asin", "movieid", "product", "productid", "articleid", "sku", "stockcode", "bookid",
+             "gameid", "trackid", "newsid", "videoid", "isbn", "iid", "id"),
+    "time": ("timestamp", "unixreviewtime", "datetime", "time", "date", "createdat", "eventtime", "invoicedate", "orderdate",
+             "purchasedate", "tdat"),
     "rating": ("rating", "overall", "stars", "score"),
     "title": ("title", "name", "itemname", "productname", "producttitle"),
     "image": ("image", "images", "imagepath", "imageurl", "poster", "posterpath", "posterurl", "img", "imgurl", "imurl",
@@ -34,7 +36,7 @@ class TableOptions:
 def add_table_options(parser: argparse.ArgumentParser) -> None:
     """The options that `table_options_of` reads."""
     group = parser.add_argument_group("how the tables are written (recognised where not given)")
-    group.add_argument("--separator", default=None, help="between the columns, for example ';' or '\\t'")
+    group.add_argument("--separator", type=_separator, default=None, help="between the columns, for example ';' or '\\t'")
     group.add_argument("--encoding", default=None, help="of the text, for example latin-1")
     group.add_argument("--time_format", default=None, help="of dates, for example '%%d.%%m.%%Y %%H:%%M'")
     for role in NAMES:
@@ -44,19 +46,42 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
             metavar="NAME",
             help=f"column of the {role}; a number where no header names it",
         )
+    group.add_argument("--items_item_column", default=None, metavar="NAME", help="that of the items' table, if it is another")
 
 
-def table_options_of(options: argparse.Namespace) -> TableOptions:
-    """What the options say."""
+def _separator(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a separator has at least one character")
+    return text.replace("\\t", "\t")
+
+
+def table_options_of(options: argparse.Namespace, of_items: bool = False) -> TableOptions:
+    """What the options say of the interactions' table, or of the items'."""
     columns = {role: getattr(options, f"{role}_column") for role in NAMES}
-    separator = options.separator and options.separator.replace("\\t", "\t")
+    if of_items and options.items_item_column is not None:
+        columns["item"] = options.items_item_column
     chosen = {role: name for role, name in columns.items() if name is not None}
-    return TableOptions(separator, options.encoding, options.time_format, chosen)
+    return TableOptions(options.separator, options.encoding, options.time_format, chosen)
 
 
 def _plain_name(name: str) -> str:
     """A column's name without RecBole's type, case and word separators."""
     return "".join(letter for letter in name.split(":")[0].lower() if letter not in "_- ")
+
+
+def _named(header: list[str], named: str) -> list[str]:
+    """The columns that a user's name stands for: exactly, else in any case and without RecBole's type."""
+    exact = [name for name in header if name == named]
+    return exact or [name for name in header if named.lower() in (name.lower(), name.split(":")[0].lower())]
+
+
+def _usual(header: list[str], role: str, is_interactions: bool) -> list[str]:
+    """The columns with a role's first usual name that is there."""
+    plain = {usual: [name for name in header if _plain_name(name) == usual] for usual in NAMES[role]}
+    if is_interactions:
+        plain.pop("id", None)  # the row's there, not the item's
+    found = next((names for names in plain.values() if names), [])
+    return plain["date"] + found if found == plain.get("time") else found  # a day and its hour, of which neither is enough
 
 
 def recognise_columns(
@@ -65,18 +90,17 @@ def recognise_columns(
     """The name of each role's column in a header, None for an optional one that is not there.
 
     Raises:
-        PerPEFTError: a required column is missing, or several could be it.
+        PerPEFTError: a required column is missing, several could be it, or it is another role's.
     """
     chosen: dict[str, str | None] = {}
     shown = ", ".join(header[:20])[:300] or "none"
     for role in (*required, *optional):
         named = options.columns.get(role)
-        found = [name for name in header if name == named] or [name for name in header if name.lower() == (named or "").lower()]
-        if named is not None and not found and role != "item":  # which both tables have, maybe under two names
+        found = [] if named is None else _named(header, named)
+        if named is not None and not found and role != "item":  # which may be the other table's, see `require_item_columns`
             raise PerPEFTError(f"{path} has no column '{named}' (--{role}_column); its columns are {shown}")
         if not found:
-            by_name = ([name for name in header if _plain_name(name) == usual] for usual in NAMES[role])
-            found = next((names for names in by_name if names), [])
+            found = _usual(header, role, "user" in required)
         if not found and role in required:
             raise PerPEFTError(f"{path} has no column of the {role}; name it by --{role}_column (its columns are {shown})")
         if len(found) > 1:
@@ -84,5 +108,22 @@ def recognise_columns(
                 f"{path}, line 1: the columns {', '.join(map(repr, found))} could be the {role}; rename or remove all but one"
                 + ("" if len(set(found)) == 1 else f", or choose one by --{role}_column")
             )
+        taken = {name: other for other, name in chosen.items() if name is not None}
+        if found and found[0] in taken:
+            both = f"the {taken[found[0]]} and the {role}"
+            hint = " (--items_item_column names the item's here)" if role == "title" else ""
+            raise PerPEFTError(f"{path}: the column '{found[0]}' cannot be {both}; choose two{hint}")
         chosen[role] = found[0] if found else None
     return chosen
+
+
+def require_item_columns(options: argparse.Namespace, interactions: dict[str, str | None], items: dict[str, str | None]) -> None:
+    """Do nothing if one of two tables has the column of the item that an option names.
+
+    Raises:
+        PerPEFTError: neither has it.
+    """
+    for option, tables in (("item_column", (interactions, items)), ("items_item_column", (items,))):
+        named = getattr(options, option)
+        if named is not None and not _named([columns["item"] for columns in tables], named):
+            raise PerPEFTError(f"--{option} {named}: there is no such column; see the columns by --dry_run without it")

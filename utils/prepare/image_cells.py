@@ -4,6 +4,8 @@ import ast
 import collections
 import json
 import os
+import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ from utils.data.image_names import image_file_name
 
 SIZES = ("large", "hi_res", "thumb", "url", "src", "path")  # "large" of Amazon has 500 pixels a side, of which CLIP sees 224
 WEB = ("http://", "https://")
+# Between several images in one cell, of which the first counts; and how numpy prints a list, which Python reads otherwise.
+NEXT_ADDRESS = re.compile(r"\s*[,;|\s]\s*(?=(?:https?:)?//)", re.IGNORECASE)
+NEXT_PATH = re.compile(r"\s*[,;|]\s*")
+NUMPY_ARRAY = re.compile(r"""array\(\[\s*(['"])(.*?)\1|\[\s*(['"])([^'"]*)\3\s+['"]""")
 
 
 def first_image(cell: str | None) -> str | None:
@@ -20,8 +26,10 @@ def first_image(cell: str | None) -> str | None:
     Args:
         cell: a path or address, or JSON or a Python literal: a list, an object by size, or an object of lists.
     """
-    if cell is None or not cell.startswith(("[", "{", '"')):
+    if cell is None or not cell.startswith(("[", "{", '"', "array(")):
         return cell
+    if array := NUMPY_ARRAY.match(cell):
+        return array[2] or array[4]
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
@@ -52,9 +60,10 @@ def _first_of(value: Any) -> str | None:
 
 
 def images_by_id(folder: Path) -> dict[str, str]:
-    """Paths of the files in a folder and its subfolders by their names without the ending; .jpg counts before others.
+    """Paths of the files in a folder and its subfolders by their names with and without the ending; .jpg counts before others.
 
-    A file in a subfolder is also found without the subfolder's name, unless another has the same name.
+    A file in a subfolder is also found without the subfolder's name, unless another has the same name; a name of decomposed
+    letters, as macOS writes them, also by the composed ones.
 
     Raises:
         PerPEFTError: the folder cannot be read.
@@ -65,10 +74,12 @@ def images_by_id(folder: Path) -> dict[str, str]:
 
     paths = [Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names if not name.startswith(".")]
     paths.sort(key=lambda path: (path.suffix.lower() == ".jpg", path))
-    found = {os.path.splitext(path.relative_to(folder).as_posix())[0]: str(path) for path in paths}
+    whole = {path.relative_to(folder).as_posix(): str(path) for path in paths}
+    found = whole | {os.path.splitext(name)[0]: path for name, path in whole.items()}
     counts = collections.Counter(name.rpartition("/")[2] for name in found)
     short = {name.rpartition("/")[2]: path for name, path in found.items()}
-    return {name: path for name, path in short.items() if counts[name] == 1} | found
+    found = {name: path for name, path in short.items() if counts[name] == 1} | found
+    return {unicodedata.normalize("NFC", name): path for name, path in found.items()} | found
 
 
 class ImageFinder:
@@ -86,16 +97,17 @@ class ImageFinder:
     def find(self, item: str | None, cell: str | None) -> str | None:
         """The address or path of an item's image, which may not exist; None if there is none."""
         if self._images and item is not None:
-            named = "" if cell is None else os.path.splitext(cell.replace("\\", "/"))[0]  # with another ending
+            named = "" if cell is None else os.path.splitext(cell.replace("\\", "/"))[0].lstrip("/")  # with another ending
             for name in (item, image_file_name(item).removesuffix(".jpg"), named):
-                if name in self._images:
-                    return self._images[name]
+                if found := self._images.get(name) or self._images.get(unicodedata.normalize("NFC", name)):
+                    return found
         found = first_image(cell)
-        if found is None or found.lower().startswith(WEB):
-            return found
-        if found.startswith("//"):
-            return f"https:{found}"
-        names = dict.fromkeys((found.removeprefix("file://"), found.replace("\\", "/")))
+        if found is None:
+            return None
+        if found.lower().startswith((*WEB, "//")):
+            first = NEXT_ADDRESS.split(found)[0]
+            return f"https:{first}" if first.startswith("//") else first
+        names = dict.fromkeys((found.removeprefix("file://"), found.replace("\\", "/"), NEXT_PATH.split(found)[0]))
         paths = [str(folder / name) for folder in self._folders for name in names]
         return next((path for path in paths if is_there(path)), paths[0])
 

@@ -1,14 +1,16 @@
 """First interactions in time order, the k-core and a sample of users, in DuckDB: out of core, so memory is bounded."""
 
 import contextlib
+import math
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 
-from utils.common.errors import PerPEFTError
+from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.columns import TableOptions
 from utils.prepare.parts import BLANK, PROBLEMS, quote
 from utils.prepare.progress import shown_progress
@@ -35,9 +37,42 @@ DATE, EPOCH = 2, 1  # kinds of times: a date, a number as of 1990 to 2100; 0 is 
 UNITS = " ".join(f"WHEN %s BETWEEN 6.3e{8 + power} AND 4.2e{9 + power} THEN 1e{6 - power}" for power in (0, 3, 6, 9))
 
 
+# An ISO date; also with a space before the zone, or without separators. DuckDB takes 13/09/20 for a day of the year 13.
+DATE_SQL = r"""CASE WHEN regexp_matches(time, '^(\d{4}[-/]|\d{8}T)') THEN coalesce(
+    TRY_CAST(time AS TIMESTAMPTZ), TRY_CAST(regexp_replace(time, ' ([+-]\d\d:?\d\d)$', '\1') AS TIMESTAMPTZ),
+    TRY_CAST(regexp_replace(time, '^(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)', '\1-\2-\3T\4:\5:\6') AS TIMESTAMPTZ)) END"""
+
+
+def _number(column: str) -> str:
+    """SQL of a number; a comma after more than three digits is a decimal one."""
+    comma = f"CASE WHEN contains({column}, ',') THEN TRY_CAST(regexp_replace({column}, '^([0-9]{{4,}}),', '\\1.') AS DOUBLE) END"
+    return f"coalesce(TRY_CAST({column} AS DOUBLE), {comma})"
+
+
 def _unit(column: str) -> str:
     """SQL of the microseconds in one of a number's unit; NULL for a number that is no time of those years."""
     return f"CASE {UNITS.replace('%s', column)} END"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end a query as KeyboardInterrupt; DuckDB turns what a handler raises into a RuntimeError."""
+    received: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except RuntimeError as error:
+        if received:
+            raise KeyboardInterrupt(received[0]) from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -46,7 +81,7 @@ def engine(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".prepare_", suffix=".tmp", dir=folder))
     try:
-        with duckdb.connect() as con:
+        with _interruptible(), duckdb.connect() as con:
             threads = con.execute("SELECT current_setting('threads')").fetchone()[0]
             con.execute(f"SET threads = {min(threads, THREADS)}; SET memory_limit = '{MEMORY}'; SET TimeZone = 'UTC'")
             con.execute(f"SET temp_directory = {quote(scratch)}")
@@ -72,11 +107,13 @@ def stage(
         how many rows there are, blank ones not counted
     """
     form = options.time_format
-    date = "TRY_CAST(time AS TIMESTAMPTZ)" if form is None else f"try_strptime(time, {quote(form)})"
-    number = "TRY_CAST(time AS DOUBLE)" if form is None else "NULL::DOUBLE"
+    if form is not None:
+        _require_time_format(con, form)
+    date = DATE_SQL if form is None else f"try_strptime(time, {quote(form)})"
+    number = _number("time") if form is None else "NULL::DOUBLE"
+    rating = "TRY_CAST(replace(rating, ',', '.') AS DOUBLE)"
     low = "" if min_rating is None else (
-        f"WHEN TRY_CAST(rating AS DOUBLE) IS NULL THEN 'rating not a number' "
-        f"WHEN TRY_CAST(rating AS DOUBLE) < {min_rating!r} THEN '{LOW}' "
+        f"WHEN {rating} IS NULL THEN 'rating not a number' WHEN {rating} < {min_rating!r} THEN '{LOW}' "
     )  # fmt: skip
     user_key = "md5_number_lower" if stable_keys else "hash"  # 64 bits each
     table.create(con, "interactions", f"""
@@ -96,6 +133,13 @@ def stage(
                coalesce(i.reason, CASE WHEN items.number IS NULL THEN '{UNKNOWN}' END) AS reason
         FROM interactions i LEFT JOIN items ON hash(items.raw_id) = i.item""")
     return _one(con, f"SELECT count(*) FROM interactions WHERE reason IS DISTINCT FROM '{BLANK}'")
+
+
+def _require_time_format(con: duckdb.DuckDBPyConnection, form: str) -> None:
+    try:
+        con.execute("SELECT try_strptime('', ?)", [form])
+    except duckdb.Error as error:
+        raise PerPEFTError(f"--time_format {form!r}: {first_line(error)[:200]}; for example '%d.%m.%Y %H:%M'") from error
 
 
 def _one(con: duckdb.DuckDBPyConnection, query: str) -> int:
@@ -133,8 +177,8 @@ def keep_first(con: duckdb.DuckDBPyConnection) -> int:
     usable, others, largest = con.execute(f"""
         SELECT count(*), count(*) FILTER (kind = 0), max(abs(time)) FILTER (kind <> {DATE}) FROM staged
         WHERE reason IS NULL""").fetchone()
-    if others:  # counters, say: their size says nothing
-        time = f"time * {1e6 if largest < 1e12 else 1}"
+    if others:  # counters, say: their size says nothing; multiplied exactly, so that small differences count
+        time = f"time * {2.0 ** min(60 - math.frexp(largest)[1], 1000)!r}"
     else:
         time = f"CASE WHEN kind = {EPOCH} THEN time * {_unit('time')} ELSE time END"
     with shown_progress(con, "first interactions"):

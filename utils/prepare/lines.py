@@ -114,8 +114,8 @@ def require_encoding(encoding: str | None) -> None:
         PerPEFTError: it does not.
     """
     try:
-        codecs.lookup(encoding or "utf-8")
-    except LookupError:
+        "".encode(encoding or "utf-8")
+    except (LookupError, ValueError):
         raise PerPEFTError(f"--encoding {encoding[:40]}: no such encoding; common ones are utf-16, latin-1, cp1252") from None
 
 

@@ -22,8 +22,9 @@ BLANK, TOO_MANY, TOO_FEW, NO_OBJECT = (
 )
 PROBLEMS = (BLANK, TOO_MANY, TOO_FEW, NO_OBJECT)
 SOURCE = "{source}"
-ARRAY = re.compile(r"\s*\[\s*[{\]]")
-ARRAY_START = 1000  # lines within which an array's first object begins
+ARRAY = re.compile(r"\s*\[\s*[{\[\]]")
+START = 1000  # lines within which the first object of a JSON document begins
+NULL, NULL_TEXT = r"\N", "NULL"  # as databases write a missing value; the latter may also be an id
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _parquet_text(name: str, kind: str) -> str:
         whole = f"{column} = trunc({column}) AND abs({column}) < 1e15"
         return f"CASE WHEN isnan({column}) THEN NULL WHEN {whole} THEN {column}::BIGINT::VARCHAR ELSE {column}::VARCHAR END"
     if kind == "BLOB":
-        return f"decode({column})"
+        return f"try(decode({column}))"
     nested = kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
     return f"to_json({column})::VARCHAR" if nested else _trimmed(f"{column}::VARCHAR")
 
@@ -95,7 +96,9 @@ def text_part(form: TextForm, columns: dict[str, str | None], needed: list[str])
         needed: names of the columns without which a row cannot be used.
     """
     places = {role: form.header.index(name) + 1 for role, name in columns.items() if name is not None}
-    roles = [f"{_trimmed(f'cells[{places[role]}]') if role in places else 'NULL'} AS {role}" for role in columns]
+    nulls = {role: (NULL,) if role in ("user", "item") else (NULL, NULL_TEXT) for role in columns}
+    values = {role: _trimmed(f"cells[{place}]", *nulls[role]) for role, place in places.items()}
+    roles = [f"{values.get(role, 'NULL')} AS {role}" for role in columns]
     problem = (
         f"CASE WHEN {_trimmed('array_to_string(cells, chr(32))')} IS NULL THEN '{BLANK}' "
         f"WHEN {_trimmed(f'array_to_string(cells[{len(form.header) + 1}:], chr(32))')} IS NOT NULL THEN '{TOO_MANY}' "
@@ -108,29 +111,68 @@ def text_part(form: TextForm, columns: dict[str, str | None], needed: list[str])
     return Part(form.path, f"{rows} ({fast})", f"{rows} ({careful})", form.one_line_rows, form.header_line)
 
 
-def _trimmed(text: str) -> str:
-    """SQL of a text without space around it; NULL where nothing is left. `trim` takes long, so it is only called where needed."""
-    spaced = f"starts_with({text}, ' ') OR ends_with({text}, ' ') OR contains({text}, chr(9))"
-    return f"nullif(CASE WHEN {spaced} THEN trim({text}, ' \t') ELSE {text} END, '')"
+def _trimmed(text: str, *nulls: str) -> str:
+    """SQL of a text without space around it; NULL where nothing or one of `nulls` is left."""
+    spaced = f"starts_with({text}, ' ') OR ends_with({text}, ' ') OR contains({text}, chr(9))"  # `trim` takes long
+    value = f"CASE WHEN {spaced} THEN trim({text}, ' \t') ELSE {text} END"
+    for null in ("", *nulls):
+        value = f"nullif({value}, {quote(null)})"
+    return value
+
+
+def is_document(start: str) -> bool:
+    """Whether a JSON file that begins so is read as a whole: an array, objects over several lines, or one object of columns."""
+    lines = start.split("\n", 2)
+    if ARRAY.match(start) or lines[0].strip() == "{":
+        return True
+    try:
+        value = json.loads(lines[0]) if not "".join(lines[1:]).strip() else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value) and all(isinstance(entry, (dict, list)) for entry in value.values())
+
+
+def _document_rows(text: str) -> list:
+    """The objects of a JSON document: of an array, one after the other, or in one of the forms of pandas' `to_json`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    values, place = [], 0
+    while rest := text[place:].lstrip():
+        place = len(text) - len(rest)
+        value, place = json.JSONDecoder().raw_decode(text, place)
+        values.append(value)
+    document = values[0] if len(values) == 1 else values
+    if isinstance(document, dict) and document.keys() == {"columns", "index", "data"}:
+        return [dict(zip(document["columns"], row)) for row in document["data"]]
+    if isinstance(document, dict) and all(isinstance(entry, (dict, list)) for entry in document.values()):
+        arrays = [entry for entry in document.values() if isinstance(entry, list) and entry and isinstance(entry[0], dict)]
+        if len(arrays) == 1:
+            return arrays[0]
+        columns = {name: entry if isinstance(entry, dict) else dict(enumerate(entry)) for name, entry in document.items()}
+        rows = dict.fromkeys(row for column in columns.values() for row in column)
+        return [{name: column.get(row) for name, column in columns.items()} for row in rows]
+    return document if isinstance(document, list) else values
 
 
 def json_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """The numbers and the JSON of the lines that are not blank, or of the objects of a JSON array.
+    """The numbers and the JSON of the lines that are not blank, or of the objects of a document.
 
     Python dicts, as in the release of 2014, become JSON; lines that are neither stay.
 
     Raises:
-        PerPEFTError: what begins as an array is none.
+        PerPEFTError: what begins as a document is none.
     """
-    lines = iter(lines)
-    head = list(itertools.islice(lines, ARRAY_START))
+    lines = itertools.dropwhile(lambda line: not line[1].strip(), enumerate(lines, 1))
+    head = list(itertools.islice(lines, START))
     lines = itertools.chain(head, lines)
-    if ARRAY.match("\n".join(head)):
+    if is_document("\n".join(line for _, line in head)):
         try:
-            yield from enumerate(map(json.dumps, json.loads("\n".join(lines))), 1)
-        except (ValueError, RecursionError) as error:
+            yield from enumerate(map(json.dumps, _document_rows("\n".join(line for _, line in lines))), 1)
+        except (ValueError, TypeError, RecursionError) as error:
             raise PerPEFTError(f"neither a JSON array nor JSON lines ({error})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         if line.startswith("{'"):
             with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 line = json.dumps(literal_eval(line))
@@ -138,18 +180,19 @@ def json_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def json_part(path: Path, keys: dict[str, tuple[str, ...]]) -> Part:
-    """A file of JSON lines; only the named keys are read.
+def json_part(path: Path, keys: dict[str, tuple[str, ...]], whole: bool = False) -> Part:
+    """A file of JSON; only the named keys are read.
 
     Args:
         path: of the file.
         keys: by role, the keys of which the first with a value counts; all values of the role "image" become one JSON list.
+        whole: whether the file is a document and not lines.
     """
     texts = [name for role, names in keys.items() if role != "image" for name in names]
     images = list(keys.get("image", ()))
 
     def select(values: list[str], image: str, source: str) -> str:
-        trimmed = dict(zip(texts, map(_trimmed, values)))
+        trimmed = dict(zip(texts, map(_json_text, values)))
         lists = {role: ", ".join([*map(trimmed.get, names), "NULL"]) for role, names in keys.items() if role != "image"}
         found = {role: f"coalesce({values})" for role, values in lists.items()}
         found |= {"image": f"to_json({image})::VARCHAR"} if "image" in keys else {}
@@ -166,7 +209,15 @@ def json_part(path: Path, keys: dict[str, tuple[str, ...]]) -> Part:
     extracted = f"{_extract('json_extract_string', texts)} AS texts, {_extract('json_extract', images)} AS images"
     places = range(1, len(texts) + 1)
     careful = select([f"texts[{place}]" for place in places], "images", f"(SELECT {extracted} FROM {lines_sql(SOURCE)})")
-    return Part(path, fast, careful, json_rows, skipped=None)
+    return Part(path, "SELECT error('a document')" if whole else fast, careful, json_rows, skipped=None)
+
+
+def _json_text(value: str) -> str:
+    """SQL of a JSON value as text: NULL for NaN, and what MongoDB's exports wrap in an object."""
+    paths = ("$oid", "$numberLong", "$numberInt", "$numberDouble", "$uuid", '$date"."$numberLong', "$date")
+    wrapped = ", ".join(f"json_extract_string({value}, '$.\"{path}\"')" for path in paths)
+    text = f"CASE WHEN starts_with({value}, '{{\"$') THEN coalesce({wrapped}, {value}) ELSE {value} END"
+    return _trimmed(text, "NaN")
 
 
 def _extract(function: str, keys: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from utils.data.image_names import is_raw_id
 from utils.prepare import interactions
 from utils.prepare.columns import TableOptions
 from utils.prepare.image_cells import ImageFinder, is_there
-from utils.prepare.parts import BLANK
+from utils.prepare.parts import BLANK, NO_OBJECT
 from utils.prepare.tables import ROWS, Table
 from utils.prepare.titles import clean_title
 
@@ -115,10 +115,14 @@ class Shop:
             ids = [[row[0][:40] for row in _first(con, table, "item", 3)] for table in (self.interactions, self.items)]
             alike = con.execute("""
                 SELECT x.item, raw_id FROM (SELECT unnest(?::VARCHAR[]) AS item) x JOIN items
-                ON regexp_replace(x.item, '\\.0+$', '') = regexp_replace(raw_id, '\\.0+$', '') LIMIT 1""",
+                ON regexp_replace(lower(x.item), '^0+|\\.0+$', '', 'g') = regexp_replace(lower(raw_id), '^0+|\\.0+$', '', 'g')
+                LIMIT 1""",
                 [[item for (item,) in _first(con, self.interactions, "item", 10_000)]]).fetchone()  # fmt: skip
-            hint = f"; write {alike[0]!r} and {alike[1]!r} alike" if alike else "; do both files fit together?"
+            other = "choose other columns by --item_column and --items_item_column"
+            hint = f"; write {alike[0]!r} and {alike[1]!r} alike" if alike else f"; do both files fit together? Else {other}"
             reasons += f"; its items are {ids[0]}, those of {self.items.files[0].name} {ids[1]}{hint}"
+        elif NO_OBJECT in self.interactions_left_out:
+            reasons += "; scripts.prepare_tables reads other tables than Amazon's"
         elif interactions.NO_TIME in self.interactions_left_out:
             text = _first(con, self.interactions, "time", 1)[0][0]
             reasons += f"; write the form of times such as {text[:40]!r} as --time_format, for example '%d.%m.%Y %H:%M'"

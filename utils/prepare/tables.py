@@ -14,11 +14,12 @@ from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.columns import TableOptions, recognise_columns
 from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
 from utils.prepare.parts import (
-    ARRAY,
     SOURCE,
     Part,
+    is_document,
     json_part,
     json_rows,
+    name_sql,
     parquet_part,
     parquet_source,
     quote,
@@ -72,7 +73,7 @@ class Table:
                     rows = " UNION ALL ".join(f"SELECT {n}::USMALLINT AS file, * FROM ({part})" for n, part in enumerate(parts))
                     opened.enter_context(shown_progress(con, self.files[0].name))
                     return con.execute(query.replace(ROWS, f"({rows})")).fetchall()
-            except duckdb.OutOfMemoryException:
+            except (duckdb.OutOfMemoryException, RuntimeError):  # the latter after a signal
                 raise
             except Exception as error:
                 if not self._careful:
@@ -103,18 +104,19 @@ class Table:
 
 
 def files_of(pattern: str | Path) -> list[Path]:
-    """The files that a name or a pattern such as 'reviews_*.csv' stands for, in order.
+    """The files that a name, a folder or a pattern such as 'reviews_*.csv' stands for, in order; of several, those not empty.
 
     Raises:
         PerPEFTError: there is none.
     """
-    files = (
-        [Path(pattern)] if Path(pattern).exists() else [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
-    )
+    if Path(pattern).is_dir():  # a table as Spark writes it, with files for itself beside the parts
+        files = [path for path in sorted(Path(pattern).rglob("*")) if not path.name.startswith((".", "_"))]
+    else:
+        files = [Path(pattern)] if Path(pattern).exists() else [Path(n) for n in sorted(glob.glob(str(pattern), recursive=True))]
     files = [file for file in files if file.is_file()]
     if not files:
         raise PerPEFTError(f"{pattern}: no such file")
-    return files
+    return [file for file in files if file.stat().st_size] or files[:1]
 
 
 def open_table(
@@ -136,18 +138,19 @@ def open_table(
     """
     require_encoding(options.encoding)
     files = files_of(pattern)
-    opened = [_open_part(con, path, required, optional, options) for path in files]
+    opened = [_open_part(con, path, files, required, optional, options) for path in files]
     return Table([part for part, _ in opened], opened[0][1], options.encoding)
 
 
 def _open_part(
     con: duckdb.DuckDBPyConnection,
     path: Path,
+    others: list[Path],
     required: tuple[str, ...],
     optional: tuple[str, ...],
     options: TableOptions,
 ) -> tuple[Part, dict[str, str | None]]:
-    """A file of a table, and its columns by role."""
+    """A file of a table, and its columns by role; `others` are all files of the table."""
     with path.open("rb") as file:
         is_parquet = file.read(4) == b"PAR1"
     if is_parquet:
@@ -157,24 +160,46 @@ def _open_part(
             raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({first_line(error)[:200]})") from error
         types = {row[0]: row[1] for row in described}
         columns = recognise_columns(path, list(types), required, optional, options)
+        if "image" in required and types[columns["image"]] == "BLOB":
+            _require_text(con, path, columns["image"])
         return parquet_part(path, columns, types), columns
     head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
     start = "\n".join(head)
-    if start.lstrip().startswith("{") or ARRAY.match(start):
-        header = _keys(text for _, text in itertools.islice(json_rows(text_lines(path, options.encoding)), HEAD))
-        columns = recognise_columns(path, header, required, optional, options)
-        return json_part(path, {role: (name,) if name else () for role, name in columns.items()}), columns
+    if start.lstrip().startswith("{") or is_document(start):
+        columns = _json_columns(path, others, required, optional, options)
+        return json_part(path, {role: (name,) if name else () for role, name in columns.items()}, is_document(start)), columns
     numbered = all(options.columns.get(role, "").isdecimal() for role in required)
     form = recognise_form(path, head, options.separator, has_header=not numbered)
     columns = recognise_columns(path, form.header, required, optional, options)
     return text_part(form, columns, [columns[role] for role in required]), columns
 
 
-def _keys(lines: Iterable[str]) -> list[str]:
-    """All keys of the objects among some lines."""
+def _require_text(con: duckdb.DuckDBPyConnection, path: Path, column: str) -> None:
+    """Refuse a column of images' bytes; that of their names may be of the same type."""
+    name = name_sql(column)
+    value = con.execute(f"SELECT try(decode({name})) FROM {parquet_source(path)} WHERE {name} IS NOT NULL LIMIT 1").fetchone()
+    if value == (None,):
+        advice = "write them as files named by the item's id into a folder, and name that by --images"
+        raise PerPEFTError(f"{path}: the column '{column}' holds the images themselves; {advice}")
+
+
+def _json_columns(
+    path: Path, others: list[Path], required: tuple[str, ...], optional: tuple[str, ...], options: TableOptions
+) -> dict[str, str | None]:
+    """The columns of a JSON file by role; writers that leave empty values out may name one late, or only in another file."""
+    start = itertools.islice(json_rows(text_lines(path, options.encoding)), HEAD)
+    try:
+        return recognise_columns(path, _keys(start), required, optional, options)
+    except PerPEFTError:
+        rows = (row for other in others for row in json_rows(text_lines(other, options.encoding)))
+        return recognise_columns(path, _keys(rows), required, optional, options)
+
+
+def _keys(rows: Iterable[tuple[int, str]]) -> list[str]:
+    """All keys of some JSON objects."""
     keys: dict[str, None] = {}
-    for line in lines:
+    for _, text in rows:
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(line)
+            value = json.loads(text)
             keys.update(dict.fromkeys(value) if isinstance(value, dict) else {})
     return list(keys)

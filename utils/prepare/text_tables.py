@@ -66,7 +66,7 @@ class TextForm:
                 cells = plain
             elif (cells := self._escaped(line)) is None and not self._is_row(cells := self._quoted(taken, take()), plain, taken):
                 if not self._fits(plain):
-                    raise PerPEFTError(f"{self.path}, line {number}: a quotation mark opens a value and none ends it")
+                    raise PerPEFTError(f"{self.path}, line {number}: a quotation mark opens a value and none ends it; remove it")
                 waiting.extendleft(reversed(taken[1:]))
                 cells, taken = plain, [line]
             yield number, cells

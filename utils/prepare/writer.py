@@ -22,7 +22,7 @@ from utils.prepare.image_folder import Filling, fill_folder, read_image
 from utils.prepare.interactions import engine, keep_core, keep_sample
 from utils.prepare.parts import quote
 from utils.prepare.progress import shown_progress
-from utils.prepare.shop import LeftOut, Shop, format_columns, format_lines
+from utils.prepare.shop import LeftOut, Shop, format_columns, format_left_out, format_lines
 
 LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a temporary one must fit behind it
 EVALUATED = 3  # interactions without which a user is never evaluated
@@ -115,7 +115,8 @@ def _select(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnect
     if options.max_users is not None:
         shop.counts["of users not drawn"] = keep_sample(con, options.max_users, options.core, options.seed)
     shop.counts[f"outside the {options.core}-core"] = keep_core(con, options.core)
-    _require_enough(con, options, "")
+    reasons = format_left_out(shop.interactions_left_out)
+    _require_enough(con, options, f" (of {shop.counts['read']:,} interactions read, left out: {reasons})" if reasons else "")
 
 
 def _require_enough(con: duckdb.DuckDBPyConnection, options: argparse.Namespace, when: str) -> None:
