@@ -1,5 +1,6 @@
 """PerPEFT with IISAN on cached CLIP states: global PEFT, user grouping, personalized PEFT, full-ranking evaluation."""
 from utils.common.console import run_main
+from utils.run.build import has_groups
 from utils.run.opening import train
 from utils.run.run import Run
 
@@ -7,7 +8,7 @@ from utils.run.run import Run
 def stages(run: Run) -> None:
     """The paper's three stages."""
     run.train_global()  # 1. one adapter for all users
-    if run.options.method == "perpeft":  # the methods that it is compared with end here
+    if has_groups(run.options):  # the methods that it is compared with end here
         run.group_users()  # 2. users with similar interests into C groups
         run.train_personalized()  # 3. an adapter for every group
 

@@ -2,6 +2,7 @@
 import utils  # noqa: F401  # first, since it refuses versions of libraries that do not work together
 from models.peft_configs import PEFT_TYPES
 from utils.common.console import run_main
+from utils.run.build import has_groups
 from utils.run.opening import train
 from utils.run.run import Run
 
@@ -9,7 +10,7 @@ from utils.run.run import Run
 def stages(run: Run) -> None:
     """The paper's three stages."""
     run.train_global()  # 1. one adapter for all users
-    if run.options.method == "perpeft":  # the methods that it is compared with end here
+    if has_groups(run.options):  # the methods that it is compared with end here
         run.group_users()  # 2. users with similar interests into C groups
         run.train_personalized()  # 3. an adapter for every group
 

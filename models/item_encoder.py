@@ -1,7 +1,6 @@
 """The interface between the training pipeline and any foundation model with adapters."""
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 
 import torch
 from peft import PeftConfig
@@ -30,7 +29,7 @@ class ItemEncoder(nn.Module, ABC):
     foundation_parameters: int | None
     #: of adapters that peft can open; None for others, whose state is saved as a state_dict in `state_file`
     adapter_config: PeftConfig | None = None
-    state_file: str = "adapter.pth"
+    state_file: str
 
     def __init__(self, adapter: nn.Module | None = None):
         super().__init__()
@@ -79,8 +78,3 @@ class ItemEncoder(nn.Module, ABC):
             self._groups[group].load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(str(error)) from error
-
-    def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """The trainable parameters of all groups."""
-        for group in range(self.num_groups):
-            yield from self.group_parameters(group).values()

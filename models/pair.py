@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from models.towers import Traits
+
 TEXT_POOLINGS = ("cls", "mean")  # of --text_pooling
 CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")  # what image encoders call the parameter
 
@@ -55,10 +57,7 @@ class EncoderPair(nn.Module):
         """[items, length] each -> [items, text width]."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if self.config.text_pooling == "cls":
-            return states[:, 0]
-        shares = attention_mask / attention_mask.sum(1, keepdim=True)  # [items, length]
-        return torch.einsum("il,ilw->iw", shares.to(states.dtype), states)
+        return Traits("first" if self.config.text_pooling == "cls" else "mean").pool(states, input_ids, attention_mask)
 
     def gradient_checkpointing_enable(self, options: dict) -> None:
         """As transformers' method of that name, in both."""

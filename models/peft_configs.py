@@ -21,6 +21,7 @@ UNSUITABLE = {
 ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type")
 
 CLIP_LAYERS = Layers()
+PAPER_RANK = 4
 
 
 def _tuners() -> dict[str, type[PeftConfig]]:
@@ -34,10 +35,10 @@ TUNERS = _tuners()
 PEFT_TYPES = ("lora", "ia3", "dora", *(name for name in TUNERS if name not in ("lora", "ia3")))  # what peft_config takes
 
 
-def lora_config(rank: int = 4, dropout: float = 0.1, layers: Layers = CLIP_LAYERS) -> LoraConfig:
+def lora_config(rank: int = PAPER_RANK, layers: Layers = CLIP_LAYERS) -> LoraConfig:
     """LoRA on the query and value projections of both towers, alpha twice the rank (the paper's setting)."""
     targets = [*layers.query, *layers.value]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=dropout, bias="none")
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.1, bias="none")
 
 
 def ia3_config(layers: Layers = CLIP_LAYERS) -> IA3Config:
@@ -47,14 +48,14 @@ def ia3_config(layers: Layers = CLIP_LAYERS) -> IA3Config:
 
 
 def peft_config(
-    peft_type: str, rank: int | None = None, settings: dict[str, Any] | None = None, layers: Layers = CLIP_LAYERS
+    peft_type: str, rank: int = PAPER_RANK, settings: dict[str, Any] | None = None, layers: Layers = CLIP_LAYERS
 ) -> PeftConfig:
     """The configuration of one kind of adapter.
 
     Args:
         peft_type: one of PEFT_TYPES: lora and ia3 with the paper's settings, dora as lora with `use_dora`, the others with
             peft's defaults on the query and value projections.
-        rank: of lora and dora; None for the paper's 4.
+        rank: of lora and dora.
         layers: names of the foundation model's layers; CLIP's by default.
         settings: as in peft's adapter_config.json, instead of those; target layers may be left out.
     Raises:
@@ -67,7 +68,7 @@ def peft_config(
     if settings is None and peft_type == "ia3":
         return ia3_config(layers)
     if settings is None and peft_type in ("lora", "dora"):
-        config = lora_config(rank or 4, layers=layers)
+        config = lora_config(rank, layers)
         config.use_dora = peft_type == "dora"
         return config
     kind = TUNERS["lora" if peft_type == "dora" else peft_type]

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from models.peft_configs import PAPER_RANK
 from utils.analysis import benchmark
 from utils.analysis.tables import markdown_table
 from utils.common.console import number, run_main, script_parser
@@ -18,9 +19,10 @@ from utils.common.devices import choose_device
 from utils.common.files import write_json
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import Foundation, load_foundation
+from utils.items.hidden_states import HiddenStateStore
 from utils.prepare.demo import make_demo
 from utils.prepare.small_tokenizer import train_tokenizer
-from utils.run.build import EncoderKind, clip_folder, encoder_and_source
+from utils.run.build import clip_folder, iisan_encoder, peft_encoder
 
 RANDOM_CLIP = "random-vit-b32"
 SIZES = (62_500, 250_000, 1_000_000)  # users or items: 1x, 4x, 16x
@@ -67,10 +69,16 @@ def measure_adapter(
     with tempfile.TemporaryDirectory() as folder:
         if number_of_items < dataset.num_items:
             dataset = benchmark.first_items(dataset, number_of_items, Path(folder))
-        encoder, source = encoder_and_source(EncoderKind(peft_type), foundation, dataset, device)
+        source = foundation.store(dataset)
+        if peft_type == "iisan":
+            source = HiddenStateStore(*foundation.hidden_states(source, device))
+            encoder = iisan_encoder(source, None)
+        else:
+            kind = argparse.Namespace(peft_type=peft_type, rank=PAPER_RANK, peft_config=None, modality="both")
+            encoder = peft_encoder(kind, foundation)
         found = {"items": number_of_items, **benchmark.encoding_costs(encoder.to(device), source, device, repeats)}
         found |= benchmark.step_costs(encoder, source, dataset, device, 1, batch_size, repeats)
-        personalized = benchmark.step_costs(encoder, source, dataset, device, 8, batch_size, repeats)
+        personalized = benchmark.step_costs(encoder, source, dataset, device, benchmark.GROUPS, batch_size, repeats)
     return found | {f"personalized_{name}": value for name, value in personalized.items()}
 
 

@@ -18,9 +18,9 @@ def main() -> None:
     if options.dataset == "demo":
         make_demo(options.train_dir)
     num_groups = options.C or default_groups(options.dataset)
-    report = check_dataset(options.train_dir, options.dataset, num_groups, image_use(options), options.modality)
-    print(report)
-    sys.exit(0 if report.usable else 2)
+    usable, text = check_dataset(options.train_dir, options.dataset, num_groups, image_use(options), options.modality)
+    print(text)
+    sys.exit(0 if usable else 2)
 
 
 if __name__ == "__main__":

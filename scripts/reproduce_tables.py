@@ -14,7 +14,7 @@ MAINS = {"perpeft_lora_ia3.py": perpeft_lora_ia3.main, "perpeft_iisan.py": perpe
 def main() -> None:
     """Parse, plan, run, write."""
     passed_on_too = "All other options are passed to the training scripts (--device, --lr, --global_epochs, --output_dir, ...)."
-    parser = script_parser(__doc__, allow_abbrev=False, epilog=passed_on_too)
+    parser = script_parser(__doc__, epilog=passed_on_too)
     parser.add_argument("--dataset", required=True, help="name of the data set")
     parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TABLES), default=list(TABLES), help="which tables")
     parser.add_argument("--peft", nargs="+", choices=PEFT_TYPES, default=["lora"], help="kinds of adapter")

@@ -7,7 +7,7 @@ from utils.common.console import run_main, script_parser
 
 def main() -> None:
     """Parse, compare, print."""
-    parser = script_parser(__doc__, "--train_dir", allow_abbrev=False)
+    parser = script_parser(__doc__, "--train_dir")
     parser.add_argument("run_folder", type=Path, help="folder of a finished PerPEFT run, as in ./runs")
     parser.add_argument("other_folder", type=Path, help="folder of the finished run that it is compared with")
     parser.add_argument(

@@ -97,6 +97,11 @@ def tiny_dataset(tmp_path_factory):
     return SimpleNamespace(train_dir=folder, name="tiny", histories=histories, titles=titles)
 
 
+def adapter_parameters(encoder):
+    """The trainable parameters of all groups' adapters."""
+    return [parameter for group in range(encoder.num_groups) for parameter in encoder.group_parameters(group).values()]
+
+
 def can_train(dataset, user):
     """Whether a user has a transition to train on: two interactions, or four where the last two are held out."""
     return len(dataset.histories[user]) not in (0, 1, 3)

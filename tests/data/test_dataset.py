@@ -477,7 +477,7 @@ def test_check_prints_the_counts_of_a_sound_data_set(folder, run_check):
     assert re.search(r"worth knowing:\n.*without a title.*\(1\): B001", out) and out.endswith("\nusable\n")
     assert code == 0 and "error" not in err
     write_states(folder, torch.zeros(5, 3, 8))
-    assert table(str(check_dataset(folder, "shop", 1)))["hidden states"] == "found"
+    assert table(check_dataset(folder, "shop", 1).text)["hidden states"] == "found"
 
 
 def test_check_reports_everything_and_ends_with_code_2(folder, run_check):

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImag
 
 from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
 from models.peft_configs import ia3_config, lora_config, peft_config
-from tests.conftest import draw_image, make_trainer
+from tests.conftest import adapter_parameters, draw_image, make_trainer
 from utils.common.errors import PerPEFTError
 from utils.items.store import read_image
 from utils.training.checkpoints import load_adapter, load_weights, save_adapter, save_weights
@@ -156,7 +156,7 @@ def test_normalisation_on_the_device_equals_the_processors(tiny_clip, processors
 @torch.no_grad()
 def test_text_padding_after_the_end_of_a_title_does_not_matter(tiny_clip, processors, inputs):
     encoder = make_encoder(tiny_clip, processors).eval()
-    shake(encoder.adapter_parameters())
+    shake(adapter_parameters(encoder))
     together = encoder(inputs["pixels"], inputs["tokens"])
     for row, length in enumerate(inputs["mask"].sum(1).tolist()):
         alone = encoder(inputs["pixels"][row : row + 1], inputs["tokens"][row : row + 1, :length])
@@ -196,7 +196,7 @@ BATCH = Batch(
 def make_model(tiny_clip, processors, kind, groups=3, **options):
     torch.manual_seed(0)
     encoder = make_encoder(tiny_clip, processors, kind, **options)
-    shake(encoder.adapter_parameters(), size=0.05)  # at its start LoRA's A has no gradient, since B is zero
+    shake(adapter_parameters(encoder), size=0.05)  # at its start LoRA's A has no gradient, since B is zero
     model = PerPEFT(encoder, MMProjector(encoder.feature_dim, 8), SASRec(10, 8, maxlen=4, num_heads=2))
     if groups > 1:
         model.clone_groups(groups)
@@ -218,7 +218,7 @@ def test_steps_of_one_group_change_its_adapter_its_projector_and_sasrec_alone(ti
     model = make_model(tiny_clip, processors, kind)
     trainer = make_trainer(model, lambda items: (inputs["pixels"], inputs["tokens"]), 1e-2, 0.5, 1e-6)
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    adapters = {id(p) for p in model.encoder.adapter_parameters()}
+    adapters = {id(p) for p in adapter_parameters(model.encoder)}
     assert optimized == {id(p) for p in model.sasrec.parameters()} | {id(p) for p in model.projectors.parameters()} | adapters
 
     model.train()
@@ -287,13 +287,13 @@ def test_step_is_adamw_with_decoupled_weight_decay(tiny_clip, processors, inputs
 )
 def test_adapter_of_another_kind_or_rank_is_refused_and_nothing_is_loaded(tiny_clip, processors, saved, loaded, tmp_path):
     other = make_encoder(tiny_clip, processors, saved[0], **saved[1])
-    shake(other.adapter_parameters())
+    shake(adapter_parameters(other))
     save_adapter(other, tmp_path, 0)
     encoder = make_encoder(tiny_clip, processors, loaded[0], **loaded[1])
-    before = [parameter.detach().clone() for parameter in encoder.adapter_parameters()]
+    before = [parameter.detach().clone() for parameter in adapter_parameters(encoder)]
     with pytest.raises(ValueError):  # what load_adapter documents
         load_adapter(encoder, tmp_path, 0)
-    assert all(torch.equal(a, b) for a, b in zip(before, encoder.adapter_parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, adapter_parameters(encoder)))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no safetensors", "a tensor less", "missing"])

@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, CLIPModel
 
 from models import ClipPeftEncoder
 from models.peft_configs import PEFT_TYPES, UNSUITABLE, peft_config
-from tests.conftest import run_script, tiny_arguments, tiny_options
+from tests.conftest import adapter_parameters, run_script, tiny_arguments, tiny_options
 from utils.training.checkpoints import load_adapter, save_adapter
 
 # what the defaults do not fit, on layers 32 wide
@@ -48,7 +48,7 @@ def shake(encoder, group):
 
 
 def frozen_parts(encoder):
-    adapters = {id(parameter) for parameter in encoder.adapter_parameters()}
+    adapters = {id(parameter) for parameter in adapter_parameters(encoder)}
     tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
     return {name: tensor.detach().clone() for name, tensor in tensors if id(tensor) not in adapters}
 
@@ -61,12 +61,12 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, in
     with torch.no_grad():
         same = [features(encoder, inputs, group) for group in range(3)]
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
-    listed = [id(parameter) for parameter in encoder.adapter_parameters()]
+    listed = [id(parameter) for parameter in adapter_parameters(encoder)]
     assert len(set(listed)) == len(listed) > 0
     assert {id(parameter) for parameter in encoder.parameters() if parameter.requires_grad} == set(listed)
 
     # a step with group 1's features moves its adapter and nothing else
-    optimizer = torch.optim.AdamW(encoder.adapter_parameters(), lr=1e-2, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(adapter_parameters(encoder), lr=1e-2, weight_decay=0.5)
     before = [{name: p.detach().clone() for name, p in encoder.group_parameters(group).items()} for group in range(3)]
     frozen = frozen_parts(encoder)
     features(encoder, inputs, 1).square().sum().mul(3).add(features(encoder, inputs, 1)[:, 0].sum()).backward()
@@ -94,7 +94,7 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, in
         other.clone_groups(3)
         for group in range(3):
             load_adapter(other, tmp_path / str(2 - group), group)
-        assert all(parameter.requires_grad for parameter in other.adapter_parameters())  # loading freezes nothing
+        assert all(parameter.requires_grad for parameter in adapter_parameters(other))  # loading freezes nothing
         for group in range(3):
             torch.testing.assert_close(features(other, inputs, group), own[2 - group], rtol=0, atol=1e-6)
 

@@ -83,7 +83,7 @@ def test_by_hand(category, run, monkeypatch, tmp_path, capsys):
     assert dataset.raw_ids == ["B1", "B2", "B3"]
     assert dataset.titles == ["one & only", "two", "three"]
     assert len(leave_last_out(dataset.histories).evaluated_users) == 3
-    assert "usable" in str(check_dataset(tmp_path / "data", "lamps", 3))
+    assert check_dataset(tmp_path / "data", "lamps", 3).usable
     assert [line.split()[-1] for line in printed.splitlines() if line.startswith("interactions read")] == ["16"]
     assert counts_of(printed) == {
         "no title": 1, "item with a line break": 2, "listed again": 1, "not a JSON object with these fields": 1,

@@ -351,7 +351,7 @@ def test_loss_that_is_not_finite_stops_with_step_group_and_items(
 @pytest.mark.parametrize(("save_every", "saved"), [(1, 1), (2, None), (500, None)])
 def test_where_losses_are_read_late_no_state_is_saved_after_a_bad_one(run, end, expected, monkeypatch, save_every, saved):
     with monkeypatch.context() as patch:
-        patch.setattr(progress_module, "STEPS_BETWEEN_READS", {})  # as on a GPU
+        patch.setattr(progress_module, "steps_between_reads", lambda device: 50)  # as on a GPU
         spoil_loss(patch, 2)
         code, message = end(run.arguments, "--save_every", str(save_every))
     assert code == 2 and "at global epoch 1, step 2, in a batch" in message

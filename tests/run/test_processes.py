@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from filelock import FileLock
 
 from tests.conftest import NUM_ITEMS, RUN, fresh_data, tiny_arguments
@@ -42,6 +43,7 @@ def users_of(batch):
 
 
 def test_runs_in_two_precisions_fit_into_one_process():
+    AcceleratorState._reset_state()
     Accelerator(cpu=True, mixed_precision="bf16")
     assert make_accelerator("cpu").mixed_precision == "no"
 

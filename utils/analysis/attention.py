@@ -16,7 +16,7 @@ from models.peft_configs import PEFT_TYPES
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import load_foundation
-from utils.run.build import EncoderKind, clip_folder, encoder_and_source, foundation_name, has_groups, image_use
+from utils.run.build import clip_folder, foundation_name, has_groups, image_use, peft_encoder
 from utils.run.reports import read_groups
 from utils.training.checkpoints import load_adapter
 
@@ -179,9 +179,8 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
         why_not = "its image tower has no class token whose attention it pools"
     if why_not:
         raise PerPEFTError(f"attention cannot be shown for '{name}': {why_not}")
-    kind = EncoderKind(options.peft_type, options.rank, options.modality, peft_config=options.peft_config)
-    encoder, source = encoder_and_source(kind, foundation, dataset, torch.device(options.device), image_use(options))
-    encoder.to(options.device).eval()
+    source = foundation.store(dataset, image_use(options))
+    encoder = peft_encoder(options, foundation).to(options.device).eval()
     words, places = [], []
     for item in items:
         title = dataset.titles[item - 1]

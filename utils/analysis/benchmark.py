@@ -25,7 +25,7 @@ from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import Foundation
 from utils.items.source import ItemSource
 from utils.items.store import output_size
-from utils.training.evaluation import Evaluator, rank_targets
+from utils.training.evaluation import ITEMS_AT_ONCE, Evaluator, rank_targets
 from utils.training.grouping import kmeans_groups
 from utils.training.sampling import Sampler, group_items
 from utils.training.trainer import Trainer
@@ -34,6 +34,7 @@ MILLISECONDS = 1e3
 SECONDS = 8  # after which a comparison ends, if it has 2 rounds
 ENCODING_SECONDS = 1.0  # of encoding as many items as a measurement takes
 FEWEST_ITEMS = 8
+HIDDEN_UNITS, GROUPS = 32, 8  # the defaults of training
 
 
 # ---------------------------------------------------------------- measuring
@@ -169,15 +170,13 @@ def step_costs(
 
 
 @torch.no_grad()
-def encoding_costs(
-    encoder: ItemEncoder, source: ItemSource, device: torch.device, repeats: int, items_at_once: int = 256
-) -> dict[str, float]:
+def encoding_costs(encoder: ItemEncoder, source: ItemSource, device: torch.device, repeats: int) -> dict[str, float]:
     """Encoding all items for evaluation, beside the bare forward pass on inputs that were fetched before."""
     model = _model(encoder, source.num_items, device).eval()
     nobody = leave_last_out(Histories.of_lists([]))
-    evaluator = Evaluator(nobody, source, device, Accelerator(cpu=device.type == "cpu"), items_at_once)
+    evaluator = Evaluator(nobody, source, device, Accelerator(cpu=device.type == "cpu"))
     order = source.reading_order()
-    fetched = [source.fetch(order[start : start + items_at_once], device) for start in range(0, len(order), items_at_once)]
+    fetched = [source.fetch(order[start : start + ITEMS_AT_ONCE], device) for start in range(0, len(order), ITEMS_AT_ONCE)]
 
     def bare() -> None:
         for inputs in fetched:
@@ -196,22 +195,20 @@ def encoding_costs(
 # ---------------------------------------------------------------- large data, without an encoder
 
 
-def _random_histories(num_users: int, num_items: int, seed: int = 0) -> Histories:
+def _random_histories(num_users: int, num_items: int) -> Histories:
     """Random histories of 5 to 11 interactions, for sizes beyond any data set at hand."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     lengths = random.integers(5, 12, size=num_users)
     return Histories(random.integers(1, num_items + 1, size=lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]))
 
 
 @torch.no_grad()
-def ranking_costs(
-    num_users: int, num_items: int, device: torch.device, plain_users: int = 0, hidden_units: int = 32
-) -> dict[str, float]:
+def ranking_costs(num_users: int, num_items: int, device: torch.device, plain_users: int = 0) -> dict[str, float]:
     """Full ranking of random vectors: users a second, and the ratio to the plain loop, which ranks `plain_users` of them."""
     histories = _random_histories(num_users, num_items)
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(num_users, hidden_units, generator=generator).to(device)
-    inputs = torch.randn(num_items + 1, hidden_units, generator=generator).to(device)
+    states = torch.randn(num_users, HIDDEN_UNITS, generator=generator).to(device)
+    inputs = torch.randn(num_items + 1, HIDDEN_UNITS, generator=generator).to(device)
     targets = np.random.default_rng(1).integers(1, num_items + 1, size=num_users)
     users = np.arange(num_users)
     memory = peak_memory_mib()
@@ -225,14 +222,14 @@ def ranking_costs(
     return found
 
 
-def sampling_costs(num_users: int, num_items: int, repeats: int, num_groups: int = 8) -> dict[str, float]:
+def sampling_costs(num_users: int, num_items: int, repeats: int) -> dict[str, float]:
     """Milliseconds of sampling one batch at some size, in stage 1 and in stage 3, and seconds to set the sampler up."""
     histories = _random_histories(num_users, num_items)
-    groups = np.random.default_rng(0).integers(num_groups, size=num_users)
+    groups = np.random.default_rng(0).integers(GROUPS, size=num_users)
     found = {}
     for name, group_of, candidates in (
         ("global", np.zeros(num_users, dtype=np.int64), [np.arange(1, num_items + 1)]),
-        ("personalized", groups, group_items(histories, groups, num_groups)),
+        ("personalized", groups, group_items(histories, groups, GROUPS)),
     ):
         start = time.perf_counter()
         sampler = Sampler(histories, num_items, group_of, candidates, 16, 10, seed=(0,))
@@ -244,16 +241,16 @@ def sampling_costs(num_users: int, num_items: int, repeats: int, num_groups: int
     return found
 
 
-def grouping_costs(num_users: int, num_groups: int = 8, hidden_units: int = 32) -> dict[str, float]:
+def grouping_costs(num_users: int) -> dict[str, float]:
     """Seconds of k-means over random user vectors."""
-    vectors = np.random.default_rng(0).normal(size=(num_users, hidden_units))
-    return {"seconds": timed(lambda: kmeans_groups(vectors, num_groups, seed=0), torch.device("cpu")) / MILLISECONDS}
+    vectors = np.random.default_rng(0).normal(size=(num_users, HIDDEN_UNITS))
+    return {"seconds": timed(lambda: kmeans_groups(vectors, GROUPS, seed=0), torch.device("cpu")) / MILLISECONDS}
 
 
-def item_table_costs(num_items: int, device: torch.device, repeats: int, hidden_units: int = 32) -> dict[str, float]:
+def item_table_costs(num_items: int, device: torch.device, repeats: int) -> dict[str, float]:
     """What a step pays for the whole item table, which the loss's L2 norm and AdamW read and write."""
     rows = torch.randperm(num_items)[:200].to(device) + 1
-    table = nn.Embedding(num_items + 1, hidden_units, device=device)
+    table = nn.Embedding(num_items + 1, HIDDEN_UNITS, device=device)
     optimizer = torch.optim.AdamW(table.parameters(), lr=1e-4, weight_decay=1e-4, fused=has_fused_adamw(device.type))
 
     def step() -> None:

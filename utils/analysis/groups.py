@@ -63,13 +63,13 @@ class Interval(NamedTuple):
     users: int
 
 
-def mean_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
+def mean_interval(values: np.ndarray) -> Interval:
     """The mean of one value a user and its interval by Student's t, [users]."""
     number = len(values)
     mean = float(values.mean()) if number else np.nan
     if number < 2:
         return Interval(mean, np.nan, np.nan, number)
-    half = float(stats.t.ppf((1 + confidence) / 2, number - 1) * values.std(ddof=1) / np.sqrt(number))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1) * values.std(ddof=1) / np.sqrt(number))
     return Interval(mean, mean - half, mean + half, number)
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from utils.common.errors import PerPEFTError, first_line, is_out_of_memory
 
@@ -48,9 +48,11 @@ SHARED_OPTIONS = {  # of several scripts
 }
 
 
-def script_parser(description: str, *shared: str, **settings: Any) -> argparse.ArgumentParser:
-    """A script's parser, with --debug and those of SHARED_OPTIONS that it names; `settings` as of ArgumentParser."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, **settings)
+def script_parser(description: str, *shared: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A script's parser, with --debug and those of SHARED_OPTIONS that it names; options cannot be abbreviated."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=HelpFormatter, allow_abbrev=False, epilog=epilog
+    )
     for name in (*shared, "--debug"):
         parser.add_argument(name, **SHARED_OPTIONS[name])
     return parser

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +66,11 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: dict[str, Any]) -> None:
     """`write_text_atomically` for readable JSON."""
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_pickle(path: str | Path, value: Any) -> None:
+    """`write_atomically` for a pickle of plain values."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(value, protocol=4)))
 
 
 def save_tensors(value: Any, path: str | Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
-from utils.data.histories import Histories, leave_last_out
+from utils.data.histories import FEWEST_INTERACTIONS, Histories, leave_last_out
 from utils.data.image_names import image_file_name
 from utils.data.images import on_all_cores, try_image
 from utils.data.parsing import MISSING_TITLE, find_images, read_pairs, read_raw_ids, read_titles
@@ -121,8 +121,8 @@ class Inspection:
 
 def _note_users(user_ids: np.ndarray, histories: Histories, num_items: int, problems: Problems, remarks: Problems) -> None:
     """Note what is wrong with the users' histories."""
-    if histories.num_users and histories.lengths.max() < 3:
-        kind = "no user with the 3 interactions that evaluation needs; most interactions of one user"
+    if histories.num_users and histories.lengths.max() < FEWEST_INTERACTIONS:
+        kind = f"no user with the {FEWEST_INTERACTIONS} interactions that evaluation needs; most interactions of one user"
         problems.add(kind, [histories.lengths.max()])
     if problems:
         return

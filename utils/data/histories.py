@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FEWEST_INTERACTIONS = 3  # of a user who is evaluated: one to train on, one to validate, one to test
+
 
 def sorted_distinct(values: np.ndarray) -> np.ndarray:
     """As np.unique, which hashes since numpy 2.3 and is then slower by a factor of thirty for millions of integers."""
@@ -92,7 +94,7 @@ class Split:
 def leave_last_out(histories: Histories) -> Split:
     """Split every history with 3 or more interactions into train, valid (last but one) and test (last)."""
     lengths = histories.lengths
-    held_out = lengths >= 3
+    held_out = lengths >= FEWEST_INTERACTIONS
     valid = np.zeros(len(lengths), dtype=np.int64)
     test = np.zeros(len(lengths), dtype=np.int64)
     ends = histories.offsets[1:][held_out]

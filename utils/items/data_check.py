@@ -1,6 +1,6 @@
 """Everything that can be said about a data set's files before training: the counts, and all that is wrong with them."""
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Inspection, inspect_dataset
@@ -8,25 +8,16 @@ from utils.data.histories import leave_last_out
 from utils.items.hidden_states import HiddenStateStore, has_states
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `check_dataset` found; its text is for people.
-
-    Attributes:
-        usable: whether training would start.
-        text: counts, remarks, problems, and the verdict.
-    """
+class Check(NamedTuple):
+    """Whether training would start, and a text with counts, remarks, problems and the verdict."""
 
     usable: bool
     text: str
 
-    def __str__(self) -> str:
-        return self.text
-
 
 def check_dataset(
     train_dir: str | Path, name: str, num_groups: int, missing_images: str = "error", modality: str = "both"
-) -> Report:
+) -> Check:
     """Check all files of a data set, every image included unless titles alone are used, and count what they hold.
 
     Args:
@@ -50,7 +41,7 @@ def check_dataset(
         lines += ["cannot be used:", str(found.problems)]
     else:
         lines.append("usable")
-    return Report(not found.problems, "\n".join(lines))
+    return Check(not found.problems, "\n".join(lines))
 
 
 def _counts(found: Inspection, unreadable: list[int], missing_images: str) -> dict[str, int | float | str]:

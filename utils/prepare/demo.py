@@ -1,11 +1,10 @@
 """The demo data set: drawn shop items, and users in groups that each choose by another aspect of the same items."""
-import pickle
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from utils.common.files import build_once, folder_written_atomically, write_atomically, write_text_atomically
+from utils.common.files import build_once, folder_written_atomically, write_pickle, write_text_atomically
 from utils.prepare.demo_drawing import COLOURS, IMAGE_SIZE, MATERIALS, Item, draw_image
 
 # --- The items: every item has one value of each aspect, drawn independently, so that no aspect predicts another.
@@ -158,18 +157,14 @@ def _write_demo(train_dir: Path, num_users: int, num_items: int, rng: np.random.
     aspects = [f"{number},{raw_id},{','.join(item)}" for number, (raw_id, item) in enumerate(zip(raw_ids, items), start=1)]
     _write_lines(train_dir / "demo_attributes.csv", [f"item,raw_id,{','.join(Item._fields)}", *aspects])
     _write_lines(train_dir / "demo_true_groups.csv", ["user,group", *(f"{user},{group}" for user, group in enumerate(groups, 1))])
-    _write_pickle(train_dir / "demo_item2id_final.pickle", dict(enumerate(raw_ids, start=1)))
-    _write_pickle(train_dir / "demo_texts_final.pickle", titles)
+    write_pickle(train_dir / "demo_item2id_final.pickle", dict(enumerate(raw_ids, start=1)))
+    write_pickle(train_dir / "demo_texts_final.pickle", titles)
     interactions = [f"{user} {item}" for user, history in enumerate(histories, start=1) for item in history]
     _write_lines(train_dir / "demo_final.txt", interactions)
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
     write_text_atomically(path, "\n".join(lines) + "\n")
-
-
-def _write_pickle(path: Path, value: dict) -> None:
-    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(value)))
 
 
 def draw_caption_pairs(num: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:

@@ -1,4 +1,5 @@
 """Train a small CLIP on images and titles in about a minute and save it as an ordinary CLIPModel folder."""
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -233,9 +234,14 @@ def _rate_share(step: int, steps: int) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
 
 
+@functools.cache
+def _channel_statistics() -> tuple[torch.Tensor, torch.Tensor]:
+    return channel_statistics(image_processor())
+
+
 def _similarity(model: CLIPModel, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cosine of every image [p, 3, size, size] with every title [t, length]: [p, t]."""
-    scale, shift = channel_statistics(image_processor())
+    scale, shift = _channel_statistics()
     image = dual_features(model, images.float() * scale + shift, None)  # [p, projection]
     title = dual_features(model, None, tokens)  # [t, projection]
     return image @ title.T

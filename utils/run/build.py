@@ -1,7 +1,5 @@
 """The one place that knows the kinds of adapters: builds the model, and the source of its item inputs."""
 import argparse
-import dataclasses
-from typing import Any
 
 import torch
 
@@ -28,33 +26,6 @@ from utils.items.source import FeatureStore, ItemSource
 from utils.prepare.demo_clip import demo_clip
 
 MODEL_OPTIONS = ("clip_model", "image_model", "text_model")  # that name folders, which may move
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderKind:
-    """Which item encoder to build.
-
-    Attributes:
-        peft_type: one of `models.peft_configs.PEFT_TYPES`, or iisan; or, for comparison, frozen (CLIP's features as they are)
-            or none (no features at all).
-        rank: LoRA's and DoRA's rank.
-        modality: "both", "image" or "text".
-        gradient_checkpointing: as in `ClipPeftEncoder`; the others have no use for it.
-        precision: of the foundation model with adapters inside it, a name in PRECISIONS.
-        peft_config: settings of the adapter instead of the default ones, as in peft's adapter_config.json.
-    """
-
-    peft_type: str
-    rank: int | None = 4
-    modality: str = "both"
-    gradient_checkpointing: bool = False
-    precision: str = "fp32"
-    peft_config: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, options: argparse.Namespace) -> "EncoderKind":
-        """The kind that a run's options name."""
-        return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
 
 
 def has_groups(options: argparse.Namespace) -> bool:
@@ -86,70 +57,66 @@ def clip_folder(clip_model: FoundationName, dataset: Dataset) -> FoundationName:
     return str(demo_clip(dataset.folder)) if clip_model == "demo" else clip_model
 
 
-def build_encoder(
-    kind: EncoderKind, dataset: Dataset, clip_model: FoundationName | None, device: torch.device, missing_images: str = "error"
-) -> tuple[ItemEncoder, ItemSource]:
-    """An item encoder and the source of its inputs; IISAN's hidden states are kept on disk.
+def build_encoder(options: argparse.Namespace, dataset: Dataset) -> tuple[ItemEncoder, ItemSource]:
+    """The item encoder that a run's options name, and the source of its inputs; IISAN's hidden states are kept on disk.
 
-    Args:
-        clip_model: as in `load_foundation`, or "demo" for the demo's own; not read where no features are used.
-        kind, dataset, device, missing_images: as in `encoder_and_source`.
+    Raises:
+        PerPEFTError: the foundation model cannot be loaded, or this kind of adapter does not go with it.
     """
-    if kind.peft_type == "none":
+    if options.peft_type == "none":
         return FrozenEncoder(0), FeatureStore(torch.empty(dataset.num_items, 0))
+    device, images, modality = torch.device(options.device), image_use(options), options.modality
     with torch.random.fork_rng(devices=[]):  # what is made on first use alone must not shift the draws of weights
-        clip_model = clip_folder(clip_model, dataset)
-        if kind.peft_type == "iisan":
-            ensure_hidden_states(dataset, clip_model, device, missing_images, kind.modality)
-    if kind.peft_type == "iisan":
-        skeleton = known_model(clip_model)
-        store = HiddenStateStore.open(dataset, clip_model, skeleton, kind.modality)
-        return _iisan_encoder(store, count_parameters(skeleton) if skeleton else None, kind.modality)
-    return encoder_and_source(kind, load_foundation(clip_model), dataset, device, missing_images)
+        name = clip_folder(foundation_name(options), dataset)
+        if options.peft_type == "iisan":
+            ensure_hidden_states(dataset, name, device, images, modality)
+    if options.peft_type == "iisan":
+        skeleton = known_model(name)
+        states = HiddenStateStore.open(dataset, name, skeleton, modality)
+        return iisan_encoder(states, count_parameters(skeleton) if skeleton else None, modality), states
+    foundation = load_foundation(name)
+    store = foundation.store(dataset, images)
+    if options.peft_type == "frozen":
+        features = foundation.features(store, device, modality)
+        return FrozenEncoder(features.shape[1], count_parameters(foundation.clip)), FeatureStore(features)
+    precision = PRECISIONS[options.precision]
+    return peft_encoder(options, foundation, options.gradient_checkpointing, precision), store
 
 
-def encoder_and_source(
-    kind: EncoderKind, foundation: Foundation, dataset: Dataset, device: torch.device, missing_images: str = "error"
-) -> tuple[ItemEncoder, ItemSource]:
-    """An item encoder on a CLIP that is loaded already, and the source of its inputs.
+def peft_encoder(
+    options: argparse.Namespace,
+    foundation: Foundation,
+    gradient_checkpointing: bool = False,
+    autocast_dtype: torch.dtype | None = None,
+) -> ClipPeftEncoder:
+    """A foundation model with adapters inside it.
 
     Args:
-        kind: which.
-        foundation: the CLIP.
-        dataset: whose items are encoded.
-        device: where hidden states or frozen features are computed; they are not kept.
-        missing_images: "error" or "blank", as in `ImageTitleStore.open`, or "unused".
+        options: peft_type, rank, peft_config and modality.
+        foundation: its model is adapted in place.
+        gradient_checkpointing, autocast_dtype: as in `ClipPeftEncoder`.
     Raises:
         PerPEFTError: this kind of adapter does not go with this model.
     """
-    clip, store = foundation.clip, foundation.store(dataset, missing_images)
-    if kind.peft_type == "iisan":
-        states = HiddenStateStore(*foundation.hidden_states(store, device, kind.modality))
-        return _iisan_encoder(states, count_parameters(clip), kind.modality)
-    if kind.peft_type == "frozen":
-        features = foundation.features(store, device, kind.modality)
-        return FrozenEncoder(features.shape[1], count_parameters(clip)), FeatureStore(features)
     try:
+        config = peft_config(options.peft_type, options.rank, options.peft_config, layers_of(foundation.clip))
+        traits, processor, modality = foundation.traits, foundation.image_processor, options.modality
         encoder = ClipPeftEncoder(
-            clip,
-            peft_config(kind.peft_type, kind.rank, kind.peft_config, layers_of(clip)),
-            foundation.image_processor,
-            kind.gradient_checkpointing,
-            kind.modality,
-            PRECISIONS.get(kind.precision),
-            foundation.traits,
+            foundation.clip, config, processor, gradient_checkpointing, modality, autocast_dtype, traits
         )
     except ValueError as error:  # peft's own words say which sizes do not go together
         reason = " ".join(str(error).split())
-        raise PerPEFTError(f"--peft_type {kind.peft_type}: {reason}; pass other settings by --peft_config FILE") from error
+        raise PerPEFTError(f"--peft_type {options.peft_type}: {reason}; pass other settings by --peft_config FILE") from error
     if encoder.bare:
         print(f"note: the {encoder.bare[0]} encoder has none of the layers that this adapter sits on; only the other is adapted")
-    return encoder, store
+    return encoder
 
 
-def _iisan_encoder(store: HiddenStateStore, size: int | None, modality: str) -> tuple[ItemEncoder, ItemSource]:
-    _, num_states, image_dim = store.image_states.shape
-    return IISANEncoder(IISAN(image_dim, store.text_states.shape[2], num_states, modality=modality), size), store
+def iisan_encoder(states: HiddenStateStore, foundation_parameters: int | None, modality: str = "both") -> IISANEncoder:
+    """IISAN on hidden states of a foundation model of so many parameters, None where that is not known."""
+    _, num_states, image_dim = states.image_states.shape
+    iisan = IISAN(image_dim, states.text_states.shape[2], num_states, modality=modality)
+    return IISANEncoder(iisan, foundation_parameters)
 
 
 def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:
@@ -167,7 +134,7 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
     """The model with one group, on its device, and the source of its item inputs."""
     device = torch.device(options.device)
     torch.manual_seed(options.trial)
-    encoder, source = build_encoder(EncoderKind.of(options), dataset, foundation_name(options), device, image_use(options))
+    encoder, source = build_encoder(options, dataset)
     projector = (MMProjector if encoder.feature_dim else NoProjector)(encoder.feature_dim, options.hidden_units)
     sizes = [getattr(options, name) for name in ("hidden_units", "maxlen", "num_blocks", "num_heads", "dropout_rate")]
     sasrec = SASRec(dataset.num_items, *sizes, options.weight_scalar)

@@ -66,10 +66,7 @@ class StopSignal:
             self._accelerator.set_trigger()
         return self._accelerator.check_trigger()
 
-    def stop(self) -> None:
-        """Leave training.
-
-        Raises:
-            KeyboardInterrupt: with the signal's number; SIGTERM where another rank got it.
-        """
-        raise KeyboardInterrupt(self._number or signal.SIGTERM)
+    @property
+    def number(self) -> int:
+        """The signal's number; SIGTERM's where another rank got it."""
+        return self._number or signal.SIGTERM

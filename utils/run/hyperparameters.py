@@ -1,9 +1,8 @@
 """Learning rate and weight decay: the paper's best settings, and the file that the scripts read them from."""
-import pickle
 from pathlib import Path
 
 from utils.common.errors import PerPEFTError
-from utils.common.files import write_atomically
+from utils.common.files import write_pickle
 from utils.common.pickles import load_pickle
 
 HYPERPARAMETER_FILE = Path(__file__).resolve().parents[2] / "perpeft_hyperparameter.pickle"
@@ -35,7 +34,7 @@ def paper_table() -> dict[str, dict[str, dict[str, float]]]:
 
 def write_hyperparameters(path: str | Path = HYPERPARAMETER_FILE) -> None:
     """Write the paper's table as a pickle of plain dicts."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(paper_table(), protocol=4)))
+    write_pickle(path, paper_table())
 
 
 def read_hyperparameters(dataset: str, peft_type: str, path: str | Path = HYPERPARAMETER_FILE) -> dict[str, float] | None:

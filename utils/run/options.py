@@ -6,7 +6,7 @@ from typing import Any
 
 from models.item_encoder import MODALITIES
 from models.pair import TEXT_POOLINGS
-from models.peft_configs import ORIGIN, peft_config
+from models.peft_configs import ORIGIN, PAPER_RANK, peft_config
 from utils.common.console import SHARED_OPTIONS, HelpFormatter, number
 from utils.common.devices import PRECISIONS
 from utils.items.foundation import DEFAULT_CLIP
@@ -87,7 +87,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
         )
     add_model_options(adapters)
     if "lora" in peft_types:
-        adapters.add_argument("--rank", type=SIZE, default=4, help="rank of lora and dora")
+        adapters.add_argument("--rank", type=SIZE, default=PAPER_RANK, help="rank of lora and dora")
         adapters.add_argument(
             "--gradient_checkpointing",
             action="store_true",

@@ -169,7 +169,7 @@ class Run:
                     if stopping or step % options.save_every == 0 or step == sampler.num_batches:
                         checkpoint.save(trainer, progress)
                     if stopping:
-                        stop.stop()
+                        raise KeyboardInterrupt(stop.number)
             ranks = self.evaluate()
             if progress.end_epoch(ranks.metrics(), trainer.skipped_steps):
                 self._save_best(stage.name, ranks)

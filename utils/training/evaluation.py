@@ -13,6 +13,7 @@ from utils.items.source import ItemSource
 CUTOFFS = (10, 20, 30)
 SPLITS = ("valid", "test")
 METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS)
+ITEMS_AT_ONCE = 256  # encoded in a forward pass
 SCORES_AT_ONCE = 2**24  # entries of a score matrix held at a time: memory stays flat in the number of users
 
 
@@ -47,7 +48,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, split: Split, source: ItemSource, device: torch.device, accelerator: Accelerator, items_at_once: int = 256
+        self,
+        split: Split,
+        source: ItemSource,
+        device: torch.device,
+        accelerator: Accelerator,
+        items_at_once: int = ITEMS_AT_ONCE,
     ):
         self.split, self.source, self.device = split, source, device
         self._accelerator = accelerator

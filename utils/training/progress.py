@@ -13,13 +13,11 @@ from utils.common.errors import PerPEFTError
 from utils.training.sampling import Batch
 
 SELECTION_METRIC = "valid_NDCG@20"
-STEPS_BETWEEN_READS = {"cpu": 1}  # on a GPU every read of a loss waits for the device
-DEFAULT_STEPS_BETWEEN_READS = 50
 
 
 def steps_between_reads(device: torch.device) -> int:
     """How many steps may pass before losses, or other ranks' signals, are read."""
-    return STEPS_BETWEEN_READS.get(device.type, DEFAULT_STEPS_BETWEEN_READS)
+    return 1 if device.type == "cpu" else 50  # on a GPU every read of a loss waits for the device
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
