@@ -3,7 +3,7 @@ from pathlib import Path
 
 import perpeft_iisan
 import perpeft_lora_ia3
-from utils.analysis.reproduction import PEFT_TYPES, TABLES, format_plan, plan_runs
+from utils.analysis.reproduction import ADAPTERS, TABLES, format_plan, plan_runs
 from utils.analysis.tables import finished_blocks, markdown, write_tables
 from utils.common.console import launched_ranks, number, run_main, script_parser
 from utils.common.errors import PerPEFTError
@@ -17,7 +17,7 @@ def main() -> None:
     parser = script_parser(__doc__, epilog=passed_on_too)
     parser.add_argument("--dataset", required=True, help="name of the data set")
     parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TABLES), default=list(TABLES), help="which tables")
-    parser.add_argument("--peft", nargs="+", choices=PEFT_TYPES, default=["lora"], help="kinds of adapter")
+    parser.add_argument("--peft", nargs="+", choices=ADAPTERS, default=["lora"], help="kinds of adapter")
     parser.add_argument("--trials", type=number(int, 1, 1000), default=5, help="seeds 0 .. trials - 1")
     parser.add_argument("--tables_dir", type=Path, default=Path("./tables"), help="where the tables are written")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and an estimate of their time, run nothing")

@@ -31,7 +31,8 @@ from utils.data.dataset import read_dataset
 from utils.data.image_names import image_file_name
 from utils.items.foundation import ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, states_path
-from utils.items.store import ImageTitleStore, read_image
+from utils.items.preprocessing import read_image
+from utils.items.store import ImageTitleStore
 from utils.run.build import build_model
 from utils.run.hyperparameters import read_hyperparameters
 from utils.run.opening import open_run

@@ -24,7 +24,7 @@ from utils.data.dataset import MISSING_TITLE, available_datasets, read_dataset
 from utils.data.histories import Histories, leave_last_out, sorted_distinct
 from utils.items.data_check import check_dataset
 from utils.items.hidden_states import states_path
-from utils.items.store import read_image
+from utils.items.preprocessing import read_image
 from utils.run.opening import open_run
 
 HISTORIES = {1: [1, 2, 3, 4, 5], 2: [2, 1, 3], 5: [4]}

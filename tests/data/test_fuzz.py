@@ -221,7 +221,7 @@ class Reader:
 
     def read_image(self, seed):
         """An image's reader has errors of its own, which the store turns into the project's; every 50th time a store is made."""
-        from utils.items.store import read_image
+        from utils.items.preprocessing import read_image
 
         content = damaged(self.sound["image"], seed)
         path = self.folder / "shop_images" / f"{self.raw_ids[seed % ITEMS]}.jpg"

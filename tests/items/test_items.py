@@ -17,7 +17,8 @@ from tests.conftest import encoded, write_dataset
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items import store as items_module
-from utils.items.store import ImageTitleStore, read_image
+from utils.items.preprocessing import read_image
+from utils.items.store import ImageTitleStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 CPU = torch.device("cpu")

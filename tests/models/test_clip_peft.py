@@ -14,7 +14,7 @@ from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
 from models.peft_configs import ia3_config, lora_config, peft_config
 from tests.conftest import adapter_parameters, draw_image, make_trainer
 from utils.common.errors import PerPEFTError
-from utils.items.store import read_image
+from utils.items.preprocessing import read_image
 from utils.training.checkpoints import load_adapter, load_weights, save_adapter, save_weights
 from utils.training.sampling import Batch
 

@@ -23,8 +23,8 @@ from utils.common.versions import has_fused_adamw
 from utils.data.dataset import Dataset
 from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import Foundation
+from utils.items.preprocessing import output_size
 from utils.items.source import ItemSource
-from utils.items.store import output_size
 from utils.training.evaluation import ITEMS_AT_ONCE, Evaluator, rank_targets
 from utils.training.grouping import kmeans_groups
 from utils.training.sampling import Sampler, group_items

@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from models.peft_configs import PEFT_TYPES
 from utils.common.errors import PerPEFTError
 from utils.run.folder import fixed_options, read_summary, run_name, settings_of
 from utils.run.options import parse_options
 from utils.run.reports import read_ranks
 
 PERPEFT = "PerPEFT"
-# Each kind of adapter: the script that trains it, and the kinds that this script knows.
+# The paper's kinds of adapter: the script that trains each, and the kinds that this script takes.
 SCRIPTS = {
-    "lora": ("perpeft_lora_ia3.py", ("lora", "ia3")),
-    "ia3": ("perpeft_lora_ia3.py", ("lora", "ia3")),
+    "lora": ("perpeft_lora_ia3.py", PEFT_TYPES),
+    "ia3": ("perpeft_lora_ia3.py", PEFT_TYPES),
     "iisan": ("perpeft_iisan.py", ("iisan",)),
 }
-PEFT_TYPES = tuple(SCRIPTS)
+ADAPTERS = tuple(SCRIPTS)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Method:
     flags: tuple[str, ...] = ()
     stage: str = "personalized"
     shares_stage_1: bool = False
-    peft_types: tuple[str, ...] | None = PEFT_TYPES
+    peft_types: tuple[str, ...] | None = ADAPTERS
 
 
 FULL_METHOD = Method(PERPEFT)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_rel
 
-from utils.analysis.reproduction import PEFT_TYPES, PERPEFT, TABLES, OtherSettings, PlannedRun, methods_of, plan_runs
+from utils.analysis.reproduction import ADAPTERS, PERPEFT, TABLES, OtherSettings, PlannedRun, methods_of, plan_runs
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
 from utils.training.evaluation import user_values
@@ -139,7 +139,7 @@ def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
         raise PerPEFTError(f"the runs of {dataset} used different data: its files have changed between them; train them again")
     blocks = []
     for table in TABLES:
-        for peft_type in PEFT_TYPES:
+        for peft_type in ADAPTERS:
             rows, has_own = [], False
             for method in methods_of(table, peft_type):
                 mine = {
@@ -157,7 +157,7 @@ def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
 
 def finished_blocks(dataset: str, trials: int, passed_on: list[str]) -> list[Block]:
     """All tables and adapters of a data set with finished runs under these options; arguments as in `plan_runs`."""
-    return blocks_of(plan_runs(dataset, list(TABLES), list(PEFT_TYPES), trials, passed_on), dataset)
+    return blocks_of(plan_runs(dataset, list(TABLES), list(ADAPTERS), trials, passed_on), dataset)
 
 
 def write_tables(folder: Path, dataset: str, blocks: list[Block], trials: int) -> None:

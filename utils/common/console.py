@@ -72,8 +72,10 @@ def _interrupt(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _ending(error: BaseException) -> tuple[int, str] | None:
+def describe_error(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the sentence that a script ends with; None for what needs a traceback."""
+    if isinstance(error, SystemExit):
+        return 2, "error: wrong options"
     if isinstance(error, KeyboardInterrupt):
         number = error.args[0] if error.args else signal.SIGINT
         return 128 + number, f"\ninterrupted by {signal.Signals(number).name}"
@@ -107,26 +109,24 @@ def run_main(main: Callable[[], None]) -> None:
     `--debug` shows the traceback of every error. Of several ranks, rank 0 alone writes to the terminal; another rank's error is
     shown only if rank 0 has not ended meanwhile.
     """
-    stderr = sys.stderr
-    if launched_rank():
+    stderr, rank = sys.stderr, launched_rank()
+    if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and not launched_rank():  # argparse has reported it
-            raise
-        ending = (2, "error: wrong options") if isinstance(error, SystemExit) else _ending(error)
-        if launched_ranks() == 1 and ending is None:
-            raise
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if launched_rank() else signal.SIG_IGN)  # the launcher may send it now
-        if launched_rank() and not isinstance(error, KeyboardInterrupt):
-            time.sleep(ERROR_GRACE_SECONDS)
-        code, sentence = ending or (1, "".join(traceback.format_exception(error)).rstrip())
-        if "--debug" in sys.argv and ending is not None:
-            traceback.print_exc()
-        if not launched_rank():
+        known = describe_error(error)
+        if not rank and (isinstance(error, SystemExit) or (known is None and launched_ranks() == 1)):
+            raise  # argparse has reported it, or Python will
+        code, sentence = known or (1, "".join(traceback.format_exception(error)).rstrip())
+        # The launcher may send SIGTERM now that one rank ends: rank 0 reports first, another rank ends at once.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if rank else signal.SIG_IGN)
+        if not rank:
+            if "--debug" in sys.argv and known is not None:
+                traceback.print_exc()
             print(sentence, file=stderr)
         elif not isinstance(error, KeyboardInterrupt):
-            print(f"rank {launched_rank()}: {sentence}", file=stderr, flush=True)
+            time.sleep(ERROR_GRACE_SECONDS)
+            print(f"rank {rank}: {sentence}", file=stderr, flush=True)
         _exit(code)

@@ -138,7 +138,42 @@ def _refuse_other_model(path: Path, model: FoundationName) -> None:
         )
 
 
-def _rows_with_numbers_missing(states: torch.Tensor, rows: np.ndarray) -> set[int]:
+def _check_shapes(
+    path: Path, used: dict[str, torch.Tensor], expected: dict[str, set[tuple[int, int]]], model: FoundationName | None
+) -> None:
+    """Refuse states that are left out, or of other layers and widths than a model has; by part, "image" or "text"."""
+    for part, states in used.items():
+        own, found = expected.get(part), tuple(states.shape[1:])
+        if states.shape[2] == 0:
+            raise PerPEFTError(f"{path} holds no {part} states; delete it and start again to compute them")
+        if own and found not in own:
+            raise PerPEFTError(
+                f"{path} holds states of another CLIP: layers and widths of the {part} states are {found}, where "
+                f"{model or 'this one'} has {' or '.join(map(str, sorted(own)))}; pass the right --clip_model, or delete the "
+                "file and start again to compute it"
+            )
+
+
+def _rows_of_items(path: Path, raw_ids: list[str], ids: list, used: list[torch.Tensor]) -> np.ndarray:
+    """Where the items' states lie in a file with the rows `ids`, [num_items].
+
+    Raises:
+        PerPEFTError: items are missing or stand twice, or their states are not finite; all are named.
+    """
+    place = {raw_id: row for row, raw_id in enumerate(ids)}
+    problems, rows = Problems(), np.empty(0, np.int64)
+    problems.add("items without states", [raw_id for raw_id in raw_ids if raw_id not in place])
+    repeated = {raw_id for row, raw_id in enumerate(ids) if place[raw_id] != row and raw_id not in PADDING_IDS}
+    problems.add("ids that stand twice", sorted(map(str, repeated)))
+    if not problems:
+        rows = np.array([place[raw_id] for raw_id in raw_ids], dtype=np.int64)
+        wrong = set().union(*(_rows_not_finite(states, rows) for states in used))
+        problems.add("items whose states hold NaN or infinity", [ids[row] for row in sorted(wrong)])
+    problems.raise_any(f"{path} cannot be used; delete it and start again to compute it, or download it again:")
+    return rows
+
+
+def _rows_not_finite(states: torch.Tensor, rows: np.ndarray) -> set[int]:
     """Those of `rows` that hold a NaN or an infinity."""
     wrong: set[int] = set()
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -184,37 +219,14 @@ class HiddenStateStore:
         """
         path = states_path(dataset.folder, dataset.name)
         image_states, text_states, ids = _read(path)
-        note = path.with_suffix(".json")
-        if model is not None and note.is_file():
+        states = {"image": image_states, "text": text_states}
+        noted = model is not None and path.with_suffix(".json").is_file()
+        if noted:
             _refuse_other_model(path, model)
-        used, expected = MODALITIES[modality], {}
-        if skeleton is not None and (model is None or not note.is_file()):
-            expected = state_shapes(skeleton)
-        for part, states in (("image", image_states), ("text", text_states)):
-            own = expected.get(part)
-            if part in used and states.shape[2] == 0:
-                raise PerPEFTError(f"{path} holds no {part} states; delete it and start again to compute them")
-            if part in used and own and tuple(states.shape[1:]) not in own:
-                raise PerPEFTError(
-                    f"{path} holds states of another CLIP: layers and widths of the {part} states are {tuple(states.shape[1:])}, "
-                    f"where {model or 'this one'} has {' or '.join(map(str, sorted(own)))}; pass the right --clip_model, or "
-                    "delete the file and start again to compute it"
-                )
-        if "image" not in used:
-            image_states = image_states[:, :, :0]
-        if "text" not in used:
-            text_states = text_states[:, :, :0]
-        place = {raw_id: row for row, raw_id in enumerate(ids)}
-        problems = Problems()
-        problems.add("items without states", [raw_id for raw_id in dataset.raw_ids if raw_id not in place])
-        repeated = {raw_id for row, raw_id in enumerate(ids) if place[raw_id] != row and raw_id not in PADDING_IDS}
-        problems.add("ids that stand twice", sorted(map(str, repeated)))
-        if not problems:
-            rows = np.array([place[raw_id] for raw_id in dataset.raw_ids], dtype=np.int64)
-            wrong = _rows_with_numbers_missing(image_states, rows) | _rows_with_numbers_missing(text_states, rows)
-            problems.add("items whose states hold NaN or infinity", [ids[row] for row in sorted(wrong)])
-        problems.raise_any(f"{path} cannot be used; delete it and start again to compute it, or download it again:")
-        return cls(image_states, text_states, rows)
+        used = {part: states[part] for part in MODALITIES[modality]}
+        _check_shapes(path, used, {} if noted or skeleton is None else state_shapes(skeleton), model)
+        rows = _rows_of_items(path, dataset.raw_ids, ids, list(used.values()))
+        return cls(*(states[part] if part in used else states[part][:, :, :0] for part in ("image", "text")), rows)
 
     def place_on(self, device: torch.device) -> None:
         """Keep all states on a GPU if they fit there with room to spare; elsewhere they stay memory-mapped."""

@@ -11,7 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
 from models.towers import TOWER_NAMES, Traits, part_features, tower, tower_name
-from utils.items.store import bare_image, output_size, padding_token
+from utils.items.preprocessing import bare_image, output_size
+from utils.items.store import padding_token
 
 LONGEST_TITLE = 512  # of models and tokenizers that name no longest input
 TOLERANCE = 2e-5  # by which features of unit length may differ in a batch of other sizes
@@ -35,7 +36,7 @@ def _recorded_states(module: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield found
 
 
-def _sensitive_places(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _pooled_tokens(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
     """On which tokens of its first and of its last hidden state a tower's features depend, by their gradients.
 
     Returns:
@@ -82,33 +83,19 @@ def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenize
     for part in ("text",) if processor is None else ("image", "text"):
         if tower_name(model, part) is None:
             raise ValueError(f"it has no {part} tower called {' or '.join(TOWER_NAMES[part])}")
-    embeddings = getattr(tower(model, "text").config, "vocab_size", None)
-    highest = max(tokenizer.get_vocab().values())
-    if embeddings and highest >= embeddings:
-        sizes = f"its tokenizer has tokens up to number {highest}, its text tower {embeddings} token embeddings"
-        raise ValueError(f"its parts do not fit together: {sizes}")
     image = None if processor is None else _tried_image(model, processor)
-    padding, longest = padding_token(tokenizer), _longest_title(model, tokenizer)
-    specials = " ".join(tokenizer.all_special_tokens)
-    titles = ["red lamp of wood and steel", "", "lamp", f"red {specials} lamp", "very long title " * longest]
-    rows = [title for title in tokenizer(titles, truncation=True, max_length=longest)["input_ids"] if len(title)]
-    alone = torch.cat([_unit_features(model, *_padded([row], padding)) for row in rows])
-    tokens, mask = _padded(rows, padding)
-
-    def changed(given: torch.Tensor | None) -> bool:
-        return (_unit_features(model, tokens, given) - alone).abs().max().item() > TOLERANCE
-
-    masks = changed(None)
-    pads = masks and changed(mask)
-    if pads:
-        masks = False
-        tokens, mask = _padded([row + [padding] * (longest - len(row)) for row in rows], padding)
-    first, last, width = _sensitive_places(model, "text", input_ids=tokens, attention_mask=mask if masks else None)
+    longest = _longest_title(model, tokenizer)
+    rows = _tried_titles(model, tokenizer, longest)
+    padding = padding_token(tokenizer)
+    masks, pads = _padding_rule(model, rows, padding)
+    padded = [row + [padding] * (longest - len(row)) for row in rows] if pads else rows
+    tokens, mask = _padded(padded, padding)
+    first, last, width = _pooled_tokens(model, "text", input_ids=tokens, attention_mask=mask if masks else None)
     widths = [("text", width)]
     end = _check_reading(first[0], last[0], rows[0], tokens)
     class_token = False
     if image is not None:
-        _, pooled, width = _sensitive_places(model, "image", pixel_values=image)
+        _, pooled, width = _pooled_tokens(model, "image", pixel_values=image)
         class_token = pooled.shape[1] > 1 and bool(pooled[0, 0]) and not pooled[0, 1:].any()
         widths = [("image", width), *widths]
     for kind in ("first", "last", "end", "highest", "final", "mean"):
@@ -118,6 +105,32 @@ def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenize
                 raise ValueError("its features of a title change with padding, whether masked or not")
             return traits
     raise ValueError("its text tower pools neither one token of a title, the first, the last or a special one, nor their mean")
+
+
+def _tried_titles(model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[list[int]]:
+    """Token numbers of an ordinary title, which comes first, and of unusual ones, at most `longest` each."""
+    embeddings = getattr(tower(model, "text").config, "vocab_size", None)
+    highest = max(tokenizer.get_vocab().values())
+    if embeddings and highest >= embeddings:
+        sizes = f"its tokenizer has tokens up to number {highest}, its text tower {embeddings} token embeddings"
+        raise ValueError(f"its parts do not fit together: {sizes}")
+    specials = " ".join(tokenizer.all_special_tokens)
+    titles = ["red lamp of wood and steel", "", "lamp", f"red {specials} lamp", "very long title " * longest]
+    return [title for title in tokenizer(titles, truncation=True, max_length=longest)["input_ids"] if len(title)]
+
+
+def _padding_rule(model: nn.Module, rows: list[list[int]], padding: int) -> tuple[bool, bool]:
+    """Whether titles need a mask to have the features in a batch that they have alone; whether not even that is enough."""
+    alone = torch.cat([_unit_features(model, *_padded([row], padding)) for row in rows])
+    tokens, mask = _padded(rows, padding)
+
+    def changed(given: torch.Tensor | None) -> bool:
+        return (_unit_features(model, tokens, given) - alone).abs().max().item() > TOLERANCE
+
+    if not changed(None):
+        return False, False
+    pads = changed(mask)
+    return not pads, pads
 
 
 def _check_reading(read: torch.Tensor, pooled: torch.Tensor, title: list[int], tokens: torch.Tensor) -> int:

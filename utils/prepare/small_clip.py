@@ -18,7 +18,7 @@ from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically
 from utils.data.images import on_all_cores
 from utils.data.problems import Problems, format_image_problem
-from utils.items.store import read_image
+from utils.items.preprocessing import read_image
 from utils.prepare.small_tokenizer import train_tokenizer
 
 IMAGE_SIZE = 48  # pixels a side; in patches of 16 these are 9, so that an image costs about as much as its title

@@ -79,7 +79,7 @@ def build_encoder(options: argparse.Namespace, dataset: Dataset) -> tuple[ItemEn
     if options.peft_type == "frozen":
         features = foundation.features(store, device, modality)
         return FrozenEncoder(features.shape[1], count_parameters(foundation.clip)), FeatureStore(features)
-    precision = PRECISIONS[options.precision]
+    precision = PRECISIONS.get(options.precision)
     return peft_encoder(options, foundation, options.gradient_checkpointing, precision), store
 
 

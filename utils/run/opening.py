@@ -44,24 +44,6 @@ def train(description: str, peft_types: tuple[str, ...], stages: Callable[[Run],
             run.report()
 
 
-def _settle_precision(options: argparse.Namespace, saved: dict[str, Any] | None, finished: bool) -> str:
-    """Fill in the precision to compute in, and return the run's own: by default that which it started with.
-
-    They differ where a run that was trained in fp16 on CUDA is evaluated elsewhere.
-
-    Raises:
-        PerPEFTError: the device cannot train in it.
-    """
-    chosen = options.precision or (saved or {}).get("precision")
-    if options.precision is None and chosen == "fp16" and not options.device.startswith("cuda"):
-        if not finished:
-            raise PerPEFTError(f"this run was started in fp16 on CUDA, not {options.device}; continue it there, or use --restart")
-        options.precision = "fp32"
-        return chosen
-    options.precision = choose_precision(chosen, options.device)
-    return options.precision
-
-
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     """Read the data, build the model, and open or make the run folder, which is locked meanwhile.
@@ -82,14 +64,12 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     restart = options.restart and writes
     saved = None if restart else folder.saved_settings()
     options.device = choose_device(options.device)
-    settled = _settle_precision(options, saved, folder.is_finished)
+    trained_in = _settle_precision(options, saved, folder.is_finished)
     accelerator = make_accelerator(options.device, options.precision == "fp16", options.log_with, str(folder.path))
     num_groups = options.C if has_groups(options) else 1
     dataset = read_dataset(options.train_dir, options.dataset, needs_contents(options), image_use(options), num_groups)
-    settings = with_moved_models({**run_settings(options, dataset), "precision": settled}, saved, options, dataset)
-    with contextlib.ExitStack() as stack:
-        if writes and accelerator.is_main_process:
-            stack.enter_context(folder.lock())
+    settings = with_moved_models({**run_settings(options, dataset), "precision": trained_in}, saved, options, dataset)
+    with folder.lock() if writes and accelerator.is_main_process else contextlib.nullcontext():
         if not restart:
             folder.check_settings(settings)
         finished, started = folder.is_finished and not restart, folder.has_state and not restart
@@ -98,16 +78,14 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
             raise PerPEFTError(f"{folder.path} holds no finished run; train it first, without --inference_only")
         if finished and writes:
             if accelerator.is_main_process:
-                folder.remove_state()  # left by a run that was killed right after its summary
-                print(f"{folder.path} is finished; --restart trains it again")
-                reports.print_results(read_summary(folder.path / "summary.json"), folder.path)
+                _show_finished(folder)
             yield None
             return
         run = Run(options, dataset, *build_model(options, dataset), folder.path, settings, accelerator)
         if options.init_from and writes and not started:
             run.read_initial_global()
-        accelerator.wait_for_everyone()
-        if writes and accelerator.is_main_process:  # only now that nothing is missing may a restart discard anything
+        accelerator.wait_for_everyone()  # only now that no rank misses anything may a restart discard what is there
+        if writes and accelerator.is_main_process:
             folder.begin(settings, restart)
             if options.log_with:
                 run.epoch_log = EpochLog(accelerator, options.log_with, folder.path, settings)
@@ -115,14 +93,43 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
         try:
             yield run
         except BaseException as error:
-            if run.checkpoint and run.checkpoint.saved:
-                way_on = f"; the same command{' without --restart' if options.restart else ''} continues from there"
-                if not (isinstance(error, (KeyboardInterrupt, OSError)) or is_out_of_memory(error)):
-                    way_on = ""  # where the same error, such as a loss that is not finite, would come again
-                print(f"{folder.path} is saved up to {run.checkpoint.saved}{way_on}", file=sys.stderr)
-            if is_out_of_memory(error):
-                print(FULL_MEMORY, file=sys.stderr)
+            _say_how_to_go_on(run, error)
             for tracker in accelerator.trackers:
                 tracker.finish()
             raise
         accelerator.end_training()
+
+
+def _show_finished(folder: RunFolder) -> None:
+    folder.remove_state()  # left by a run that was killed right after its summary
+    print(f"{folder.path} is finished; --restart trains it again")
+    reports.print_results(read_summary(folder.path / "summary.json"), folder.path)
+
+
+def _settle_precision(options: argparse.Namespace, saved: dict[str, Any] | None, finished: bool) -> str:
+    """Fill in the precision to compute in, and return the run's own: by default that which it started with.
+
+    They differ where a run that was trained in fp16 on CUDA is evaluated elsewhere.
+
+    Raises:
+        PerPEFTError: the device cannot train in it.
+    """
+    chosen = options.precision or (saved or {}).get("precision")
+    if options.precision is None and chosen == "fp16" and not options.device.startswith("cuda"):
+        if not finished:
+            raise PerPEFTError(f"this run was started in fp16 on CUDA, not {options.device}; continue it there, or use --restart")
+        options.precision = "fp32"
+        return chosen
+    options.precision = choose_precision(chosen, options.device)
+    return options.precision
+
+
+def _say_how_to_go_on(run: Run, error: BaseException) -> None:
+    """Print how far a run is saved that an error or a signal has ended, and what the same command would do."""
+    full = is_out_of_memory(error)
+    if run.checkpoint and run.checkpoint.saved:
+        way_on = f"; the same command{' without --restart' if run.options.restart else ''} continues from there"
+        comes_again = not (full or isinstance(error, (KeyboardInterrupt, OSError)))  # such as a loss that is not finite
+        print(f"{run.folder} is saved up to {run.checkpoint.saved}{'' if comes_again else way_on}", file=sys.stderr)
+    if full:
+        print(FULL_MEMORY, file=sys.stderr)

@@ -1,6 +1,7 @@
 """Options of the training scripts, and of those that open a finished run."""
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,24 @@ def _peft_settings(path: str) -> dict[str, Any]:
 def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of a training script for some kinds of adapter; those that only one kind needs are left out for others."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-    run = parser.add_argument_group("run")
+    _add_run_options(parser.add_argument_group("run"))
+    _add_training_options(parser.add_argument_group("training"))
+    _add_recommender_options(parser.add_argument_group("recommender"))
+    adapters = parser.add_argument_group("foundation model and adapters")
+    if "lora" in peft_types:
+        _add_peft_options(adapters, peft_types)
+    else:
+        settings = {"peft_config": None, "rank": None, "gradient_checkpointing": False, "precision": "fp32"}
+        parser.set_defaults(peft_type=peft_types[0], **settings)
+    add_model_options(adapters)
+    adapters.add_argument("--C", type=COUNT, default=None, help="user groups (default: 8; demo: 4)")
+    adapters.add_argument("--missing_images", **SHARED_OPTIONS["--missing_images"])
+    comparison = parser.add_argument_group("comparison (the paper's Tables 2 and 3)")
+    _add_comparison_options(comparison, [name for name in METHODS if name != "large_global" or "lora" in peft_types])
+    return parser
+
+
+def _add_run_options(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--dataset", **SHARED_OPTIONS["--dataset"])
     run.add_argument("--train_dir", **SHARED_OPTIONS["--train_dir"])
     run.add_argument("--output_dir", default="./runs", help="where the run folder is made")
@@ -53,7 +71,8 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     run.add_argument("--log_with", choices=("none", *TRACKERS), default="none", help="log every epoch there too (wandb: offline)")
     run.add_argument("--debug", **SHARED_OPTIONS["--debug"])
 
-    training = parser.add_argument_group("training")
+
+def _add_training_options(training: argparse._ArgumentGroup) -> None:
     training.add_argument("--lr", type=RATE, default=None, help="learning rate (default: perpeft_hyperparameter.pickle's)")
     training.add_argument("--wdecay", type=WEIGHT, default=None, help="weight decay (default: perpeft_hyperparameter.pickle's)")
     training.add_argument("--batch_size", type=COUNT, default=16, help="users a batch")
@@ -61,7 +80,8 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     training.add_argument("--num_epochs", type=COUNT, default=20, help="epochs of stage 3, personalized PEFT")
     training.add_argument("--l2_emb", type=WEIGHT, default=1e-6, help="weight of the L2 norm of the item embeddings")
 
-    recommender = parser.add_argument_group("recommender")
+
+def _add_recommender_options(recommender: argparse._ArgumentGroup) -> None:
     recommender.add_argument("--maxlen", type=SIZE, default=10, help="longest history that is read")
     recommender.add_argument("--hidden_units", type=SIZE, default=32, help="width")
     recommender.add_argument("--num_blocks", type=BLOCKS, default=2, help="attention blocks")
@@ -69,47 +89,40 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     recommender.add_argument("--dropout_rate", type=SHARE, default=0.3, help="dropout")
     recommender.add_argument("--weight_scalar", type=WEIGHT, default=0.5, help="weight of the multimodal item vector")
 
-    adapters = parser.add_argument_group("foundation model and adapters")
-    if len(peft_types) > 1:
-        adapters.add_argument(
-            "--peft_type",
-            type=_peft_type,
-            default=None,
-            metavar="NAME",
-            help=f"adapter: lora or ia3 (the paper's), or another tuner of peft: {', '.join(peft_types[2:])} (default: lora)",
-        )
-        adapters.add_argument(
-            "--peft_config",
-            type=_peft_settings,
-            default=None,
-            metavar="FILE.json",
-            help="the adapter's settings, as peft's adapter_config.json has them (default: the paper's, or peft's)",
-        )
-    add_model_options(adapters)
-    if "lora" in peft_types:
-        adapters.add_argument("--rank", type=SIZE, default=PAPER_RANK, help="rank of lora and dora")
-        adapters.add_argument(
-            "--gradient_checkpointing",
-            action="store_true",
-            help="compute layers twice instead of keeping them for the backward pass: less memory, the same result",
-        )
-        adapters.add_argument(
-            "--precision",
-            choices=tuple(PRECISIONS),
-            default=None,
-            help="arithmetic of the foundation model (default: fp16 on CUDA, as in the paper's code; fp32 elsewhere)",
-        )
-    else:
-        parser.set_defaults(peft_config=None, rank=None, gradient_checkpointing=False, precision="fp32")
-    adapters.add_argument("--C", type=COUNT, default=None, help="user groups (default: 8; demo: 4)")
-    adapters.add_argument("--missing_images", **SHARED_OPTIONS["--missing_images"])
-    if len(peft_types) == 1:
-        parser.set_defaults(peft_type=peft_types[0])
 
-    comparison = parser.add_argument_group("comparison (the paper's Tables 2 and 3)")
+def _add_peft_options(adapters: argparse._ArgumentGroup, peft_types: tuple[str, ...]) -> None:
+    adapters.add_argument(
+        "--peft_type",
+        type=_peft_type,
+        default=None,
+        metavar="NAME",
+        help=f"adapter: lora or ia3 (the paper's), or another tuner of peft: {', '.join(peft_types[2:])} (default: lora)",
+    )
+    adapters.add_argument(
+        "--peft_config",
+        type=_peft_settings,
+        default=None,
+        metavar="FILE.json",
+        help="the adapter's settings, as peft's adapter_config.json has them (default: the paper's, or peft's)",
+    )
+    adapters.add_argument("--rank", type=SIZE, default=PAPER_RANK, help="rank of lora and dora")
+    adapters.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute layers twice instead of keeping them for the backward pass: less memory, the same result",
+    )
+    adapters.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default=None,
+        help="arithmetic of the foundation model (default: fp16 on CUDA, as in the paper's code; fp32 elsewhere)",
+    )
+
+
+def _add_comparison_options(comparison: argparse._ArgumentGroup, methods: list[str]) -> None:
     comparison.add_argument(
         "--method",
-        choices=[method for method in METHODS if method != "large_global" or "lora" in peft_types],
+        choices=methods,
         default="perpeft",
         help="perpeft: all three stages; the others train stage 1 alone, for --global_epochs + --num_epochs epochs: global (one "
         "adapter), large_global (one of C times the rank; LoRA), frozen (CLIP as it is), none (item embeddings only)",
@@ -127,7 +140,6 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
         default=None,
         help="start stage 3 from a global model instead of training one: a run folder, or the authors' pretrained_models folder",
     )
-    return parser
 
 
 def add_model_options(parser: argparse._ActionsContainer) -> None:
@@ -231,14 +243,15 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     _check_method(parser, options)
     known = demo_hyperparameters(options.peft_type) if is_demo else read_hyperparameters(options.dataset, options.peft_type)
     source = "the demo's" if is_demo else "perpeft_hyperparameter.pickle" if known else "default"
-    origins = []
-    for name, value in (known or FALLBACK).items():
-        given = getattr(options, name) is not None
-        if not given:
-            try:
-                setattr(options, name, {"lr": RATE, "wdecay": WEIGHT}[name](str(value)))
-            except argparse.ArgumentTypeError as error:
-                parser.error(f"perpeft_hyperparameter.pickle's {name} for {options.dataset} and {options.peft_type}: {error}")
-        origins.append(f"{name} {getattr(options, name):g} ({'given' if given else source})")
-    print(", ".join(origins), flush=True)
+
+    def choose(name: str, given: float | None, check: Callable[[str], float]) -> tuple[float, str]:
+        try:
+            value = check(str((known or FALLBACK)[name])) if given is None else given
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"perpeft_hyperparameter.pickle's {name} for {options.dataset} and {options.peft_type}: {error}")
+        return value, f"{name} {value:g} ({source if given is None else 'given'})"
+
+    options.lr, rate = choose("lr", options.lr, RATE)
+    options.wdecay, decay = choose("wdecay", options.wdecay, WEIGHT)
+    print(f"{rate}, {decay}", flush=True)
     return options

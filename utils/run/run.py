@@ -26,6 +26,7 @@ from utils.run.tracking import EpochLog
 from utils.training import checkpoints
 from utils.training.checkpoints import Checkpoint
 from utils.training.evaluation import Evaluator, Ranks, last_states
+from utils.training.foreign_weights import load_foreign_global
 from utils.training.grouping import kmeans_groups, random_groups
 from utils.training.progress import Progress, steps_between_reads
 from utils.training.sampling import Sampler, group_items
@@ -189,7 +190,7 @@ class Run:
         source = Path(self.options.init_from)
         if self.folder.resolve() in (source.resolve(), *source.resolve().parents):
             raise PerPEFTError(f"--init_from {source} is this run's own folder; choose another --output_dir")
-        checkpoints.load_foreign_global(self.model, source, self.options.peft_type, self.options.dataset)
+        load_foreign_global(self.model, source, self.options.peft_type, self.options.dataset)
 
     def _copy_global(self) -> None:
         started = time.monotonic()

@@ -1,0 +1,52 @@
+"""A global model to start from that another run, or the authors' code, has saved."""
+import glob
+import tempfile
+from pathlib import Path
+
+from models import IISANEncoder, PerPEFT
+from utils.common.errors import PerPEFTError
+from utils.training.checkpoints import load_weights
+
+
+def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: str) -> None:
+    """Read the global model of another run, or one that the authors' code has saved.
+
+    Args:
+        model: with one group.
+        where: a run folder, its `global/`, the authors' `pretrained_models/`, or one of the `sasrec_...pth` files in that:
+            `sasrec_{peft}_{dataset}_{epoch}_{lr}_{wdecay}.pth`, beside which `projector_...pth` and `clip_encoder_.../` (LoRA,
+            IA3) or `encoder_...pth` (IISAN) of the same ending lie.
+        peft_type, dataset: whose files are looked for in `pretrained_models/`.
+    Raises:
+        PerPEFTError: nothing there, several there, or weights of a model of another shape.
+    """
+    own = [folder for folder in (where / "global", where) if (folder / "sasrec.pth").is_file()]
+    if (where / "resume").is_dir():
+        raise PerPEFTError(f"--init_from {where} is a run that has not ended; finish it first, with its own command")
+    if own:
+        load_weights(model, own[0], "global")
+        return
+    prefix = f"sasrec_{peft_type}_{dataset}_"
+    found = [where] if where.is_file() else sorted(where.glob(f"{glob.escape(prefix)}*.pth"))
+    if len(found) != 1:
+        several = f"there are several, choose one of them: {', '.join(path.name for path in found[:5])}"
+        raise PerPEFTError(
+            f"--init_from {where}: "
+            + (several if found else f"neither a run folder with global/sasrec.pth nor a folder with {prefix}...pth is there")
+        )
+    ending = found[0].stem.removeprefix("sasrec_")
+    folder = found[0].parent
+    parts = {
+        f"projector_{ending}.pth": "projector.pth",
+        f"clip_encoder_{ending}": "adapter",
+        f"encoder_{ending}.pth": IISANEncoder.state_file,
+    }
+    with tempfile.TemporaryDirectory() as temporary:  # the same files under this project's names
+        (Path(temporary) / "sasrec.pth").symlink_to(found[0].resolve())
+        for theirs, ours in parts.items():
+            if (folder / theirs).exists():
+                (Path(temporary) / ours).symlink_to((folder / theirs).resolve())
+        try:
+            load_weights(model, Path(temporary), "global")
+        except PerPEFTError as error:
+            raise PerPEFTError(f"--init_from {found[0]}: {str(error).replace(temporary, str(folder))}") from error
