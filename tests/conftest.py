@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_lora_ia3
 from tests.zygote import shared_zygote, write_instead_of_drawing
+from utils.common.console import run_main
 from utils.prepare.small_tokenizer import train_tokenizer
 from utils.run.options import parse_options
+from utils.run.run import Run
 from utils.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -89,6 +92,16 @@ def tiny_titles():
     return titles
 
 
+TITLES = ["a lamp", "a mug", "a chair", "a clock", "a bag"]
+RAW_IDS = [f"B{item:03d}" for item in range(1, 6)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small sound data set `shop` of 5 items and 3 users, to be damaged."""
+    return write_dataset(tmp_path / "dataset", "shop", {1: [1, 2, 3, 4, 5], 2: [2, 1, 3], 5: [4]}, TITLES)
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory):
     """A data set `tiny` on disk: train_dir, name, histories by user number, titles."""
@@ -107,9 +120,9 @@ def can_train(dataset, user):
     return len(dataset.histories[user]) not in (0, 1, 3)
 
 
-def fresh_data(tiny_dataset, folder):
-    """A copy of `tiny` without what runs keep beside it."""
-    shutil.copytree(tiny_dataset.train_dir, folder, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*"))
+def fresh_data(tiny_dataset, folder, *without):
+    """A copy of `tiny` without what runs keep beside it, nor files of these patterns."""
+    shutil.copytree(tiny_dataset.train_dir, folder, ignore=shutil.ignore_patterns("tiny_store", "tiny_preX*", *without))
     return SimpleNamespace(name="tiny", train_dir=folder)
 
 
@@ -154,20 +167,59 @@ def iisan_arguments(dataset, clip, output_dir, **changes):
     return tiny_arguments(dataset, clip, output_dir, peft_type=None, **changes)
 
 
+def parsed(arguments, peft_types=("lora", "ia3")):
+    """The options of a command line."""
+    return parse_options("", peft_types, [str(part) for part in arguments])
+
+
 def tiny_options(*args, **changes):
     """`tiny_arguments`, parsed."""
-    changes_of_arguments = tiny_arguments(*args, **changes)
-    return parse_options("", ("lora", "ia3"), changes_of_arguments)
+    return parsed(tiny_arguments(*args, **changes))
 
 
-def run_script(arguments):
-    """Run perpeft_lora_ia3.py's main in this process."""
-    before = sys.argv
-    sys.argv = ["perpeft_lora_ia3.py", *arguments]
+def run_script(arguments, main=perpeft_lora_ia3.main):
+    """Run a script's main in this process."""
+    with mock.patch.object(sys, "argv", ["script", *map(str, arguments)]):
+        main()
+
+
+def trained(dataset, clip, output_dir, **changes):
+    """The folder of a run by `tiny_arguments`, the only one in `output_dir`."""
+    run_script(tiny_arguments(dataset, clip, output_dir, **changes))
+    (folder,) = output_dir.iterdir()
+    return folder
+
+
+def run_interrupted(arguments, method="_report_epoch", call=1, after=False):
+    """Run until one of Run's methods is called for so many times, and interrupt instead of that call, or after it."""
+    original, calls = getattr(Run, method), []
+
+    def interrupt(self, *args):
+        calls.append(args)
+        result = original(self, *args) if after or len(calls) < call else None
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    with mock.patch.object(Run, method, interrupt), pytest.raises(KeyboardInterrupt):
+        run_script(arguments)
+
+
+def run_on_folder(module, folder, *arguments):
+    """Run the main of a script that reads a run folder, in this process."""
+    run_script((folder, *arguments, "--device", "cpu"), module.main)
+
+
+def exit_code(arguments, main=perpeft_lora_ia3.main):
+    """Run a script as a process would, up to its end; 0 where it just returns."""
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        perpeft_lora_ia3.main()
+        run_script(arguments, lambda: run_main(main))
+    except SystemExit as end:
+        return end.code
     finally:
-        sys.argv = before
+        signal.signal(signal.SIGTERM, handler)
+    return 0
 
 
 @pytest.fixture(scope="session")
@@ -185,33 +237,21 @@ def tiny_run(tiny_dataset, tiny_clip, tmp_path_factory):
     """A finished LoRA run: its folder, its parsed options and its arguments. Read only: tests that write copy the folder."""
     output_dir = tmp_path_factory.mktemp("runs")
     arguments = tiny_arguments(tiny_dataset, tiny_clip, output_dir)
-    run_script(arguments)
-    folder = output_dir / RUN.format("lora")
-    return SimpleNamespace(folder=folder, options=parse_options("", ("lora", "ia3"), arguments), arguments=arguments)
+    folder = trained(tiny_dataset, tiny_clip, output_dir)
+    return SimpleNamespace(folder=folder, options=parsed(arguments), arguments=arguments)
 
 
 @pytest.fixture(scope="session")
 def tiny_global_run(tiny_dataset, tiny_clip, tmp_path_factory):
     """The folder of a finished run of a method without groups. Read only."""
     output_dir = tmp_path_factory.mktemp("global_runs")
-    run_script(tiny_arguments(tiny_dataset, tiny_clip, output_dir, method="global", global_epochs=1, num_epochs=1))
-    return output_dir / RUN.format("lora_global")
+    return trained(tiny_dataset, tiny_clip, output_dir, method="global", global_epochs=1, num_epochs=1)
 
 
 def make_trainer(model, fetch, lr=1e-2, wdecay=0.0, l2_emb=0.0):
     """A trainer alone on the CPU; `fetch(items)` returns the encoder's inputs."""
     source = SimpleNamespace(fetch=lambda items, device: fetch(items))
     return Trainer(model, source, Accelerator(cpu=True), lr=lr, wdecay=wdecay, l2_emb=l2_emb)
-
-
-def run_on_folder(module, folder, *arguments):
-    """Run the main of a script that reads a run folder, in this process."""
-    before = sys.argv
-    sys.argv = [module.__name__, *map(str, (folder, *arguments, "--device", "cpu"))]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
 
 
 @pytest.fixture

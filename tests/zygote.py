@@ -23,6 +23,25 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 
 
+def start(*command, **environment):
+    """Start Python with a script or module and its arguments, as a user does; stdout and stderr are one stream."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=settings, **pipes)
+
+
+def read_until(process, text):
+    """Read a started process's lines until one holds `text`."""
+    if not any(text in line for line in process.stdout):
+        raise AssertionError(f"the process ended without '{text}'")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @functools.cache
 def shared_zygote():
     """The one zygote of a test session, started when it is first needed."""
@@ -53,11 +72,8 @@ class Zygote:
         Returns:
             for every process code, output and losses (of its steps, in order)
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         order = {"arguments": [str(part) for part in arguments], "script": script, "kill_at": None, "full_at": None}
-        self._process.stdin.write(json.dumps({**order, "size": size, "port": port, "signal_at": signal_at}) + "\n\n")
+        self._process.stdin.write(json.dumps({**order, "size": size, "port": free_port(), "signal_at": signal_at}) + "\n\n")
         self._process.stdin.flush()
         self._process.stdout.readline()
         ends = json.loads(self._process.stdout.readline())

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel
 
 from scripts import explain_item, recommend
-from tests.analysis.test_report import check_page, classes
-from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments, write_dataset
-from tests.run.test_pipeline import tree
+from tests.analysis.pages import check_page, classes
+from tests.conftest import NUM_ITEMS, run_on_folder, trained, write_dataset
+from tests.plain import clip_inputs
+from tests.run_files import change_json, tree
 from utils.analysis.attention import explain_items, moved, words_of_tokens
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
@@ -48,11 +48,7 @@ def plain_attention(tiny_dataset, tiny_clip, adapter, item):
     """Shares of tokens and patches by transformers and peft alone: last layer, mean over heads, from the pooled position."""
     clip = CLIPModel.from_pretrained(tiny_clip, attn_implementation="eager")
     model = PeftModel.from_pretrained(clip, adapter).eval()
-    image = Image.open(tiny_dataset.train_dir / "tiny_images" / f"B{item:03d}.jpg")
-    inputs = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False)(image, return_tensors="pt")
-    title = tiny_dataset.titles[item - 1] or "No description available."
-    inputs |= AutoTokenizer.from_pretrained(tiny_clip)([title], truncation=True, max_length=16, return_tensors="pt")
-    output = model(**inputs, output_attentions=True)
+    output = model(**clip_inputs(tiny_dataset, tiny_clip, [item]), output_attentions=True)
     tokens = output.text_model_output.attentions[-1][0].mean(0)[-1, 1:-1]  # from the end of text, to what lies between
     patches = output.vision_model_output.attentions[-1][0].mean(0)[0, 1:]
     return (tokens / tokens.sum()).numpy(), (patches / patches.sum()).numpy()
@@ -98,8 +94,7 @@ def test_explanation_is_written_and_printed(copied_run, tiny_dataset, capsys):
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_run_of_one_modality_shows_what_it_looks_at(tiny_dataset, tiny_clip, tmp_path, modality):
     changes = {"modality": modality, "method": "global", "global_epochs": 1, "num_epochs": 1}
-    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, peft_type="ia3", **changes))
-    (folder,) = tmp_path.iterdir()
+    folder = trained(tiny_dataset, tiny_clip, tmp_path, peft_type="ia3", **changes)
     explanation = explained(folder, tiny_dataset.train_dir, 1)
     (view,) = explanation.views
     assert (view.words is None, view.patches is None) == (modality == "image", modality == "text")
@@ -113,8 +108,7 @@ def test_end_of_text_within_a_title_ends_what_is_read(tiny_dataset, tiny_clip, t
     titles = ["red lamp <|endoftext|> pale mug", "<|endoftext|> pale mug", *tiny_dataset.titles[2:]]
     dataset = SimpleNamespace(train_dir=write_dataset(tmp_path, "tiny", tiny_dataset.histories, titles), name="tiny")
     changes = {"method": "global", "global_epochs": 1, "num_epochs": 1}
-    run_script(tiny_arguments(dataset, tiny_clip, tmp_path / "runs", **changes))
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = trained(dataset, tiny_clip, tmp_path / "runs", **changes)
     explanation = explained(folder, tmp_path, 1)
     assert explanation.words == ["red", "lamp"] and explanation.views[0].words.shape == (2,)
     capsys.readouterr()
@@ -129,10 +123,8 @@ def test_end_of_text_within_a_title_ends_what_is_read(tiny_dataset, tiny_clip, t
 def test_raw_id_that_begins_with_a_dash_is_found(copied_run, tiny_dataset, tmp_path):
     raw_ids = ["-0iIxySkp97W", "--device", *(f"B{item:03d}" for item in range(3, NUM_ITEMS + 1))]
     folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, tiny_dataset.titles, raw_ids)
-    path = copied_run.folder / "summary.json"
-    summary = json.loads(path.read_text())
-    summary["dataset_fingerprint"] = dataset_fingerprint(read_dataset(folder, "tiny"))
-    path.write_text(json.dumps(summary))
+    own = {"dataset_fingerprint": dataset_fingerprint(read_dataset(folder, "tiny"))}
+    change_json(copied_run.folder / "summary.json", lambda summary: summary.update(own))
     run_explain(copied_run.folder, folder, "-0iIxySkp97W")
     assert "-0iIxySkp97W" in check_page(copied_run.folder / "figures" / "explain_item_1.html").text
     run_on_folder(recommend, copied_run.folder, "--train_dir", folder, "--history", "-0iIxySkp97W", "B003", "--top_k", 2)
@@ -142,10 +134,7 @@ def test_raw_id_that_begins_with_a_dash_is_found(copied_run, tiny_dataset, tmp_p
 
 @pytest.mark.parametrize("peft_type", ["iisan", "frozen", "none"])
 def test_run_without_adapters_inside_clip_is_refused(copied_run, tiny_dataset, peft_type):
-    path = copied_run.folder / "summary.json"
-    summary = json.loads(path.read_text())
-    summary["config"]["peft_type"] = peft_type
-    path.write_text(json.dumps(summary))
+    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(peft_type=peft_type))
     with pytest.raises(PerPEFTError, match=f"--peft_type {peft_type}, which leaves CLIP's attention as it is") as raised:
         run_explain(copied_run.folder, tiny_dataset.train_dir, 1)
     assert len(str(raised.value).splitlines()) == 1
@@ -158,10 +147,7 @@ def test_unknown_item_is_refused(tiny_run, tiny_dataset, name):
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_unfinished_run_and_damaged_adapter_are_refused(copied_run, tiny_dataset):
+def test_damaged_adapter_is_refused(copied_run, tiny_dataset):
     (copied_run.folder / "personalized" / "group_2" / "adapter" / "adapter_model.safetensors").write_bytes(b"none")
     with pytest.raises(PerPEFTError, match="group_2 cannot be read"):
-        run_explain(copied_run.folder, tiny_dataset.train_dir, 1)
-    (copied_run.folder / "summary.json").unlink()
-    with pytest.raises(PerPEFTError, match="holds no finished run"):
         run_explain(copied_run.folder, tiny_dataset.train_dir, 1)

@@ -1,12 +1,12 @@
 """The benchmark's plain baselines compute the same as the project's own ways, and its JSON holds what is promised."""
 import json
-import sys
 
 import numpy as np
 import torch
 
 from models import IISAN
 from scripts import benchmark as script
+from tests.conftest import run_script
 from utils.analysis.baselines import PlainIISAN, plain_ranking_loop
 from utils.data.histories import Histories
 from utils.training.evaluation import rank_targets
@@ -45,11 +45,10 @@ def test_plain_iisan_computes_the_same_from_the_same_weights():
 
 def test_json_holds_the_promised_ratios(tiny_dataset, tiny_clip, tmp_path, monkeypatch):
     path = tmp_path / "figures.json"
-    arguments = ["--dataset", tiny_dataset.name, "--train_dir", str(tiny_dataset.train_dir), "--clip_model", str(tiny_clip)]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--device", "cpu", "--repeats", "1", "--json", str(path)])
     monkeypatch.setattr(script, "SIZES", (40, 80))
     monkeypatch.setattr(script, "CATALOGUE_ITEMS", 50)
-    script.main()
+    arguments = ["--dataset", tiny_dataset.name, "--train_dir", tiny_dataset.train_dir, "--clip_model", tiny_clip]
+    run_script([*arguments, "--device", "cpu", "--repeats", "1", "--json", path], script.main)
     figures = json.loads(path.read_text())
     for peft_type in ("lora", "ia3", "iisan"):
         for name in ("step_over_bare_encoder", "encode_over_bare_encoder", "personalized_step_over_bare_encoder", "sampling_ms"):

@@ -1,52 +1,19 @@
 """Recommendations and exported vectors against peft, transformers and loops alone; and what is said where there are none."""
 import json
 import re
-import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from models import SASRec
-from scripts import export_vectors, recommend, report
-from tests.analysis.test_report import check_page, classes
-from tests.conftest import NUM_ITEMS, run_on_folder, run_script, tiny_arguments, write_dataset
-from tests.run.test_pipeline import read_csv, tree
+from scripts import explain_item, export_vectors, recommend, report
+from tests.analysis.pages import check_page, classes
+from tests.conftest import NUM_ITEMS, run_on_folder, trained
+from tests.plain import ITEMS, naive_rank, plain_model, plain_state
+from tests.run_files import change_json, groups_of, ranks_of, tree
 from utils.analysis.recommendation import best_items, choose_groups
 from utils.common.errors import PerPEFTError
 from utils.run.finished import open_finished
-
-ITEMS = range(1, NUM_ITEMS + 1)
-
-
-@torch.no_grad()
-def plain_model(folder, where, tiny_dataset, tiny_clip):
-    """SASRec of a stage's folder, and the e_i by the adapter in `where`, without this project's encoders."""
-    sasrec = SASRec(NUM_ITEMS).eval()
-    sasrec.load_state_dict(torch.load(folder / "sasrec.pth", weights_only=True))
-    images = tiny_dataset.train_dir / "tiny_images"
-    inputs = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False)(
-        [Image.open(images / f"B{item:03d}.jpg") for item in ITEMS], return_tensors="pt"
-    )
-    titles = [title or "No description available." for title in tiny_dataset.titles]
-    inputs |= AutoTokenizer.from_pretrained(tiny_clip)(titles, padding=True, truncation=True, max_length=16, return_tensors="pt")
-    output = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), where / "adapter").eval()(**inputs)
-    weights = torch.load(where / "projector.pth", weights_only=True)
-    x = torch.cat([torch.zeros(1, 32), torch.cat([output.image_embeds, output.text_embeds], 1)])
-    x = x @ weights["projector.0.weight"].T + weights["projector.0.bias"]
-    x = torch.layer_norm(x, (64,), weights["projector.1.weight"], weights["projector.1.bias"], 1e-8).relu()
-    x = x @ weights["projector.3.weight"].T + weights["projector.3.bias"]
-    P = torch.layer_norm(x, (32,), weights["last_layernorm.weight"], weights["last_layernorm.bias"], 1e-8)
-    return SimpleNamespace(sasrec=sasrec, P=P, e=0.5 * P + sasrec.item_emb.weight)
-
-
-@torch.no_grad()
-def plain_state(model, history):
-    return model.sasrec.states(torch.tensor([([0] * 10 + history)[-10:]]), model.P)[0, -1]
 
 
 @torch.no_grad()
@@ -66,14 +33,6 @@ def plain(tiny_run, tiny_dataset, tiny_clip):
         where = folder / "personalized" / f"group_{group}"
         models[group] = plain_model(folder / "personalized", where, tiny_dataset, tiny_clip)
     return models
-
-
-def groups_of(folder):
-    return {int(row["user"]): int(row["group"]) for row in read_csv(folder / "groups.csv")}
-
-
-def ranks_of(folder, stage):
-    return {int(row["user"]): int(row["test_rank"]) for row in read_csv(folder / f"{stage}_ranks.csv")}
 
 
 def read_result(folder, name):
@@ -219,7 +178,7 @@ def test_exported_vectors_reproduce_the_ranks_that_training_wrote(tiny_run, tiny
         *history, target = tiny_dataset.histories[user]
         if len(history) >= 2:
             scores = tables[groups[row]] @ users[row]
-            ranks[user] = sum(scores[item - 1] >= scores[target - 1] for item in ITEMS if item not in (*history, target))
+            ranks[user] = naive_rank([0.0, *scores], target, history)
     assert ranks == ranks_of(tiny_run.folder, "personalized")
     assert tree(tiny_run.folder) == before
 
@@ -289,10 +248,10 @@ def test_page_needs_a_name_that_ends_in_html(tiny_run, tiny_dataset, capsys):
     assert "argument --output: 'page.png': expected a name that ends in .html" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [report, recommend, export_vectors])
+@pytest.mark.parametrize("script", [report, recommend, export_vectors, explain_item])
 def test_unfinished_run_is_refused(copied_run, tiny_dataset, tmp_path, script):
     (copied_run.folder / "summary.json").unlink()
-    more = {recommend: ("--user", 8), export_vectors: ("--output", tmp_path / "out")}.get(script, ())
+    more = {recommend: ("--user", 8), export_vectors: ("--output", tmp_path / "out"), explain_item: ("--item", 1)}.get(script, ())
     for folder, message in ((copied_run.folder, "holds no finished run"), (tmp_path / "nowhere", "is not there")):
         with pytest.raises(PerPEFTError, match=message) as raised:
             run_on_folder(script, folder, "--train_dir", tiny_dataset.train_dir, *more)
@@ -300,25 +259,8 @@ def test_unfinished_run_is_refused(copied_run, tiny_dataset, tmp_path, script):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_changed_interactions_are_refused(tiny_run, tiny_dataset, tmp_path):
-    histories = {**tiny_dataset.histories, 8: tiny_dataset.histories[8][::-1]}
-    folder = write_dataset(tmp_path / "dataset", "tiny", histories, tiny_dataset.titles)
-    with pytest.raises(PerPEFTError, match="or raw ids have changed"):
-        open_finished(tiny_run.folder, "cpu", folder)
-
-
-def test_changed_titles_are_refused(tiny_run, tiny_dataset, tmp_path):
-    shutil.copytree(tiny_dataset.train_dir, tmp_path / "dataset")
-    folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, ["other", *tiny_dataset.titles[1:]], draw=False)
-    with pytest.raises(PerPEFTError, match="titles or images, or the files of the .*, have changed"):
-        open_finished(tiny_run.folder, "cpu", folder)
-
-
 def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_dataset, tiny_clip):
-    path = copied_run.folder / "summary.json"
-    summary = json.loads(path.read_text())
-    summary["config"]["clip_model"] = "moved/away"
-    path.write_text(json.dumps(summary))
+    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(clip_model="moved/away"))
     with pytest.raises(PerPEFTError, match="'moved/away', which is no folder here, lies elsewhere: name it by --clip_model DIR"):
         open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir)
     run = open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir, {"clip_model": str(tiny_clip)})
@@ -326,8 +268,7 @@ def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_da
 
 
 def test_random_groups_have_no_nearest_centre(tiny_dataset, tiny_clip, tmp_path):
-    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, grouping="random", global_epochs=1, num_epochs=1))
-    (folder,) = tmp_path.iterdir()
+    folder = trained(tiny_dataset, tiny_clip, tmp_path, grouping="random", global_epochs=1, num_epochs=1)
     with pytest.raises(PerPEFTError, match="groups are random"):
         run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--history", "B001")
     run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--user", 8)

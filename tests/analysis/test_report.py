@@ -1,8 +1,6 @@
 """The report: its numbers against hand-computed ones, and the page as a parser of HTML sees it."""
-import json
 import math
 import re
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,89 +8,15 @@ import pytest
 from PIL import Image
 
 from scripts import report
+from tests.analysis.pages import check_page, classes
 from tests.conftest import run_on_folder, run_script, write_dataset
-from tests.run.test_pipeline import read_csv, tree
+from tests.run_files import change_json, groups_of, ranks_of, summary_of, tree
 from utils.analysis.figures import group_colours, inline_svg, plot_users
 from utils.analysis.groups import intervals_by_group, mean_interval, typical_items
 from utils.analysis.page import thumbnail
 from utils.analysis.report import choose_users, write_report
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
-
-VOID = {"meta", "br", "img", "input", "link", "hr"}
-
-
-class Parsed(HTMLParser):
-    """A page's elements; checks on the way that every element is closed where it must be."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.texts, self.headings, self._open = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if re.fullmatch("h[1-6]", tag):
-            self.headings.append(int(tag[1]))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self._open and self._open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, text):
-        self.texts.append(text)
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", "".join(self.texts))
-
-    def all(self, *tags):
-        return [attributes for tag, attributes in self.elements if tag in tags]
-
-
-def check_page(path):
-    """What holds for every page; returns it parsed."""
-    page = Parsed(path.read_text(encoding="utf-8"))
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    for tag, attributes in page.elements:
-        assert tag not in ("script", "link", "iframe", "object", "base")
-        assert not [name for name in attributes if name.startswith("on")]
-        for name in ("href", "src", "xlink:href", "aria-labelledby"):
-            target = attributes.get(name)
-            if target is None:
-                continue
-            if name == "aria-labelledby":
-                assert target in ids
-            elif target.startswith("#"):
-                assert target[1:] in ids, f"{target} leads nowhere"
-            else:
-                assert target.startswith(("data:image/jpeg;base64,", "data:image/png;base64,"))
-        for reference in re.findall(r"url\(([^)]*)\)", attributes.get("style", "") + attributes.get("clip-path", "")):
-            assert reference.lstrip("#") in ids
-        if tag == "svg":
-            assert attributes.get("aria-hidden") == "true" or (attributes["role"] == "img" and attributes["aria-label"])
-        if tag == "img":
-            assert attributes["alt"]
-        if tag == "th":
-            assert attributes["scope"] in ("row", "col")
-    (style,) = [text for text in page.texts if "prefers-color-scheme" in text]
-    assert "url(" not in style and "@import" not in style
-    assert page.headings[0] == 1 and page.headings.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:]))  # no level is left out
-    assert len(page.all("caption")) == len(page.all("table"))
-    assert page.all("html")[0]["lang"] == "en"
-    return page
-
-
-def classes(page, name):
-    return [attributes for _, attributes in page.elements if name in attributes.get("class", "").split()]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +30,7 @@ def tiny_page(tiny_run, tiny_dataset, tmp_path_factory):
 
 def test_page_shows_what_the_run_found(tiny_page, tiny_run):
     page, text = tiny_page.page, tiny_page.page.text
-    summary = json.loads((tiny_run.folder / "summary.json").read_text())
+    summary = summary_of(tiny_run.folder)
     for stage in ("global", "personalized"):
         for split in ("valid", "test"):
             for metric, value in summary[stage][split].items():
@@ -131,10 +55,7 @@ def test_every_item_in_a_list_leads_to_its_card_and_back(tiny_page):
 def test_marked_items_are_test_items(tiny_page, tiny_run, tiny_dataset):
     """As often as the ranks say that a shown user's test item is among the ten best."""
     users = [int(attributes["id"][5:]) for attributes in tiny_page.page.all("article") if attributes["id"].startswith("user-")]
-    ranks = {
-        stage: {int(row["user"]): int(row["test_rank"]) for row in read_csv(tiny_run.folder / f"{stage}_ranks.csv")}
-        for stage in ("global", "personalized")
-    }
+    ranks = {stage: ranks_of(tiny_run.folder, stage) for stage in ("global", "personalized")}
     found = sum(ranks[stage][user] < 10 for stage in ranks for user in users)
     assert found <= len(classes(tiny_page.page, "marked")) <= found + len(users)  # and the farthest group's, which no file holds
     assert found > 0
@@ -166,7 +87,7 @@ def test_runs_of_one_data_set_side_by_side(tiny_run, tiny_global_run, tiny_datas
     assert "Run A" in page.text and "Run B" in page.text  # attention
     assert len(classes(page, "differ")) >= 3  # method, epochs
     before, after = (
-        json.loads((folder / "summary.json").read_text())[stage]["test"]["NDCG@20"]
+        summary_of(folder)[stage]["test"]["NDCG@20"]
         for folder, stage in ((tiny_global_run, "global"), (tiny_run.folder, "personalized"))
     )
     assert f"{100 * (after - before):+.2f}" in page.text
@@ -192,10 +113,7 @@ def test_damaged_ranks_and_summary_are_refused(copied_run, tiny_dataset):
     (copied_run.folder / "personalized_ranks.csv").write_text("user,valid_rank,test_rank\n2,1\n")
     with pytest.raises(PerPEFTError, match="personalized_ranks.csv cannot be read"):
         run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
-    path = copied_run.folder / "summary.json"
-    summary = json.loads(path.read_text())
-    del summary["personalized"]
-    path.write_text(json.dumps(summary))
+    change_json(copied_run.folder / "summary.json", lambda summary: summary.pop("personalized"))
     with pytest.raises(PerPEFTError, match="summary.json is damaged"):
         run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
 
@@ -209,7 +127,7 @@ def test_damaged_metrics_are_refused(copied_run, tiny_dataset):
 def test_runs_that_cannot_be_compared_are_refused_before_any_is_opened(copied_run, tiny_run, monkeypatch):
     monkeypatch.delattr("utils.analysis.report.open_finished")
     path = copied_run.folder / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset_fingerprint": "other"}))
+    change_json(path, lambda summary: summary.update(dataset_fingerprint="other"))
     with pytest.raises(PerPEFTError, match="the runs are of different data sets"):
         write_report([copied_run.folder, tiny_run.folder], path)
     with pytest.raises(PerPEFTError, match="27 runs are more than the 26"):
@@ -327,9 +245,8 @@ def ndcg(rank):
 
 
 def test_gains_by_group_follow_from_the_ranks_and_their_total_from_the_summary(tiny_run, tiny_page):
-    groups = {row["user"]: int(row["group"]) for row in read_csv(tiny_run.folder / "groups.csv")}
-    before = {row["user"]: int(row["test_rank"]) for row in read_csv(tiny_run.folder / "global_ranks.csv")}
-    after = {row["user"]: int(row["test_rank"]) for row in read_csv(tiny_run.folder / "personalized_ranks.csv")}
+    groups = groups_of(tiny_run.folder)
+    before, after = ranks_of(tiny_run.folder, "global"), ranks_of(tiny_run.folder, "personalized")
     users = np.array(list(after))
     differences = np.array([ndcg(after[user]) - ndcg(before[user]) for user in users])
     found = intervals_by_group(differences, np.array([groups[user] for user in users]), 3)
@@ -342,6 +259,6 @@ def test_gains_by_group_follow_from_the_ranks_and_their_total_from_the_summary(t
         assert found[group].low < found[group].mean < found[group].high
         text = f"{100 * found[group].mean:+.2f} [{100 * found[group].low:+.2f}, {100 * found[group].high:+.2f}]"
         assert text in tiny_page.page.text
-    summary = json.loads((tiny_run.folder / "summary.json").read_text())
+    summary = summary_of(tiny_run.folder)
     total = summary["personalized"]["test"]["NDCG@20"] - summary["global"]["test"]["NDCG@20"]
     assert found[3].mean == pytest.approx(total, abs=1e-12) and found[3].users == len(after)

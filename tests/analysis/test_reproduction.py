@@ -1,15 +1,14 @@
 """scripts.reproduce_tables: the right runs, each once, and tables that say what the runs' files say."""
-import csv
 import json
 import math
 import shutil
-import sys
 
 import numpy as np
 import pytest
 
 from scripts import reproduce_tables
-from tests.conftest import tiny_arguments
+from tests.conftest import RUN, run_script, tiny_arguments
+from tests.run_files import change_json, read_csv, summary_of
 from utils.analysis.reproduction import estimated_seconds, format_plan, plan_runs
 from utils.analysis.tables import blocks_of, finished_blocks, markdown, paper_figures, write_tables
 from utils.common.errors import PerPEFTError
@@ -27,9 +26,8 @@ def passed_on(tiny_dataset, tiny_clip, output_dir):
     return arguments
 
 
-def reproduce(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["reproduce_tables", *map(str, arguments)])
-    reproduce_tables.main()
+def reproduce(*arguments):
+    run_script(arguments, reproduce_tables.main)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +36,7 @@ def tiny_tables(tiny_dataset, tiny_clip, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reproduction")
     common = passed_on(tiny_dataset, tiny_clip, folder / "runs")
     arguments = ["--dataset", "tiny", "--trials", 1, "--tables_dir", folder / "tables", *common]
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        reproduce(monkeypatch, *arguments)
+    reproduce(*arguments)
     return folder / "runs", folder / "tables", arguments
 
 
@@ -47,17 +44,17 @@ def test_every_row_has_its_run_and_stage_1_is_trained_once(tiny_tables):
     runs, _, _ = tiny_tables
     methods = ["none", "frozen", "lora_global", "lora", "lora_image", "lora_text", "lora_negatives_all", "lora_large_global"]
     methods.append("lora_grouping_random")
-    assert {run.name for run in runs.iterdir()} == {f"tiny_{method}_lr0.001_wd0.0001_seed0" for method in methods}
-    whole = json.loads((runs / "tiny_lora_lr0.001_wd0.0001_seed0" / "summary.json").read_text())
+    assert {run.name for run in runs.iterdir()} == {RUN.format(method) for method in methods}
+    whole = summary_of(runs / RUN.format("lora"))
     for method in ("negatives_all", "grouping_random"):
-        shared = json.loads((runs / f"tiny_lora_{method}_lr0.001_wd0.0001_seed0" / "summary.json").read_text())
+        shared = summary_of(runs / RUN.format(f"lora_{method}"))
         assert shared["global"]["best_epoch"] == 0 and shared["global"]["test"] == whole["global"]["test"]
 
 
 def test_tables_say_what_the_runs_say(tiny_tables):
     runs, tables, _ = tiny_tables
     assert {path.name for path in tables.iterdir()} == {"tiny.md", "tiny.csv", "tiny.tex"}
-    rows = list(csv.DictReader((tables / "tiny.csv").open()))
+    rows = read_csv(tables / "tiny.csv")
     assert [row["method"] for row in rows] == [
         "w/o MM", "Frozen MM", "Global PEFT", "PerPEFT",
         "w/o textual modality", "w/o visual modality", "w/o group-specific negatives", "Large Global PEFT", "Random grouping",
@@ -65,7 +62,7 @@ def test_tables_say_what_the_runs_say(tiny_tables):
     ]  # fmt: skip
     for place, name, stage in ((0, "none", "global"), (3, "lora", "personalized"), (5, "lora_text", "personalized")):
         row = rows[place]
-        summary = json.loads((runs / f"tiny_{name}_lr0.001_wd0.0001_seed0" / "summary.json").read_text())
+        summary = summary_of(runs / RUN.format(name))
         assert float(row["NDCG@30"]) == pytest.approx(100 * summary[stage]["test"]["NDCG@30"], abs=1e-4)
         assert row["NDCG@30_sd"] == row["NDCG@30_paper"] == "" and row["trials"] == "1"
     text = (tables / "tiny.md").read_text()
@@ -80,19 +77,19 @@ def test_a_second_call_trains_nothing(tiny_tables, monkeypatch, capsys):
         raise AssertionError("a finished run is trained again")
 
     monkeypatch.setattr(Run, "_train", refuse)
-    reproduce(monkeypatch, *arguments)
+    reproduce(*arguments)
     assert (tables / "tiny.csv").read_text() == before
     assert "0 of 9 runs to do" in capsys.readouterr().out
 
 
-def test_a_dry_run_lists_and_estimates_and_runs_nothing(tiny_tables, monkeypatch, capsys, tmp_path):
+def test_a_dry_run_lists_and_estimates_and_runs_nothing(tiny_tables, capsys, tmp_path):
     runs, _, arguments = tiny_tables
     copied = tmp_path / "runs"
     shutil.copytree(runs, copied)
     shutil.rmtree(copied / "tiny_lora_text_lr0.001_wd0.0001_seed0")
     changed = [str(copied) if argument == str(runs) else argument for argument in map(str, arguments)]
     changed[changed.index("--tables_dir") + 1] = str(tmp_path / "tables")
-    reproduce(monkeypatch, *changed, "--dry_run")
+    reproduce(*changed, "--dry_run")
     text = capsys.readouterr().out
     (line,) = [line for line in text.splitlines() if line.startswith("to do")]
     assert "--modality text" in line and " min" in line and "1 of 9 runs to do" in text
@@ -200,7 +197,7 @@ def test_no_user_differs_and_no_common_trial(tmp_path):
     assert compared.difference == 0 and math.isnan(compared.p) and "no user differs" in str(compared)
 
 
-def test_runs_with_other_settings_are_never_taken_for_these(tmp_path, monkeypatch, capsys):
+def test_runs_with_other_settings_are_never_taken_for_these(tmp_path):
     common = ["--output_dir", str(tmp_path / "runs")]
     finish(plan_runs("arts", [2], ["lora"], 1, common)[0], 0.5)
     shorter = plan_runs("arts", [2], ["lora"], 1, [*common, "--num_epochs", "3"])
@@ -209,13 +206,13 @@ def test_runs_with_other_settings_are_never_taken_for_these(tmp_path, monkeypatc
     assert blocks_of(shorter, "arts") == []
     arguments = ["--dataset", "arts", "--trials", 1, "--tables_dir", tmp_path / "tables", *common, "--num_epochs", 3]
     with pytest.raises(PerPEFTError, match="num_epochs 20 instead of 3"):  # before anything is trained or written
-        reproduce(monkeypatch, *arguments)
+        reproduce(*arguments)
     assert not (tmp_path / "tables").exists()
 
 
-def test_tables_hold_all_that_is_finished_whatever_was_asked_for_last(tiny_tables, monkeypatch):
+def test_tables_hold_all_that_is_finished_whatever_was_asked_for_last(tiny_tables):
     _, tables, arguments = tiny_tables
-    reproduce(monkeypatch, *arguments, "--tables", 2)
+    reproduce(*arguments, "--tables", 2)
     text = (tables / "tiny.md").read_text()
     assert "## Table 2, lora" in text and "## Table 3, lora" in text
 
@@ -224,8 +221,7 @@ def test_runs_of_different_data_make_no_table(tmp_path):
     runs = plan_runs("arts", [2], ["lora"], 2, ["--output_dir", str(tmp_path)])[:2]
     for run in runs:
         finish(run, 0.5)
-    path = runs[1].folder / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset_fingerprint": "other"}))
+    change_json(runs[1].folder / "summary.json", lambda summary: summary.update(dataset_fingerprint="other"))
     with pytest.raises(PerPEFTError, match="different data"):
         blocks_of(runs, "arts")
 
@@ -258,7 +254,7 @@ def test_markdown_csv_and_latex_of_the_same_figures(arts_blocks, tmp_path):
     tex = (tmp_path / "tables" / "arts.tex").read_text()
     assert r"PerPEFT & \textbf{60.00 (10.00)} & 6.62 &" in tex and r"Global PEFT [2 of 3 trials] & 40.00 (14.14) & 6.01" in tex
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2 and "% PerPEFT against Frozen MM" in tex
-    rows = list(csv.DictReader((tmp_path / "tables" / "arts.csv").open()))
+    rows = read_csv(tmp_path / "tables" / "arts.csv")
     assert rows[2]["HR@20"] == "60.0000" and rows[2]["HR@20_sd"] == "10.0000"
     assert (rows[2]["strongest_other"], rows[2]["difference"]) == ("Frozen MM", "10.0000") and rows[1]["p"] == ""
 

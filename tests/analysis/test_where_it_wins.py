@@ -1,11 +1,10 @@
 """Where PerPEFT wins, against cases computed by hand and a run's own ranks."""
-import sys
-
 import numpy as np
 import pytest
 
 from scripts import where_it_wins as script
-from tests.run.test_pipeline import read_csv
+from tests.conftest import run_script
+from tests.run_files import ranks_of
 from utils.analysis.export import export_vectors
 from utils.analysis.where_it_wins import by_depth, by_stratum, rank_in_groups
 from utils.common.errors import PerPEFTError
@@ -49,18 +48,16 @@ def test_ranks_and_share_by_hand(tmp_path):
         rank_in_groups(tmp_path, Histories.of_lists([[1, 3, 2]]), np.array([0]))
 
 
-def test_a_run_against_one_without_groups(tiny_run, tiny_global_run, tiny_dataset, tmp_path, monkeypatch, capsys):
+def test_a_run_against_one_without_groups(tiny_run, tiny_global_run, tiny_dataset, tmp_path, capsys):
     run = open_finished(tiny_run.folder, "cpu", tiny_dataset.train_dir)
     export_vectors(run, tmp_path / "vectors", "train_and_valid")
     found = rank_in_groups(tmp_path / "vectors", run.dataset.histories, np.load(tmp_path / "vectors" / "user_groups.npy"))
-    ranks = [int(line["test_rank"]) for line in read_csv(tiny_run.folder / "personalized_ranks.csv")]
+    ranks = list(ranks_of(tiny_run.folder, "personalized").values())
     np.testing.assert_array_equal(found.among_all, ranks)
-    arguments = [str(tiny_run.folder), str(tiny_global_run), "--train_dir", str(tiny_dataset.train_dir)]
-    monkeypatch.setattr(sys, "argv", ["where_it_wins", *arguments, "--vectors", str(tmp_path / "vectors")])
-    script.main()
+    more = [tiny_global_run, "--train_dir", tiny_dataset.train_dir]
+    run_script([tiny_run.folder, *more, "--vectors", tmp_path / "vectors"], script.main)
     text = capsys.readouterr().out
     assert row(text, "HR@10")[2] == f"{100 * np.mean([rank < 10 for rank in ranks]):.2f}"
     assert row(text, "vectors") and f"{100 * found.share.mean():.1f} %" in text
-    monkeypatch.setattr(sys, "argv", ["where_it_wins", arguments[1], *arguments[1:]])
     with pytest.raises(PerPEFTError, match="has no groups"):
-        script.main()
+        run_script([tiny_global_run, *more], script.main)

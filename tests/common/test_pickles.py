@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import write_dataset
+from tests.conftest import RAW_IDS
 from tests.forks import in_a_fork
+from tests.torch_files import with_pickle
 from utils.common.errors import PerPEFTError
 from utils.common.pickles import load_pickle
 from utils.data.dataset import read_dataset
 from utils.items.hidden_states import HiddenStateStore, states_path
 
 DEEP = 300_000  # levels of nesting, of which a third overflow the stack of what follows them by recursion
-IDS = [f"B{item:03d}" for item in range(1, 6)]
 
 
 def number(size, code):
@@ -90,11 +90,6 @@ def test_plain_values_are_read_as_written(tmp_path, protocol):
 # ---------------------------------------------------------------- hidden states
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return write_dataset(tmp_path, "shop", {1: [1, 2, 3, 4, 5]}, ["a lamp"] * 5, draw=False)
-
-
 def states_file(folder, value, **options):
     path = states_path(folder, "shop")
     torch.save(value, path, **options)
@@ -103,7 +98,7 @@ def states_file(folder, value, **options):
 
 def sound_states():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(5, 3, 8, generator=generator), torch.randn(5, 3, 4, generator=generator), IDS
+    return torch.randn(5, 3, 8, generator=generator), torch.randn(5, 3, 4, generator=generator), RAW_IDS
 
 
 def open_states(folder, clip_name=None):
@@ -160,6 +155,9 @@ def odd_states():
         "ids that are floats": (image_states, text_states, torch.rand(5)),
         "ids in two dimensions": (image_states, text_states, torch.zeros(5, 1).long()),
         "one id for all": (image_states, text_states, torch.zeros(1).long().expand(10**7)),
+        "a row less": (image_states, text_states[:-1], ids),
+        "three texts": ("a", "b", "c"),
+        "a text": "text",
         "a dict": {"image": image_states, "text": text_states},
         "two parts": (image_states, text_states),
         "one tensor": image_states,
@@ -174,19 +172,9 @@ def odd_states():
 @pytest.mark.parametrize("kind", odd_states())
 def test_states_that_are_not_what_they_should_be_are_refused(folder, kind):
     path = states_file(folder, odd_states()[kind])
-    with pytest.raises(PerPEFTError, match=re.escape(str(path))):
+    with pytest.raises(PerPEFTError, match=rf"(?s){re.escape(str(path))}.*to compute it") as refused:
         open_states(folder)
-
-
-def with_contents(folder, contents, compression=zipfile.ZIP_STORED):
-    """A file of states with right checksums, in which what describes the contents is replaced."""
-    path = states_file(folder, sound_states())
-    with zipfile.ZipFile(path) as archive:
-        parts = {member.filename: archive.read(member) for member in archive.infolist()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in parts.items():
-            archive.writestr(name, contents(content) if name.endswith("data.pkl") else content)
-    return path.read_bytes()
+    assert kind != "an id twice" or f"stand twice (1): {RAW_IDS[0]}" in str(refused.value)
 
 
 STORAGE = b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n"
@@ -203,16 +191,17 @@ HARMFUL_CONTENTS = {
 
 
 def test_states_made_to_harm_are_refused_in_little_time_and_memory(folder):
-    cases = {kind: with_contents(folder, lambda _, harm=harm: harm) for kind, harm in HARMFUL_CONTENTS.items()}
+    path = states_file(folder, sound_states())
+    cases = {kind: with_pickle(path, lambda _, harm=harm: harm) for kind, harm in HARMFUL_CONTENTS.items()}
     size, huge = b"K\x05K\x03K\x08\x87", b"J\xff\xff\xff\x7fK\x03K\x08\x87"
-    cases["a tensor larger than the file"] = with_contents(folder, lambda content: content.replace(size, huge))
-    cases["compressed"] = with_contents(folder, lambda content: content, zipfile.ZIP_DEFLATED)
-    cases["sound"] = with_contents(folder, lambda content: content)
+    cases["a tensor larger than the file"] = with_pickle(path, lambda content: content.replace(size, huge))
+    cases["compressed"] = with_pickle(path, lambda content: content, zipfile.ZIP_DEFLATED)
+    cases["sound"] = with_pickle(path, lambda content: content)
     dataset = read_dataset(folder, "shop", contents=False)
 
     def open_all(write):
         for content in cases.values():
-            states_path(folder, "shop").write_bytes(content)
+            path.write_bytes(content)
             try:
                 write("read", HiddenStateStore.open(dataset).num_items)
             except PerPEFTError as error:

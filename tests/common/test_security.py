@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from functools import partial
 
 import huggingface_hub.constants
@@ -24,7 +23,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 from models import IISAN, IISANEncoder
 from models.towers import Traits
 from scripts import check_data, extract_hidden_states
-from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_options, tiny_titles, write_dataset
+from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_options, tiny_titles
+from tests.torch_files import with_pickle
 from utils.common.errors import PerPEFTError
 from utils.common.pickles import NAMES, PLAIN_OPCODES, load_pickle
 from utils.data.dataset import read_dataset
@@ -40,15 +40,6 @@ from utils.training.checkpoints import Checkpoint, load_adapter, load_weights, s
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 CPU = torch.device("cpu")
-TITLES = ["a lamp", "a mug", "a chair", "a clock", "a bag"]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A small sound data set `shop` of 5 items."""
-    return write_dataset(tmp_path / "dataset", "shop", {1: [1, 2, 3, 4, 5], 2: [2, 1, 3]}, TITLES)
-
-
 # ---------------------------------------------------------------- pickles that run something when they are read
 
 RAN = []
@@ -162,12 +153,8 @@ def test_names_are_never_looked_up(tmp_path):
 
 
 def with_payload(sound, payload):
-    """A file of torch in which what says what is where is replaced by a payload."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(sound) as old, zipfile.ZipFile(buffer, "w") as new:
-        for member in old.infolist():
-            new.writestr(member.filename, payload if member.filename.endswith("data.pkl") else old.read(member))
-    return buffer.getvalue()
+    """A file of torch with a payload."""
+    return with_pickle(sound, lambda _: payload)
 
 
 @contextlib.contextmanager
@@ -300,23 +287,25 @@ def test_code_beside_clip_weights_is_not_run(name, known, tmp_path):
 # ---------------------------------------------------------------- the store
 
 
-def test_store_with_pickled_arrays_is_refused(folder, tmp_path, tiny_clip):
-    dataset = read_dataset(folder, "shop")
+def open_store(dataset, tiny_clip):
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
-    ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16))
+    return ImageTitleStore.open(dataset, processor, AutoTokenizer.from_pretrained(tiny_clip), Traits(longest_title=16))
+
+
+def test_store_with_pickled_arrays_is_refused(folder, tiny_clip):
+    dataset = read_dataset(folder, "shop")
+    open_store(dataset, tiny_clip)
     titles, pixels = next((folder / "shop_store").rglob("titles.npz")), next((folder / "shop_store").rglob("images.npy"))
     evil = np.array([Reduced()], dtype=object)
     as_npz, as_npy = io.BytesIO(), io.BytesIO()
     np.savez(as_npz, tokens=evil, lengths=evil)
     np.save(as_npy, evil)
-    for path, content in ((titles, as_npz), (pixels, as_npy), (titles, as_npy)):
-        with replaced(path, content.getvalue()), pytest.raises(PerPEFTError, match="store.*damaged"):
-            ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16))
-    for path in (titles, pixels):
-        with replaced(path, path.read_bytes()[:-100]), pytest.raises(PerPEFTError, match="store.*damaged"):
-            ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16))
-    assert ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16)).num_items == 5
+    damaged = [(titles, as_npz.getvalue()), (pixels, as_npy.getvalue()), (titles, as_npy.getvalue())]
+    damaged += [(path, path.read_bytes()[:-100]) for path in (titles, pixels)]
+    for path, content in damaged:
+        with replaced(path, content), pytest.raises(PerPEFTError, match="store.*damaged"):
+            open_store(dataset, tiny_clip)
+    assert open_store(dataset, tiny_clip).num_items == 5
     np.load(io.BytesIO(as_npy.getvalue()), allow_pickle=True)
     assert RAN  # the payload is live
     RAN.clear()
@@ -362,11 +351,9 @@ def test_raw_ids_stay_inside_their_folder(folder, raw_id, tiny_clip):
     shutil.copy(images / "B005.jpg", folder / "secret.jpg")
     (images / "B005.jpg").rename(images / (f"{raw_id}.jpg" if raw_id in ODD else image_file_name(raw_id)))
     with_raw_id(folder, raw_id)
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
     with watching() as opened:
         dataset = read_dataset(folder, "shop")
-        ImageTitleStore.open(dataset, processor, tokenizer, Traits(longest_title=16))
+        open_store(dataset, tiny_clip)
     assert dataset.image_paths[4].parent == images
     assert sorted(path for path in opened if path.endswith(".jpg")) == sorted(str(path.resolve()) for path in dataset.image_paths)
     assert str((folder / "secret.jpg").resolve()) not in opened
@@ -385,13 +372,12 @@ def test_name_of_a_data_set_that_leads_away_is_refused(folder, name):
 
 
 @pytest.mark.parametrize("name", ["../shop", "a/shop", ".."])
-def test_scripts_refuse_such_a_name(folder, name, tiny_dataset, tiny_clip, monkeypatch):
+def test_scripts_refuse_such_a_name(folder, name, tiny_dataset, tiny_clip):
     with pytest.raises(PerPEFTError, match="expected a name, not a path"):
         run_script(tiny_arguments(tiny_dataset, tiny_clip, folder / "runs", dataset=name))
     for script in (check_data, extract_hidden_states):
-        monkeypatch.setattr(sys, "argv", ["script", "--dataset", name, "--train_dir", str(folder / "inner")])
         with pytest.raises(PerPEFTError, match="expected a name, not a path"):
-            script.main()
+            run_script(["--dataset", name, "--train_dir", folder / "inner"], script.main)
 
 
 def test_image_that_another_program_would_draw_is_not_handed_to_it(folder, monkeypatch):

@@ -2,14 +2,12 @@
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
+from tests.zygote import ROOT
 from utils.common.errors import PerPEFTError
 from utils.common.versions import check_versions, has_fused_adamw
-
-ROOT = Path(__file__).parents[2]
 
 
 def pretend(monkeypatch, versions):

@@ -1,9 +1,6 @@
 """Histories, raw ids, titles and images come out of the files as written; all that is wrong with them is in one report."""
 import pickle
 import re
-import runpy
-import signal
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -16,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from tests.conftest import draw_image, encoded, tiny_options, write_dataset
+from scripts import check_data
+from tests.conftest import RAW_IDS, TITLES, draw_image, encoded, exit_code, tiny_options, write_dataset
 from tests.forks import in_a_fork
 from utils.common.errors import PerPEFTError
 from utils.data import images
@@ -27,19 +25,9 @@ from utils.items.hidden_states import states_path
 from utils.items.preprocessing import read_image
 from utils.run.opening import open_run
 
-HISTORIES = {1: [1, 2, 3, 4, 5], 2: [2, 1, 3], 5: [4]}
-TITLES = ["a lamp", "a mug", "a chair", "a clock", "a bag"]
-RAW_IDS = [f"B{item:03d}" for item in range(1, 6)]
-
 
 def lists(histories):
     return [histories[user].tolist() for user in range(histories.num_users)]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A small sound data set `shop` of 5 items and 3 users, to be damaged."""
-    return write_dataset(tmp_path / "dataset", "shop", HISTORIES, TITLES)
 
 
 def write_final(folder, text):
@@ -77,22 +65,13 @@ def complaint(folder, **options):
 # ---------------------------------------------------------------- the split
 
 
-def test_leave_last_out_by_hand():
-    split = leave_last_out(Histories.of_lists([[7], [7, 8], [1, 2, 3], [4, 5, 6, 7], [9, 9, 9, 9, 9]]))
-    assert lists(split.train) == [[7], [7, 8], [1], [4, 5], [9, 9, 9]]
-    assert lists(split.train_and_valid) == [[7], [7, 8], [1, 2], [4, 5, 6], [9, 9, 9, 9]]
-    assert split.valid.tolist() == [0, 0, 2, 6, 9]
-    assert split.test.tolist() == [0, 0, 3, 7, 9]
-    assert split.evaluated_users.tolist() == [2, 3, 4]
-    assert Histories.of_lists([[1, 3, 2], [1, 2], [3, 1, 1], []]).has_every_item(3).tolist() == [True, False, False, False]
-
-
 @given(st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=8), st.integers(1, 8), st.data())
 def test_histories_keep_every_interaction_in_order(histories, count, data):
     found = Histories.of_lists(histories)
     split = leave_last_out(found)
     for user, items in enumerate(histories):
-        held_out = [split.valid[user], split.test[user]] if len(items) >= 3 else []
+        held_out = items[-2:] if len(items) >= 3 else []
+        assert [split.valid[user], split.test[user]] == (held_out or [0, 0])
         assert split.train[user].tolist() + held_out == items
         assert split.train_and_valid[user].tolist() == (items[:-1] if held_out else items)
         assert (user in split.evaluated_users) == (len(items) >= 3)
@@ -444,19 +423,9 @@ def test_image_of_every_bad_kind_is_refused_by_the_documented_errors(tmp_path):
 
 
 @pytest.fixture
-def run_check(monkeypatch, capsys):
-    """Runs `python -m scripts.check_data` in this process and returns its exit code, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["check_data.py", *map(str, arguments)])
-        monkeypatch.delitem(sys.modules, "scripts.check_data", raising=False)
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_module("scripts.check_data", run_name="__main__")
-        return ended.value.code, *capsys.readouterr()
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+def run_check(capsys):
+    """Runs check_data in this process and returns its exit code, output and errors."""
+    return lambda *arguments: (exit_code(arguments, check_data.main), *capsys.readouterr())
 
 
 def table(text):

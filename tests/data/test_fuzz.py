@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.torch_files import with_pickle
+
 INPUTS = int(os.environ.get("FUZZ_INPUTS", 250))  # of each kind; most findings came with 2,000
 SECONDS_AN_INPUT = 10.0  # where others share the machine; alone, the slowest takes one
 FILE_ENDS = {"final.txt": "final.txt", "item2id.pickle": "item2id_final.pickle", "texts.pickle": "texts_final.pickle"}
@@ -89,7 +91,7 @@ class Reader:
         from PIL import Image
         from transformers import CLIPImageProcessor
 
-        from tests.conftest import draw_image, write_dataset
+        from tests.conftest import draw_image, encoded, write_dataset
         from utils.common.errors import PerPEFTError
         from utils.prepare.small_tokenizer import train_tokenizer
 
@@ -119,15 +121,15 @@ class Reader:
             ],
             "zip": [self.zipped(lines, zipfile.ZIP_DEFLATED), self.zipped(lines, zipfile.ZIP_STORED)],
             "image": [
-                *(self.encoded(image, "JPEG", quality=quality) for quality in (75, 90, 95)),
-                self.encoded(image, "JPEG", progressive=True),
-                self.encoded(image.convert("CMYK"), "JPEG"),
-                self.encoded(image.convert("L"), "JPEG", optimize=True),
-                self.encoded(image, "PNG"),
-                self.encoded(image, "WEBP"),
-                self.encoded(image.quantize(16), "GIF"),
-                self.encoded(image, "TIFF", compression="raw"),
-                self.encoded(Image.new("1", (3000, 2000)), "TIFF", compression="group4"),
+                *(encoded(image, "JPEG", quality=quality) for quality in (75, 90, 95)),
+                encoded(image, "JPEG", progressive=True),
+                encoded(image.convert("CMYK"), "JPEG"),
+                encoded(image.convert("L"), "JPEG", optimize=True),
+                encoded(image, "PNG"),
+                encoded(image, "WEBP"),
+                encoded(image.quantize(16), "GIF"),
+                encoded(image, "TIFF", compression="raw"),
+                encoded(Image.new("1", (3000, 2000)), "TIFF", compression="group4"),
             ],
         }
 
@@ -143,12 +145,6 @@ class Reader:
     def saved(torch, value):
         buffer = io.BytesIO()
         torch.save(value, buffer)
-        return buffer.getvalue()
-
-    @staticmethod
-    def encoded(image, kind, **options):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
         return buffer.getvalue()
 
     def zipped(self, lines, method):
@@ -184,22 +180,14 @@ class Reader:
         if whole_file:
             content = damaged(self.sound["preX.pt"], seed)
         else:  # a file with right checksums that says wrong things of its contents: damage by intent
-            content = self.with_damaged_contents(random.Random(seed).choice(self.sound["preX.pt"]), seed)
+            sound = io.BytesIO(random.Random(seed).choice(self.sound["preX.pt"]))
+            content = with_pickle(sound, lambda content: damaged([content], seed))
         self.path("preX.pt").write_bytes(content)
         store = HiddenStateStore.open(self.dataset)
         image_states, text_states = store.fetch(np.arange(1, ITEMS + 1), torch.device("cpu"))
         assert torch.isfinite(image_states).all() and torch.isfinite(text_states).all()
         if whole_file:  # what was read in spite of the damage is what was written
             assert torch.allclose(image_states, self.states[0], atol=1e-2) and torch.allclose(text_states, self.states[1])
-
-    @staticmethod
-    def with_damaged_contents(content, seed):
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
-            for member in old.infolist():
-                data = old.read(member)
-                new.writestr(member.filename, damaged([data], seed) if member.filename.endswith("data.pkl") else data)
-        return buffer.getvalue()
 
     def read_zip(self, seed):
         from utils.data.archives import unpack

@@ -14,17 +14,17 @@ import zipfile
 import zlib
 from collections import namedtuple
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 import unzip_data
-from utils.common.console import run_main
+from tests.conftest import exit_code
+from tests.run_files import tree
+from tests.zygote import ROOT
 from utils.common.errors import PerPEFTError
 from utils.data import archives
 from utils.data.table1 import PAPER_TABLE1, count_dataset, dataset_table
 
-ROOT = Path(__file__).parents[2]
 NOISE = random.Random(0)
 LINES = b"1 1\n1 2\n1 3\n2 2\n2 5\n"
 
@@ -41,11 +41,6 @@ def zip_bytes(files, folder="", method=zipfile.ZIP_STORED):
 
 def images(name, count=4):
     return {f"{name}_{i}.jpg": NOISE.randbytes(300 + i) for i in range(count)}
-
-
-def tree(folder):
-    """{relative path: bytes} of every file below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -76,12 +71,7 @@ def download(work, names, folder="", inner_folder="{}_images/", method=zipfile.Z
 
 def unzip(*options):
     """Run the script in this process; returns its exit code."""
-    with mock.patch.object(sys, "argv", ["unzip_data.py", *options]):
-        try:
-            run_main(unzip_data.main)
-        except SystemExit as ending:
-            return ending.code
-    return 0
+    return exit_code(options, unzip_data.main)
 
 
 def in_dataset(files):
@@ -105,28 +95,18 @@ def refused(work, capsys, archive=None):
 
 
 @pytest.mark.parametrize(
-    "folder, inner_folder", [("", "{}_images/"), ("dataset/", ""), ("mmrec_datasets/", "home/me/{}_images/"), ("./a/", "./{}_x/")]
-)
-def test_archive_becomes_the_layout_and_goes(work, folder, inner_folder):
-    final, _ = download(work, ["arts", "toys_games"], folder, inner_folder)
-    assert unzip() == 0
-    assert tree(work) == in_dataset(final)
-
-
-@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_other_target_other_data_sets_other_compression(work, capsys, method):
-    final, _ = download(work, ["arts", "my_shop"], method=method)
-    assert unzip("--target", "elsewhere/data") == 0
-    assert tree(work / "elsewhere/data") == final
+    "folder, inner_folder, method, target",
+    [
+        ("", "{}_images/", zipfile.ZIP_STORED, None), ("dataset/", "", zipfile.ZIP_DEFLATED, "elsewhere/data"),
+        ("mmrec_datasets/", "home/me/{}_images/", zipfile.ZIP_BZIP2, None), ("./a/", "./{}_x/", zipfile.ZIP_LZMA, None),
+    ],
+)  # fmt: skip
+def test_archive_becomes_the_layout_and_goes(work, capsys, folder, inner_folder, method, target):
+    final, _ = download(work, ["arts", "my_shop"], folder, inner_folder, method)
+    assert unzip(*(["--target", target] if target else [])) == 0
+    assert tree(work) == {f"{target or 'dataset'}/{path}": data for path, data in final.items()}
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert rows["my_shop"] == ["my_shop", "2", "-", "4", "-", "5", "-", "4"]
-
-
-def test_names_with_backslashes_as_windows_writes_them(work):
-    files = {"data\\arts_final.txt": LINES, "data\\arts_images\\": b"", "data\\arts_images\\a.jpg": b"image"}
-    (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
-    assert unzip() == 0
-    assert tree(work) == {"dataset/arts_final.txt": LINES, "dataset/arts_images/a.jpg": b"image"}
 
 
 def test_keep_keeps_and_a_second_run_without_it_only_deletes(work):
@@ -141,12 +121,22 @@ def test_keep_keeps_and_a_second_run_without_it_only_deletes(work):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
-def test_data_sets_of_folders_each_and_litter(work):
-    files = {"all/arts/arts_final.txt": b"1 1\n", "all/toys/toys_final.txt": b"1 2\n", "all/README.md": b"hello",
-             "all/arts/arts_images/A.jpg": b"image", "all/.DS_Store": b"x", "__MACOSX/all/._README.md": b"x"}
-    (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
+LITTER = {"all/.DS_Store": b"x", "__MACOSX/all/._README.md": b"x"}
+FOLDERS_EACH = {"all/arts/arts_final.txt": b"1 1\n", "all/toys/toys_final.txt": b"1 2\n", "all/README.md": b"hello"}
+AS_WINDOWS_WRITES = {"data\\arts_final.txt": LINES, "data\\arts_images\\": b"", "data\\arts_images\\a.jpg": b"image"}
+
+
+@pytest.mark.parametrize(
+    "members, left",
+    [
+        (AS_WINDOWS_WRITES, {"arts_final.txt": LINES, "arts_images/a.jpg": b"image"}),
+        (FOLDERS_EACH | LITTER, {"arts_final.txt": b"1 1\n", "toys_final.txt": b"1 2\n", "README.md": b"hello"}),
+    ],
+)
+def test_folders_in_the_archive(work, members, left):
+    (work / "mmrec_datasets.zip").write_bytes(zip_bytes(members))
     assert unzip() == 0
-    assert set(tree(work / "dataset")) == {"arts_final.txt", "toys_final.txt", "README.md", "arts_images/A.jpg"}
+    assert tree(work / "dataset") == left
 
 
 @pytest.mark.parametrize("folder, options", [("dataset", []), (".", ["--archive", "arts_images.zip"])])
@@ -178,11 +168,6 @@ AWAY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", AWAY)
-def test_names_that_leave_the_target(work, capsys, name):
-    assert "refused" in refused(work, capsys, zip_bytes({"arts_final.txt": b"1 1\n", name: b"evil"}))
-
-
 def test_names_that_leave_the_target_or_meet_in_an_inner_archive(work, capsys):
     inner = work / "dataset/arts_images.zip"
     inner.parent.mkdir()
@@ -192,19 +177,11 @@ def test_names_that_leave_the_target_or_meet_in_an_inner_archive(work, capsys):
     assert "both belong at arts_images/a.jpg" in refused(work, capsys)
 
 
-@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK, None])
-def test_links_devices_and_folders_with_content(work, capsys, kind):
+def special(kind):
+    """An archive with a link, a device, or (None) a folder with content."""
     member = zipfile.ZipInfo("arts_images" if kind else "arts_images/")
     member.external_attr = ((kind or stat.S_IFDIR) | 0o777) << 16
-    assert "neither a plain file" in refused(work, capsys, zip_bytes([(member, b"/etc"), ("arts_images/passwd", b"x")]))
-
-
-@pytest.mark.parametrize(
-    "first, second",
-    [("a_final.txt", "a_final.txt"), ("b_final.txt", "x/b_final.txt"), ("x/a", "x/./a"), ("x/a", "x\\a"), ("b/a", "b/a/c")],
-)
-def test_two_members_for_one_place(work, capsys, first, second):
-    assert "refused" in refused(work, capsys, zip_bytes([(first, b"1 1\n"), (second, b"2 2\n"), ("other", b"")]))
+    return zip_bytes([(member, b"/etc"), ("arts_images/passwd", b"x")])
 
 
 def lie(archive, field, value):
@@ -216,23 +193,33 @@ def lie(archive, field, value):
     return bytes(data)
 
 
-@pytest.mark.parametrize("field, value, reason", [("flags", 1, "is encrypted"), ("method", 9, "method 9 (deflate64), which")])
-def test_what_python_cannot_unpack_is_named_with_the_tool_that_can(work, capsys, field, value, reason):
-    sentence = refused(work, capsys, lie(zip_bytes({"arts_final.txt": b"1 1\n"}), field, value))
-    assert "is refused: its member 'arts_final.txt' " in sentence and reason in sentence
-    assert "7-Zip (7z x mmrec_datasets.zip -odataset), delete the archive and start again" in sentence
-
-
+ONE_PLACE = [
+    ("a_final.txt", "a_final.txt"), ("b_final.txt", "x/b_final.txt"), ("x/a", "x/./a"), ("x/a", "x\\a"), ("b/a", "b/a/c"),
+]  # fmt: skip
+SPECIAL = [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK, None]
+PLAIN = zip_bytes({"arts_final.txt": b"1 1\n"})
+OTHER_TOOL = ["'arts_final.txt' ", "7-Zip (7z x mmrec_datasets.zip -odataset), delete the archive and start again"]
 TEXT = b"".join(b"%d %d\n" % (i, i * i) for i in range(500))
+SIZES = [
+    (NOISE.randbytes(4000), zipfile.ZIP_STORED, 3), (NOISE.randbytes(4000), zipfile.ZIP_STORED, 5000),
+    (TEXT, zipfile.ZIP_DEFLATED, len(TEXT) + 5), (bytes(30 << 20), zipfile.ZIP_DEFLATED, 1000),
+]  # fmt: skip
+REFUSED = {  # what is wrong: the archive, words of the sentence
+    **{f"leaves the target: {name!r}": (zip_bytes({"arts_final.txt": b"1 1\n", name: b""}), ["refused"]) for name in AWAY},
+    **{f"of kind {kind}": (special(kind), ["neither a plain file"]) for kind in SPECIAL},
+    **{f"one place: {both}": (zip_bytes([(name, b"1 1\n") for name in (*both, "other")]), ["refused"]) for both in ONE_PLACE},
+    "encrypted": (lie(PLAIN, "flags", 1), ["is refused: its member", "is encrypted", *OTHER_TOOL]),
+    "deflate64": (lie(PLAIN, "method", 9), ["is refused: its member", "method 9 (deflate64), which", *OTHER_TOOL]),
+    **{f"says {size}": (lie(zip_bytes({"arts_final.txt": content}, method=method), "size", size), ["damaged"])
+       for content, method, size in SIZES},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "content, method, size",
-    [(NOISE.randbytes(4000), zipfile.ZIP_STORED, 3), (NOISE.randbytes(4000), zipfile.ZIP_STORED, 5000),
-     (TEXT, zipfile.ZIP_DEFLATED, len(TEXT) + 5), (bytes(30 << 20), zipfile.ZIP_DEFLATED, 1000)],
-)  # fmt: skip
-def test_member_that_lies_about_its_size(work, capsys, content, method, size):
-    assert "damaged" in refused(work, capsys, lie(zip_bytes({"arts_final.txt": content}, method=method), "size", size))
+@pytest.mark.parametrize("what", REFUSED)
+def test_archive_is_refused_before_anything_is_written(work, capsys, what):
+    archive, words = REFUSED[what]
+    sentence = refused(work, capsys, archive)
+    assert all(part in sentence for part in words)
 
 
 def test_no_more_is_written_than_a_member_declares(work):
@@ -386,7 +373,8 @@ DRIVER = """
 import itertools, os, shutil, sys
 sys.path.insert(0, sys.argv[1])
 import zipfile
-from tests.data.test_unzip import unzip
+import unzip_data
+from utils.common.console import run_main
 from utils.data import archives
 archives.CHUNK = 10_000  # the member of 20,000 bytes is then cut off in its middle too
 os.fsync = lambda descriptor: None
@@ -410,7 +398,12 @@ def child(last):
         return read(*arguments)
     zipfile.ZipExtFile.read = counted_read
     sys.addaudithook(hook)
-    return unzip()
+    sys.argv = ["unzip_data.py"]
+    try:
+        run_main(unzip_data.main)
+    except SystemExit as end:
+        return end.code
+    return 0
 
 for n in itertools.count(1, every):
     shutil.copytree("start", str(n))

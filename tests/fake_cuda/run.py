@@ -12,7 +12,6 @@ from unittest import mock
 from tests.fake_cuda.device import pretended_cuda  # before anything that imports torch
 
 import torch  # isort: skip
-from accelerate.state import AcceleratorState
 from transformers import CLIPModel
 
 import perpeft_iisan
@@ -178,11 +177,9 @@ def main():
     clip = save_tiny_clip(folder / "clip", tiny_titles())
 
     def train_lora(device, name, **changes):
-        AcceleratorState._reset_state(True)
         perpeft_lora_ia3.main(tiny_arguments(dataset, clip, folder / name, device=device, **changes))
 
     def train_iisan(device, name, **changes):
-        AcceleratorState._reset_state(True)
         perpeft_iisan.main(iisan_arguments(dataset, clip, folder / name, device=device, **changes))
 
     seen = {

@@ -50,6 +50,12 @@ GROUPS = {
 # tower, of the text tower, and of both.
 FAMILIES = {
     "clip": ("CLIP", "clip", "CLIPImageProcessor", CROPPED, {}, {}, {"projection_dim": 16}),
+    "larger clip": (  # ViT-L/14 in small: the image tower is twice as deep and half as wide again as the title tower
+        "CLIP", "clip", "CLIPImageProcessor",
+        {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "image_mean": [0.4, 0.5, 0.6]},
+        {"hidden_size": 48, "num_hidden_layers": 4, "image_size": 28, "patch_size": 14, "hidden_act": "gelu"}, {},
+        {"projection_dim": 24},
+    ),
     "siglip": ("Siglip", "siglip", "SiglipImageProcessor", RESIZED, {}, {"projection_size": 32}, {}),
     "chinese_clip": (
         "ChineseCLIP", "bert", "ChineseCLIPImageProcessor", {**RESIZED, "do_center_crop": False}, {}, {}, {"projection_dim": 16},

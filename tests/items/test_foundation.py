@@ -1,6 +1,7 @@
 """Dual encoders of every kind, with random weights: features and states are transformers' own; parts that do not fit."""
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTC
 from models.clip_peft import ClipPeftEncoder
 from models.peft_configs import peft_config
 from models.towers import layers_of
-from tests.conftest import save_tiny_clip, tiny_titles
 from tests.items.families import RESIZED, SMALL, TOWER, available_families, seeded
+from tests.run_files import change_json
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items.foundation import known_model, load_foundation
@@ -23,10 +24,10 @@ from utils.items.hidden_states import state_shapes
 
 CPU = torch.device("cpu")
 BY_CLASS_TOKEN = {
-    "clip", "chinese_clip", "altclip", "blip", "clipseg", "flava", "owlvit", "owlv2", "vision-text-dual-encoder", "metaclip_2",
-    "tipsv2",
+    "clip", "larger clip", "chinese_clip", "altclip", "blip", "clipseg", "flava", "owlvit", "owlv2", "vision-text-dual-encoder",
+    "metaclip_2", "tipsv2",
 }  # fmt: skip
-BY_END_OF_TEXT = {"clip", "clipseg", "groupvit", "owlvit", "owlv2", "metaclip_2", "aimv2"}  # otherwise the first token
+BY_END_OF_TEXT = {"clip", "larger clip", "clipseg", "groupvit", "owlvit", "owlv2", "metaclip_2", "aimv2"}  # or by the first
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,8 @@ def test_features_and_states_are_transformers_own_of_single_items(family, folder
         for state, layer in enumerate((0, 1, 2)):
             torch.testing.assert_close(states[1][row, state], words[layer][0, place].mean(0), rtol=0, atol=1e-5)
             if family != "align":
-                patches = image_tower(**image, output_hidden_states=True).hidden_states[layer][0]
+                depth = 2 * layer if family == "larger clip" else layer  # of four layers, every second
+                patches = image_tower(**image, output_hidden_states=True).hidden_states[depth][0]
                 own = patches[0] if family in BY_CLASS_TOKEN else patches.mean(0)
                 torch.testing.assert_close(states[0][row, state], own, rtol=0, atol=1e-5)
 
@@ -104,7 +106,7 @@ def test_features_and_states_are_transformers_own_of_single_items(family, folder
 @pytest.mark.parametrize("family", available_families())
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, kind, folders, dataset):
-    """Attention's projections, and with (IA)3 the first feed-forward layer, of two layers a tower."""
+    """Attention's projections, and with (IA)3 the first feed-forward layer, of two layers a tower, or four."""
     foundation = load_foundation(str(folders(family)))
     store = foundation.store(dataset)
     encoder = encoder_of(foundation, kind, gradient_checkpointing=family == "siglip")
@@ -122,22 +124,12 @@ def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, ki
     layers = {name.partition(".lora_")[0].partition(".ia3_")[0] for name in inside}
     of_titles = [name for name in layers if ".text_model." in name]
     assert len(of_titles) == 2 * (2 if kind == "lora" else 3)
-    fused = family == "blip"
-    assert len(layers) - len(of_titles) == (0 if family == "align" else 2 * ((2 if kind == "lora" else 3) - fused))
+    depth = {"align": 0, "larger clip": 4}.get(family, 2)
+    fused = family == "blip"  # query, key and value in one
+    assert len(layers) - len(of_titles) == depth * ((2 if kind == "lora" else 3) - fused)
 
 
 # ---------------------------------------------------------------- what is no dual encoder, or does not fit together
-
-
-def test_a_model_of_another_kind_is_refused_in_a_sentence(tmp_path):
-    ViTModel(ViTConfig(**TOWER, **SMALL)).save_pretrained(tmp_path)
-    with pytest.raises(PerPEFTError, match="of the kind 'vit', which does not fit.*no get_image_features or get_text") as error:
-        load_foundation(str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def change(path, **settings):
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 @pytest.fixture
@@ -158,55 +150,69 @@ def test_a_tokenizer_without_a_padding_token_is_read_with_the_same_features(clip
     tokenizer.save_pretrained(clip)
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (clip / name).is_file():
-            change(clip / name, pad_token=None)
+            change_json(clip / name, lambda content: content.update(pad_token=None))
     foundation = load_foundation(str(clip))
     store, expected = foundation.store(dataset), load_foundation(str(tiny_clip)).store(dataset)
     assert np.array_equal(store.tokens, expected.tokens)  # the tiny CLIP pads by its end-of-text token
 
 
-@pytest.mark.parametrize(
-    ("file", "settings", "expected"),
-    [
-        ("preprocessor_config.json", {"do_center_crop": False}, "makes images of several sizes; set do_center_crop"),
-        (
-            "preprocessor_config.json", {"crop_size": {"height": 24, "width": 24}, "size": {"shortest_edge": 24}},
-            "images of 24 x 24 pixels, its image tower takes 32 x 32",
-        ),
-    ],
-)  # fmt: skip
-def test_image_processors_that_do_not_fit_are_one_sentence(file, settings, expected, clip):
-    change(clip / file, **settings)
-    with pytest.raises(PerPEFTError, match=f"cannot be used: .*{expected}") as error:
-        load_foundation(str(clip))
-    assert "\n" not in str(error.value)
+def another_kind(clip):
+    ViTModel(ViTConfig(**TOWER, **SMALL)).save_pretrained(clip)
 
 
-def test_a_larger_vocabulary_than_the_text_towers_is_one_sentence(clip):
+def larger_vocabulary(clip):
     tokenizer = AutoTokenizer.from_pretrained(clip)
     tokenizer.add_tokens([f"word{number}" for number in range(3)])
     tokenizer.save_pretrained(clip)
-    with pytest.raises(PerPEFTError, match=r"tokens up to number \d+, its text tower \d+ token embeddings"):
-        load_foundation(str(clip))
 
 
-@pytest.mark.parametrize("end", [49407, 5])
-def test_a_pooled_token_that_the_tokenizer_does_not_write_is_one_sentence(end, clip):
-    config = json.loads((clip / "config.json").read_text())
-    config["text_config"]["eos_token_id"] = end
-    (clip / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PerPEFTError, match=f"does not fit its model: .*; eos_token_id is {end} in config.json") as error:
-        load_foundation(str(clip))
-    assert "\n" not in str(error.value)
-
-
-def test_a_tokenizer_that_ends_no_title_is_one_sentence(clip):
+def tokenizer_that_ends_no_title(clip):
     own = AutoTokenizer.from_pretrained(clip)
     content = json.loads(own.backend_tokenizer.to_str()) | {"post_processor": None}
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=own.eos_token)
     (clip / "tokenizer_config.json").unlink()
     bare.save_pretrained(clip)
-    with pytest.raises(PerPEFTError, match="does not fit its model: it ends a title by token"):
+
+
+def tower_that_needs_more_than_an_image(clip):
+    if not hasattr(transformers, "Siglip2Model"):
+        pytest.skip("SigLIP 2 of any resolution came with transformers 4.50")
+    text = {"vocab_size": 600, "max_position_embeddings": 16, "projection_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**TOWER, "patch_size": 16, "num_patches": 4}
+    config = transformers.Siglip2Config(text_config={**TOWER, **text}, vision_config=vision)
+    transformers.Siglip2Model(config).save_pretrained(clip)
+
+
+def processor_with(clip, **settings):
+    change_json(clip / "preprocessor_config.json", lambda content: content.update(settings))
+
+
+def pooled_token(clip, number):
+    change_json(clip / "config.json", lambda content: content["text_config"].update(eos_token_id=number))
+
+
+SMALL_CROP = {"crop_size": {"height": 24, "width": 24}, "size": {"shortest_edge": 24}}
+UNFIT = "does not fit its model: .*"
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (another_kind, "of the kind 'vit', which does not fit.*no get_image_features or get_text"),
+        (partial(processor_with, do_center_crop=False), "cannot be used: .*makes images of several sizes; set do_center_crop"),
+        (partial(processor_with, **SMALL_CROP), "cannot be used: .*images of 24 x 24 pixels, its image tower takes 32 x 32"),
+        (larger_vocabulary, r"tokens up to number \d+, its text tower \d+ token embeddings"),
+        (partial(pooled_token, number=49407), UNFIT + "; eos_token_id is 49407 in config.json"),
+        (partial(pooled_token, number=5), UNFIT + "; eos_token_id is 5 in config.json"),
+        (tokenizer_that_ends_no_title, UNFIT + "it ends a title by token"),
+        (tower_that_needs_more_than_an_image, "cannot be used: "),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_sentence(damage, expected, clip):
+    damage(clip)
+    with pytest.raises(PerPEFTError, match=expected) as error:
         load_foundation(str(clip))
+    assert "\n" not in str(error.value)
 
 
 def test_special_tokens_within_titles_do_not_move_the_pooled_place(tiny_clip):
@@ -221,21 +227,8 @@ def test_special_tokens_within_titles_do_not_move_the_pooled_place(tiny_clip):
     assert torch.equal(output.last_hidden_state[rows, places], output.pooler_output)
 
 
-@pytest.mark.skipif(not hasattr(transformers, "Siglip2Model"), reason="SigLIP 2 of any resolution came with transformers 4.50")
-def test_an_image_tower_that_needs_more_than_an_image_is_one_sentence(clip):
-    config = transformers.Siglip2Config(
-        text_config={**TOWER, "vocab_size": 600, "max_position_embeddings": 16, "projection_size": 32, "bos_token_id": 1,
-                     "eos_token_id": 2}, vision_config={**TOWER, "patch_size": 16, "num_patches": 4},
-    )  # fmt: skip
-    transformers.Siglip2Model(config).save_pretrained(clip)
-    with pytest.raises(PerPEFTError, match="cannot be used: ") as error:
-        load_foundation(str(clip))
-    assert "\n" not in str(error.value)
-
-
-def test_a_clip_as_transformers_5_saves_it_is_read(tmp_path, tiny_clip):
+def test_a_clip_as_transformers_5_saves_it_is_read(clip, tiny_clip):
     """It writes processor_config.json and no preprocessor_config.json."""
-    clip = save_tiny_clip(tmp_path / "clip", tiny_titles())
     settings = json.loads((clip / "preprocessor_config.json").read_text())
     (clip / "preprocessor_config.json").unlink()
     content = {"image_processor": settings | {"image_processor_type": "CLIPImageProcessorFast"}}

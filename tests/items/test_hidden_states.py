@@ -10,12 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_iisan
-from models.towers import Traits, evenly_spaced, hidden_states
+from models.towers import evenly_spaced
 from tests.conftest import NUM_ITEMS, iisan_arguments
+from tests.run_files import summary_of
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items.foundation import DEFAULT_CLIP, ensure_hidden_states, known_model, load_foundation
@@ -44,68 +43,6 @@ def copied(computed, tmp_path):
     return SimpleNamespace(
         folder=folder, path=path, dataset=read_dataset(folder, "tiny"), rewrite=lambda *content: torch.save(content, path)
     )
-
-
-def run_iisan(arguments):
-    before, sys.argv = sys.argv, ["perpeft_iisan.py", *arguments]
-    try:
-        perpeft_iisan.main()
-    finally:
-        sys.argv = before
-
-
-def test_states_equal_those_of_clip_given_one_item_at_a_time(computed, tiny_clip):
-    clip, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPImageProcessor.from_pretrained(tiny_clip)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
-    image_states, text_states, ids = computed.content
-    assert ids == computed.dataset.raw_ids and len(ids) == NUM_ITEMS
-    assert image_states.shape == (NUM_ITEMS, 3, 32) and text_states.shape == (NUM_ITEMS, 3, 32)  # all of two layers
-    for row, (title, path) in enumerate(zip(computed.dataset.titles, computed.dataset.image_paths)):
-        tokens = tokenizer([title], truncation=True, max_length=16, return_tensors="pt")
-        pixels = processor(Image.open(path), return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            output = clip(input_ids=tokens["input_ids"], pixel_values=pixels, output_hidden_states=True)
-        end = tokens["input_ids"][0].tolist().index(tokenizer.eos_token_id)
-        for state, layer in enumerate((0, 1, 2)):
-            image = output.vision_model_output.hidden_states[layer][0, 0]
-            words = output.text_model_output.hidden_states[layer][0, end]
-            torch.testing.assert_close(image_states[row, state], image, atol=1e-5, rtol=0)
-            torch.testing.assert_close(text_states[row, state], words, atol=1e-5, rtol=0)
-
-
-def test_a_title_cut_at_77_tokens_is_read_at_its_end_of_text_token():
-    config = CLIPConfig(
-        text_config={
-            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99,
-            "eos_token_id": 98, "bos_token_id": 97, "pad_token_id": 98, "max_position_embeddings": 77,
-        },
-        vision_config={
-            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
-            "patch_size": 8,
-        },
-    )  # fmt: skip
-    clip = CLIPModel(config).eval()
-    body = torch.arange(1, 76)
-    long = torch.cat([torch.tensor([97]), body, torch.tensor([98])])  # 77 tokens, the last one is end of text
-    short = torch.cat([torch.tensor([97, 5, 98]), torch.full((74,), 98)])  # padded by the same token
-    with torch.no_grad():
-        _, states = hidden_states(clip, Traits(end_token=98), torch.zeros(2, 3, 8, 8), torch.stack([long, short]))
-    with torch.no_grad():
-        for row, (tokens, place) in enumerate(((long, 76), (short[:3], 2))):
-            output = clip.text_model(input_ids=tokens[None], output_hidden_states=True)
-            expected = torch.stack([output.hidden_states[layer][0, place] for layer in (0, 1, 2)])
-            torch.testing.assert_close(states[row], expected, atol=1e-5, rtol=0)
-            # and it is the token that CLIP itself pools
-            pooled = clip.text_model.final_layer_norm(states[row, -1])
-            torch.testing.assert_close(pooled, output.pooler_output[0], atol=1e-5, rtol=0)
-
-
-def test_the_store_cuts_titles_so_that_the_end_of_text_token_stays(tiny_dataset, tiny_clip):
-    foundation = load_foundation(str(tiny_clip))
-    store = foundation.store(read_dataset(tiny_dataset.train_dir, tiny_dataset.name))
-    assert store.lengths.max() == 16  # the sixth title is longer than the tiny CLIP reads
-    last = store.tokens[np.arange(NUM_ITEMS), store.lengths - 1]
-    assert (last == foundation.tokenizer.eos_token_id).all()
 
 
 @pytest.mark.parametrize(
@@ -157,13 +94,6 @@ def test_nan_in_the_padding_row_or_of_items_not_in_the_data_set_is_no_matter(cop
     assert torch.equal(HiddenStateStore.open(copied.dataset).fetch(np.array([1]), CPU)[0], image_states[:1])
 
 
-def test_ids_that_stand_twice_are_named(copied, computed):
-    image_states, text_states, ids = computed.content
-    copied.rewrite(torch.cat([image_states, image_states[:1]]), torch.cat([text_states, text_states[:1]]), [*ids, ids[0]])
-    with pytest.raises(PerPEFTError, match=rf"stand twice \(1\): {ids[0]}"):
-        HiddenStateStore.open(copied.dataset)
-
-
 def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, computed, tiny_clip):
     with pytest.raises(PerPEFTError, match=r"another CLIP.*\(3, 32\).*\(7, 768\).*--clip_model"):
         HiddenStateStore.open(copied.dataset, skeleton=known_model(DEFAULT_CLIP))
@@ -172,48 +102,24 @@ def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, compute
     assert json.loads(copied.path.with_suffix(".json").read_text())["clip_model"] == str(tiny_clip)
 
 
-@pytest.mark.parametrize("content", [("a", "b", "c"), (torch.zeros(3, 2, 4), torch.zeros(3, 2, 4)), {"image": 1}, "text"])
-def test_files_of_another_form_are_one_clear_error(copied, content):
-    torch.save(content, copied.path)
-    with pytest.raises(PerPEFTError, match="tiny_preX.pt.*to compute it"):
-        HiddenStateStore.open(copied.dataset)
-
-
-def test_lengths_that_do_not_fit_together_are_refused(copied, computed):
-    image_states, text_states, ids = computed.content
-    copied.rewrite(image_states, text_states[:-1], ids)
-    with pytest.raises(PerPEFTError, match="does not fit together"):
-        HiddenStateStore.open(copied.dataset)
-
-
 def test_iisan_trains_all_stages_from_the_states_alone_without_images_titles_or_weights(copied, tiny_clip, tmp_path):
     shutil.rmtree(copied.folder / "tiny_images")
     (copied.folder / "tiny_texts_final.pickle").unlink()
     copied.path.with_suffix(".json").unlink()  # a published file has none
     dataset = SimpleNamespace(name="tiny", train_dir=copied.folder)
-    run_iisan(iisan_arguments(dataset, tmp_path / "no_such_clip", tmp_path / "runs"))
+    perpeft_iisan.main(iisan_arguments(dataset, tmp_path / "no_such_clip", tmp_path / "runs"))
     folder = tmp_path / "runs" / "tiny_iisan_lr0.001_wd0.0001_seed0"
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["config"]["peft_type"] == "iisan" and set(summary["personalized"]) == {"best_epoch", "valid", "test"}
-    for group in range(3):
-        weights = torch.load(folder / "personalized" / f"group_{group}" / "iisan.pth", weights_only=True)
+    first, second, third = (
+        torch.load(folder / "personalized" / f"group_{group}" / "iisan.pth", weights_only=True) for group in range(3)
+    )
+    assert any(not torch.equal(first[name], second[name]) for name in first)  # groups train apart
+    for weights in (first, second, third):
         assert weights["CombProj.1.0.weight"].shape == (32, 32) and weights["weight_scalar"].shape == (3, 3)
         # 3 states x (2 blocks of 32-32-32 for text and image, one joint block, one projection), and the gates
         assert sum(tensor.numel() for tensor in weights.values()) == 3 * (3 * 2 * (32 * 32 + 32) + 32 * 32 + 32) + 9
         assert summary["trainable_parameters"]["adapter_of_one_group"] == sum(tensor.numel() for tensor in weights.values())
-
-
-def test_iisan_has_the_same_figures_twice_and_groups_train_apart(copied, tiny_clip, tmp_path):
-    dataset = SimpleNamespace(name="tiny", train_dir=copied.folder)
-    rows = []
-    for place in ("a", "b"):
-        run_iisan(iisan_arguments(dataset, tiny_clip, tmp_path / place, global_epochs=1, num_epochs=1))
-        lines = (tmp_path / place / "tiny_iisan_lr0.001_wd0.0001_seed0" / "metrics.csv").read_text().splitlines()
-        rows.append([line.split(",")[:3] + line.split(",")[4:] for line in lines])
-    assert rows[0] == rows[1]
-    groups = tmp_path / "a" / "tiny_iisan_lr0.001_wd0.0001_seed0" / "personalized"
-    first, second = (torch.load(groups / f"group_{group}" / "iisan.pth", weights_only=True) for group in (0, 1))
-    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tiny_clip, computed, tmp_path):
@@ -223,8 +129,10 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
     done = subprocess.run([*command, "--clip_model", str(tiny_clip), "--device", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     image_states, text_states, ids = torch.load(str(states_path(folder, "tiny")), weights_only=True, mmap=True)
-    assert ids == computed.content[2]
-    assert torch.equal(image_states, computed.content[0]) and torch.equal(text_states, computed.content[1])
+    assert ids == computed.content[2] == computed.dataset.raw_ids
+    foundation = load_foundation(str(tiny_clip))
+    for states in ((image_states, text_states), foundation.hidden_states(foundation.store(computed.dataset), CPU)):
+        assert torch.equal(states[0], computed.content[0]) and torch.equal(states[1], computed.content[1])
 
 
 def test_a_clip_is_known_again_by_its_files_wherever_they_lie(copied, tiny_clip, tmp_path, monkeypatch):

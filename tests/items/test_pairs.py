@@ -14,7 +14,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
-    BertTokenizerFast,
     BitImageProcessor,
     Dinov2Config,
     Dinov2Model,
@@ -32,19 +31,14 @@ from models import ClipPeftEncoder
 from models.peft_configs import peft_config
 from models.towers import layers_of
 from scripts import explain_item
-from tests.conftest import iisan_arguments, run_on_folder, run_script, tiny_arguments, tiny_titles
+from tests.conftest import fresh_data, iisan_arguments, run_on_folder, run_script, tiny_arguments
+from tests.items.families import RESIZED, SMALL, TOWER, save_tokenizer
+from tests.run_files import summary_of
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.items.foundation import load_foundation
 from utils.items.model_files import PairName
 from utils.training.checkpoints import save_adapter
-
-TOWER = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-IMAGES = {"hidden_size": 32, "image_size": 32, "patch_size": 16, **TOWER}
-WORDS = sorted({word for title in tiny_titles() if title for word in title.split()} | {"no", "description", "available", "."})
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-TEXT = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 16}
-SQUARE = {"size": {"height": 32, "width": 32}}
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +48,18 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("encoders")
     cropped = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}  # DINOv2 interpolates positions
     images = {
-        "vit": (ViTModel(ViTConfig(**IMAGES), add_pooling_layer=False), ViTImageProcessor(**SQUARE)),
-        "dinov2": (Dinov2Model(Dinov2Config(**IMAGES, mlp_ratio=2)), BitImageProcessor(**cropped)),
-        "siglip": (SiglipVisionModel(SiglipVisionConfig(**IMAGES)), ViTImageProcessor(**SQUARE)),
+        "vit": (ViTModel(ViTConfig(**TOWER, **SMALL), add_pooling_layer=False), ViTImageProcessor(**RESIZED)),
+        "dinov2": (Dinov2Model(Dinov2Config(**TOWER, **SMALL, mlp_ratio=2)), BitImageProcessor(**cropped)),
+        "siglip": (SiglipVisionModel(SiglipVisionConfig(**TOWER, **SMALL)), ViTImageProcessor(**RESIZED)),
     }
     for name, (model, processor) in images.items():
         model.save_pretrained(root / name)
         processor.save_pretrained(root / name)
     small = {"dim": 24, "n_layers": 4, "n_heads": 2, "hidden_dim": 48}
-    texts = {
-        "bert": BertModel(BertConfig(hidden_size=24, **TOWER, **TEXT), add_pooling_layer=False),
-        "distilbert": DistilBertModel(DistilBertConfig(**small, **TEXT)),
-    }
-    (root / "vocab.txt").write_text("\n".join(VOCABULARY))
-    for name, model in texts.items():
-        model.save_pretrained(root / name)
-        BertTokenizerFast(str(root / "vocab.txt"), model_max_length=16).save_pretrained(root / name)
+    vocabulary = {"vocab_size": len(save_tokenizer("bert", root / "bert")), "max_position_embeddings": 16}
+    save_tokenizer("bert", root / "distilbert")
+    BertModel(BertConfig(**TOWER | {"hidden_size": 24}, **vocabulary), add_pooling_layer=False).save_pretrained(root / "bert")
+    DistilBertModel(DistilBertConfig(**small, **vocabulary)).save_pretrained(root / "distilbert")
     return root
 
 
@@ -144,15 +134,6 @@ def test_adapters_sit_in_both_encoders_and_open_with_peft(kind, folders, tiny_da
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-def titles_only(tiny_dataset, folder):
-    """The data set without its images."""
-    folder.mkdir()
-    for path in tiny_dataset.train_dir.glob("tiny_*.*"):
-        if "_preX" not in path.name:
-            shutil.copy(path, folder)
-    return folder
-
-
 def shown_words(folder, train_dir, capsys, *more):
     """The words of item 3's title that explain_item prints for group 0."""
     run_on_folder(explain_item, folder, "--train_dir", train_dir, "--item", "3", *more)
@@ -161,7 +142,7 @@ def shown_words(folder, train_dir, capsys, *more):
 
 
 def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_dataset, tmp_path, capsys):
-    train_dir = titles_only(tiny_dataset, tmp_path / "dataset")
+    train_dir = fresh_data(tiny_dataset, tmp_path / "dataset", "*_images").train_dir
     options = {
         "train_dir": train_dir, "clip_model": None, "text_model": folders / "bert", "modality": "text", "global_epochs": 1,
         "num_epochs": 1,
@@ -175,7 +156,7 @@ def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_d
         (folder,) = (tmp_path / kind).iterdir()
         projector = torch.load(folder / "global" / "projector.pth", weights_only=True)
         assert projector["projector.0.weight"].shape == (64, width)
-        counts = json.loads((folder / "summary.json").read_text())["trainable_parameters"]
+        counts = summary_of(folder)["trainable_parameters"]
         assert counts["adapter_of_one_group"] == adapter or adapter is None
         assert counts["foundation_model"] == sum(p.numel() for p in AutoModel.from_pretrained(folders / "bert").parameters())
     (folder,) = (tmp_path / "lora").iterdir()
@@ -208,21 +189,6 @@ def test_a_pair_trains_and_opens_again_where_its_folders_have_moved(folders, tin
     (there / "bert" / "config.json").write_text((there / "bert" / "config.json").read_text() + " ")
     with pytest.raises(PerPEFTError, match="holds a run with other settings: contents_fingerprint was"):
         run_script(arguments_for(there, tiny_dataset, tmp_path / "runs"))
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"clip_model": "some", "text_model": "other"}, "--clip_model and --text_model exclude each other"),
-        ({"clip_model": None, "text_model": "other"}, "--text_model alone reads titles only; add --modality text"),
-        ({"clip_model": None, "image_model": "some"}, "--image_model needs --text_model"),
-        ({"clip_model": None, "text_pooling": "cls"}, "--text_pooling needs --text_model"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(options, expected, tiny_dataset, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run_script(tiny_arguments(tiny_dataset, None, tmp_path, **options))
-    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 def test_models_that_are_no_such_encoder_are_one_sentence(folders, tiny_clip):

@@ -1,5 +1,6 @@
 """SASRec, the projector and IISAN compute what DESIGN.md section 3 writes down, re-implemented here in plain operations."""
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from models import IISAN, ItemEncoder, MMProjector, PerPEFT, SASRec
 from tests.conftest import make_trainer
-from utils.training.sampling import Batch
+from tests.models.conftest import BATCH
 
 ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS = 12, 8, 5, 2, 2
 
@@ -108,30 +109,6 @@ def test_logits_are_dot_products_of_states_and_item_inputs(vectors):
 
 
 @torch.no_grad()
-def test_later_items_do_not_change_earlier_states(vectors):
-    model = make_sasrec()
-    states = model.states(torch.tensor([[0, 2, 3, 4, 5], [0, 2, 3, 11, 1]]), vectors)
-    torch.testing.assert_close(states[0, :3], states[1, :3], rtol=0, atol=1e-6)
-    assert (states[0, 3] - states[1, 3]).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def test_padding_is_read_as_an_item_at_position_zero(vectors):
-    model = make_sasrec()
-    seq = torch.tensor([[0, 0, 6, 2, 9]])
-    before = model.states(seq, vectors)
-    other_padding = vectors.clone()
-    other_padding[0] += 1.0
-    # not masked as a key: P_0 reaches the states of real positions
-    assert (model.states(seq, other_padding)[0, 2:] - before[0, 2:]).abs().max() > 1e-3
-    # every padding position has position embedding 0, so positions 1 and 2 are not read
-    model.pos_emb.weight[1:3] += 5.0
-    torch.testing.assert_close(model.states(seq, vectors), before, rtol=0, atol=0)
-    model.pos_emb.weight[3] += 5.0
-    assert (model.states(seq, vectors)[0, 2] - before[0, 2]).abs().max() > 1e-3
-
-
-@torch.no_grad()
 def test_locally_renumbered_rows_have_the_same_states_as_the_full_table(vectors):
     model = make_sasrec()
     items = torch.tensor([0, 3, 5, 7, 9, 12])
@@ -174,18 +151,10 @@ def test_rows_zero_stay_zero_in_training():
     torch.manual_seed(0)
     model = PerPEFT(TableEncoder(), MMProjector(6, WIDTH), SASRec(ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS))
     trainer = make_trainer(model, lambda items: (torch.randn(4, 6),), 1e-2, 0.1, 1e-2)
-    batch = Batch(
-        group=0,
-        items=np.array([0, 2, 4, 6, 8]),
-        seq=np.array([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]),
-        positives=np.array([[0, 0, 0, 2, 3], [0, 2, 3, 4, 1]]),
-        negatives=np.array([[0, 0, 0, 4, 4], [0, 1, 1, 1, 2]]),
-        num_transitions=6,
-    )
     model.train()
     before = model.sasrec.item_emb.weight[2].clone()
     for _ in range(5):
-        trainer.update(trainer.loss(batch))
+        trainer.update(trainer.loss(replace(BATCH, group=0)))
     assert not model.sasrec.item_emb.weight[0].any() and not model.sasrec.pos_emb.weight[0].any()
     assert (model.sasrec.item_emb.weight[2] - before).abs().max() > 1e-3
 
@@ -372,3 +341,17 @@ def test_iisan_trains_under_autocast_as_it_does_on_a_gpu():
     features.float().sum().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
     assert sum(parameter.grad is not None and bool(parameter.grad.any()) for parameter in model.parameters()) >= 10
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_iisan_of_one_modality_is_that_stream_of_the_whole(modality):
+    torch.manual_seed(0)
+    whole, one = IISAN(6, 5, 3, 2), IISAN(6, 5, 3, 2, modality=modality)
+    prefixes = ("weight_scalar", {"image": "ImgBlocks", "text": "TextBlocks"}[modality])
+    weights = {name: torch.randn_like(value) for name, value in whole.state_dict().items()}
+    whole.load_state_dict(weights)
+    one.load_state_dict({name: value for name, value in weights.items() if name.startswith(prefixes)})  # strictly
+    image_states, text_states = torch.randn(4, 3, 6), torch.randn(4, 3, 5)
+    stream = {"text": slice(0, 5), "image": slice(5, 11)}[modality]
+    torch.testing.assert_close(one(image_states, text_states), whole(image_states, text_states)[:, stream])
+    assert one.out_dim == stream.stop - stream.start

@@ -5,46 +5,15 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoImageProcessor, CLIPModel
+from transformers import CLIPModel
 
-from models import ClipPeftEncoder
-from models.peft_configs import PEFT_TYPES, UNSUITABLE, peft_config
-from tests.conftest import adapter_parameters, run_script, tiny_arguments, tiny_options
+from models.peft_configs import PEFT_TYPES, peft_config
+from tests.conftest import adapter_parameters, run_script, tiny_arguments, tiny_options, trained
+from tests.models.conftest import features, shake
+from tests.plain import clip_features
+from utils.common.errors import PerPEFTError
+from utils.run.finished import open_finished
 from utils.training.checkpoints import load_adapter, save_adapter
-
-# what the defaults do not fit, on layers 32 wide
-SMALL = {
-    "c3a": {"block_size": 8}, "fourierft": {"n_frequency": 64}, "miss": {"r": 8}, "road": {"group_size": 8}, "shira": {"r": 4},
-    "vblora": {"num_vectors": 16, "vector_length": 8, "topk": 2}, "waveft": {"n_frequency": 64},
-}  # fmt: skip
-
-
-def make_encoder(clip_folder, kind, modality="both"):
-    torch.manual_seed(0)
-    processor = AutoImageProcessor.from_pretrained(clip_folder, use_fast=False)
-    config = peft_config(kind, settings=SMALL.get(kind))
-    return ClipPeftEncoder(CLIPModel.from_pretrained(clip_folder), config, processor, modality=modality).eval()
-
-
-@pytest.fixture(scope="module")
-def inputs():
-    random = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=random)
-    tokens = torch.randint(3, 50, (4, 6), generator=random)
-    tokens[:, -1] = 1  # replaced by the end-of-text token of the tiny CLIP
-    return pixels, tokens
-
-
-def features(encoder, inputs, group):
-    encoder.use_group(group)
-    return encoder(*inputs)
-
-
-def shake(encoder, group):
-    random = torch.Generator().manual_seed(group + 1)
-    with torch.no_grad():
-        for parameter in encoder.group_parameters(group).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
 
 
 def frozen_parts(encoder):
@@ -54,9 +23,9 @@ def frozen_parts(encoder):
 
 
 @pytest.mark.parametrize("kind", PEFT_TYPES)
-def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, inputs, tmp_path):
-    encoder = make_encoder(tiny_clip, kind)
-    shake(encoder, 0)
+def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, make_encoder, inputs, tmp_path):
+    encoder = make_encoder(kind)
+    shake(encoder.group_parameters(0).values(), size=0.1)
     encoder.clone_groups(3)
     with torch.no_grad():
         same = [features(encoder, inputs, group) for group in range(3)]
@@ -78,7 +47,7 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, in
 
     # three adapters on disk, each as its group acts
     for group in range(3):
-        shake(encoder, group)
+        shake(encoder.group_parameters(group).values(), group + 1, 0.1)
         save_adapter(encoder, tmp_path / str(group), group)
     with torch.no_grad():
         own = [features(encoder, inputs, group) for group in range(3)]
@@ -86,11 +55,9 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, in
         config = json.loads((tmp_path / "0" / "adapter" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tiny_clip)
         for group in range(3):
-            opened = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), tmp_path / str(group) / "adapter").eval()
-            images = encoder._shift + inputs[0].float() * encoder._scale
-            output = opened(input_ids=inputs[1], pixel_values=images)
-            torch.testing.assert_close(torch.cat([output.image_embeds, output.text_embeds], 1), own[group], rtol=0, atol=1e-5)
-        other = make_encoder(tiny_clip, kind)
+            opened = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), tmp_path / str(group) / "adapter")
+            torch.testing.assert_close(clip_features(opened, inputs.of_clip), own[group], rtol=0, atol=1e-5)
+        other = make_encoder(kind)
         other.clone_groups(3)
         for group in range(3):
             load_adapter(other, tmp_path / str(2 - group), group)
@@ -99,17 +66,28 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, in
             torch.testing.assert_close(features(other, inputs, group), own[2 - group], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dora", "vera", "oft"])
-def test_a_tower_that_is_not_used_carries_no_adapter(kind, tiny_clip, inputs):
-    encoder = make_encoder(tiny_clip, kind, modality="image")
-    names = set(encoder.group_parameters(0))
-    assert names and all("vision_model" in name for name in names)
-    assert features(encoder, inputs, 0).shape == (4, 16)
+@pytest.mark.parametrize("kind", ["lora", "ia3", "dora", "vera", "oft"])
+@pytest.mark.parametrize(
+    ("modality", "used", "unused"), [("text", "text_model", "vision_model"), ("image", "vision_model", "text_model")]
+)
+def test_one_modality_leaves_the_other_tower_without_adapters_and_gradients(kind, modality, used, unused, make_encoder, inputs):
+    encoder, both = make_encoder(kind, modality=modality), make_encoder(kind)
+    found = features(encoder, inputs)
+    half = slice(0, 16) if modality == "image" else slice(16, 32)
+    assert found.shape[1] == encoder.feature_dim == 16
+    torch.testing.assert_close(found, features(both, inputs)[:, half])  # fresh adapters change nothing
+    pixels, tokens = inputs.pixels, inputs.tokens
+    other = encoder(torch.zeros_like(pixels), tokens) if modality == "text" else encoder(pixels, tokens.flip(0))
+    assert torch.equal(found, other)
+    found.square().mul(torch.arange(16)).sum().backward()
+    assert all(parameter.grad is None for name, parameter in encoder.named_parameters() if unused in name)
+    assert set(encoder.group_parameters(0)) == {name for name in both.group_parameters(0) if used in name}
+    assert all(parameter.grad is not None for parameter in encoder.group_parameters(0).values())
 
 
-def test_the_order_of_parameters_does_not_depend_on_the_active_group(tiny_clip):
+def test_the_order_of_parameters_does_not_depend_on_the_active_group(make_encoder):
     """The state that training continues from lists them in order."""
-    encoder = make_encoder(tiny_clip, "lora")
+    encoder = make_encoder()
     encoder.clone_groups(3)
     expected = [id(parameter) for parameter in encoder.parameters() if parameter.requires_grad]
     for group in (1, 2, 0):
@@ -117,10 +95,10 @@ def test_the_order_of_parameters_does_not_depend_on_the_active_group(tiny_clip):
         assert [id(parameter) for parameter in encoder.parameters() if parameter.requires_grad] == expected
 
 
-def test_dora_is_lora_with_magnitudes_by_the_papers_settings(tiny_clip):
+def test_dora_is_lora_with_magnitudes_by_the_papers_settings(make_encoder):
     config = peft_config("dora", rank=2)
     assert (config.r, config.lora_alpha, config.use_dora, set(config.target_modules)) == (2, 4, True, {"q_proj", "v_proj"})
-    names = make_encoder(tiny_clip, "dora").group_state(0)
+    names = make_encoder("dora").group_state(0)
     assert {name.split("q_proj.")[1] for name in names if "q_proj" in name} == {
         "lora_A.weight", "lora_B.weight", "lora_magnitude_vector",
     }  # fmt: skip
@@ -129,16 +107,7 @@ def test_dora_is_lora_with_magnitudes_by_the_papers_settings(tiny_clip):
 # ---------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("kind", sorted(UNSUITABLE))
-def test_tuners_that_cannot_be_used_are_refused_with_the_reason(kind, tiny_dataset, tiny_clip, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        tiny_options(tiny_dataset, tiny_clip, tmp_path, kind)
-    assert f"{kind} cannot be used: {UNSUITABLE[kind]}" in " ".join(capsys.readouterr().err.split())
-
-
 def test_settings_that_do_not_fit_the_model_are_one_sentence(tiny_dataset, tiny_clip, tmp_path):
-    from utils.common.errors import PerPEFTError
-
     with pytest.raises(PerPEFTError, match="--peft_type c3a: .*block size.*--peft_config FILE") as error:
         run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path, "c3a"))
     assert "\n" not in str(error.value)
@@ -165,13 +134,10 @@ def test_wrong_configurations_are_refused(content, options, expected, tiny_datas
 
 
 def test_a_run_by_a_saved_adapters_own_file_continues_and_opens_again(tiny_dataset, tiny_clip, tiny_run, tmp_path):
-    from utils.run.finished import open_finished
-
     settings = json.loads((tiny_run.folder / "global" / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "file.json").write_text(json.dumps(settings | {"r": 2, "lora_alpha": 12}))
     options = {"peft_type": None, "peft_config": tmp_path / "file.json", "global_epochs": 1, "num_epochs": 1}
-    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", **options))
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = trained(tiny_dataset, tiny_clip, tmp_path / "runs", **options)
     assert folder.name.startswith("tiny_lora_config_")
     saved = json.loads((folder / "personalized" / "group_2" / "adapter" / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"]) == (2, 12)

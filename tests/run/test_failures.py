@@ -1,50 +1,35 @@
 """Every failure is reported in a sentence, with what was saved and what to do; then the same command has the same result."""
-import argparse
 import collections
 import errno
-import json
 import math
 import os
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from models.clip_peft import ClipPeftEncoder
 from models.peft_configs import lora_config
-from tests.conftest import can_train, fresh_data, run_script, tiny_arguments
-from tests.run.test_resume import RUN, leftovers, outcome
+from tests.conftest import RUN, can_train, exit_code, fresh_data, run_script, tiny_arguments
+from tests.run_files import leftovers, outcome, summary_of
 from tests.zygote import write_instead_of_drawing
-from utils.common import console
 from utils.common.files import save_tensors
 from utils.common.versions import installed_version
 from utils.items.foundation import load_foundation
 from utils.run import opening
-from utils.run import options as options_module
-from utils.run.options import build_parser, parse_options
 from utils.run.run import Run
 from utils.training import progress as progress_module
 from utils.training.checkpoints import save_adapter
 from utils.training.evaluation import Ranks
 from utils.training.trainer import Trainer
 
-NUMERIC = {
-    name: action
-    for action in build_parser("", ("lora", "ia3"))._actions
-    for name in action.option_strings
-    if action.type is not None and name not in ("--peft_type", "--peft_config")
-}
-
-
+RUN = RUN.format("lora")
 pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
@@ -66,20 +51,12 @@ def expected(tiny_dataset, tiny_clip, tmp_path_factory):
 
 
 @pytest.fixture
-def end(monkeypatch, capsys):
-    """Run the script as a process would, up to its end; returns the exit code (0 without one) and its stderr."""
+def end(capsys):
+    """Run the script as a process would, up to its end; returns the exit code and its stderr."""
 
     def run_to_the_end(arguments, *more):
-        arguments = [*arguments, *more]
         capsys.readouterr()
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *arguments])
-            try:
-                console.run_main(lambda: run_script(arguments))
-                code = 0
-            except SystemExit as ended:
-                code = ended.code
-        return code, capsys.readouterr().err
+        return exit_code([*arguments, *more]), capsys.readouterr().err
 
     return run_to_the_end
 
@@ -126,7 +103,7 @@ def test_full_disk_is_reported_and_the_run_goes_on_when_there_is_room(zygote, ti
     """One run meets a full disk again and again, with more room each time."""
     disk = small_disk(8 * 2**20)
     if disk is None:
-        return  # nothing can be mounted here; the next test stands in
+        pytest.skip("nothing can be mounted here; the next test stands in")
     arguments = tiny_arguments(tiny_dataset, tiny_clip, disk, save_every=1)
     full_at = []
     for room in (0, 60_000, 400_000, 600_000):
@@ -266,49 +243,6 @@ def test_mistakes_in_the_code_end_with_a_traceback(run, end, monkeypatch, error)
         end(run.arguments)
 
 
-def encoder_with(tiny_clip, checkpointing):
-    torch.manual_seed(3)
-    foundation = load_foundation(str(tiny_clip))
-    encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor, checkpointing)
-    with torch.no_grad():
-        for parameter in encoder.group_parameters(0).values():
-            parameter.copy_(torch.randn_like(parameter))
-    encoder.clone_groups(2)
-    return encoder.train()
-
-
-def test_gradient_checkpointing_has_the_same_gradients_for_less_memory(tiny_clip):
-    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    tokens = torch.tensor([[1, 5, 6, 2]]).repeat(4, 1)
-    kept, results = {}, {}
-    for checkpointing in (False, True):
-        encoder = encoder_with(tiny_clip, checkpointing)
-        encoder.use_group(1)
-        torch.manual_seed(5)  # of LoRA's dropout, which the second computation has to repeat
-        kept[checkpointing] = []
-
-        def keep(tensor, at=kept[checkpointing]):
-            at.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            features = encoder(pixels, tokens)
-        (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
-        gradients = {name: parameter.grad for name, parameter in encoder.group_parameters(1).items()}
-        assert all(parameter.grad is None for parameter in encoder.group_parameters(0).values())
-        results[checkpointing] = (features.detach(), gradients)
-    torch.testing.assert_close(results[True], results[False])
-    assert any(gradient.abs().max() > 0 for gradient in results[True][1].values())
-    assert sum(kept[True]) < 0.5 * sum(kept[False])
-
-
-def test_gradient_checkpointing_is_an_option_of_the_clip_adapters_alone():
-    assert parse_options("", ("lora", "ia3"), ["--dataset", "x", "--gradient_checkpointing"]).gradient_checkpointing
-    assert not parse_options("", ("iisan",), ["--dataset", "x"]).gradient_checkpointing
-    with pytest.raises(SystemExit):
-        parse_options("", ("iisan",), ["--dataset", "x", "--gradient_checkpointing"])
-
-
 # ---------------------------------------------------------------- numbers
 
 
@@ -409,7 +343,7 @@ def test_overflow_is_skipped_counted_and_shown(run, monkeypatch, capsys):
     scaled(monkeypatch, 2.0**127)
     run_script(run.arguments)
     output = capsys.readouterr().out
-    skipped = json.loads((run.folder / "summary.json").read_text())["skipped_steps"]
+    skipped = summary_of(run.folder)["skipped_steps"]
     assert 1 <= skipped["global"] <= 6 and 0 <= skipped["personalized"] <= 8
     shown = [int(line.split(" steps skipped")[0].split()[-1]) for line in output.splitlines() if "steps skipped" in line]
     assert sum(shown) == sum(skipped.values())
@@ -458,73 +392,13 @@ def test_state_saved_without_a_scaler_continues_with_one(run, monkeypatch):
     assert (run.folder / "summary.json").is_file()
 
 
-# ---------------------------------------------------------------- options
-
-
-@pytest.mark.parametrize("option", sorted(NUMERIC))
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "9" * 400, "many", "", "0x10", "1,5"])
-def test_no_number_option_takes_nonsense(option, value, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse_options("", ("lora", "ia3"), ["--dataset", "x", f"{option}={value}"])
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
-    assert f"argument {option}: " in message and len(message.splitlines()[-1]) < 200
-
-
-def test_zero_is_refused_where_it_means_nothing(capsys):
-    may_be_zero = {"--wdecay", "--l2_emb", "--dropout_rate", "--weight_scalar", "--trial"}
-    for option in sorted(NUMERIC):
-        arguments = ["--dataset", "x", f"{option}=0"]
-        if option in may_be_zero:
-            assert getattr(parse_options("", ("lora", "ia3"), arguments), option.strip("-")) == 0
-        else:
-            with pytest.raises(SystemExit):
-                parse_options("", ("lora", "ia3"), arguments)
-            assert option in capsys.readouterr().err
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(sorted(NUMERIC)), st.one_of(st.text(max_size=12), st.floats().map(str), st.integers().map(str)))
-def test_any_text_is_a_number_in_range_or_a_clear_refusal(option, value):
-    try:
-        parsed = NUMERIC[option].type(value)
-    except argparse.ArgumentTypeError as error:
-        assert "number" in str(error) or "must be" in str(error)
-    else:
-        assert 0 <= parsed <= 2**31 and np.isfinite(parsed)
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--num_heads=5", "--num_heads 5 must divide --hidden_units 32"),
-        ("--rest", "--rest"),  # not taken for --restart
-        ("--dropout_rate=1", "argument --dropout_rate"),
-        ("--batch_size=1.5", "argument --batch_size"),
-        ("--peft_type=adapter", "argument --peft_type"),
-        ("--rank=8 --peft_type=ia3", "--rank 8 has no effect with --peft_type ia3"),
-        ("--rank=8 --method=none", "--rank 8 has no effect with --method none"),
-        ("--precision=bf16 --method=frozen", "--precision bf16 has no effect with --method frozen"),
-        ("--gradient_checkpointing --method=frozen", "--gradient_checkpointing has no effect with --method frozen"),
-    ],
-)
-def test_option_that_cannot_be_used_is_named(option, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        parse_options("", ("lora", "ia3"), ["--dataset", "x", *option.split()])
-    assert message in capsys.readouterr().err
+# ---------------------------------------------------------------- the user's mistakes
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:-1", "cuda:99", "cpu:5", "meta", "", "mps:1", "cuda:99999999999"])
 def test_bad_device_is_named(run, end, device):
     code, message = end(run.arguments, f"--device={device}")
     assert code == 2 and f"--device {device}" in message and len(message.splitlines()) == 1
-
-
-def test_bad_rate_in_the_hyperparameter_file_is_reported(monkeypatch, capsys):
-    monkeypatch.setattr(options_module, "read_hyperparameters", lambda *_: {"lr": -1.0, "wdecay": 1e-4})
-    with pytest.raises(SystemExit, match="2"):
-        parse_options("", ("lora", "ia3"), ["--dataset", "arts"])
-    assert "perpeft_hyperparameter.pickle's lr for arts and lora: -1.0 must be above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import iisan_arguments
-from tests.run.test_pipeline import read_csv
+from tests.run_files import read_csv
 from tests.zygote import ROOT
 
 LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"]

@@ -2,7 +2,6 @@
 import json
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import perpeft_iisan
 from scripts import check_data, explain_item, export_vectors, recommend
-from tests.conftest import iisan_arguments, run_on_folder, run_script, tiny_arguments
+from tests.conftest import exit_code, fresh_data, iisan_arguments, run_on_folder, tiny_arguments, trained
 from tests.items.families import seeded
+from tests.run_files import summary_of
 from utils.analysis.attention import explain_items
 from utils.analysis.tables import finished_blocks
 from utils.common.errors import PerPEFTError
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_dataset, tmp_path_factory):
+def runs_of(tiny_dataset, tmp_path_factory):
     """The model folder and the run folder of a family: SigLIP's run has groups, the others' only the global adapter."""
     made = {}
 
@@ -35,16 +35,15 @@ def trained(tiny_dataset, tmp_path_factory):
         if family not in made:
             model, runs = seeded(family, tmp_path_factory.mktemp(family)), tmp_path_factory.mktemp(f"{family}_runs")
             method = {} if family == "siglip" else {"method": "global"}
-            run_script(tiny_arguments(tiny_dataset, model, runs, **EPOCHS, **method))
-            made[family] = model, next(runs.iterdir())
+            made[family] = model, trained(tiny_dataset, model, runs, **EPOCHS, **method)
         return made[family]
 
     return of
 
 
 @pytest.mark.parametrize("family", ["siglip", "chinese_clip", "altclip"])
-def test_attention_is_that_of_the_plain_model_with_the_saved_adapter(family, trained, tiny_dataset):
-    model, folder = trained(family)
+def test_attention_is_that_of_the_plain_model_with_the_saved_adapter(family, runs_of, tiny_dataset):
+    model, folder = runs_of(family)
     options, expected = finished_options(folder, tiny_dataset.train_dir, "cpu")
     (explanation,) = explain_items(options, finished_dataset(options, expected), folder, [3])
     assert explanation.words == ["pale", "clock", "number", "3"]  # a token each
@@ -61,8 +60,8 @@ def test_attention_is_that_of_the_plain_model_with_the_saved_adapter(family, tra
     assert (explanation.views[0].patches is None) == (family == "siglip")
 
 
-def test_siglips_run_is_explained_exported_recommended_from_and_in_tables(trained, tiny_dataset, tmp_path, capsys):
-    model, folder = trained("siglip")
+def test_siglips_run_is_explained_exported_recommended_from_and_in_tables(runs_of, tiny_dataset, tmp_path, capsys):
+    model, folder = runs_of("siglip")
     run_on_folder(explain_item, folder, "--train_dir", tiny_dataset.train_dir, "--item", "3")
     assert re.search(r"group 1.*pale \d+  clock \d+  number \d+  3 \d+", capsys.readouterr().out)
     run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--history", "B001", "B002")
@@ -73,23 +72,26 @@ def test_siglips_run_is_explained_exported_recommended_from_and_in_tables(traine
     passed_on = [part for flag, value in zip(arguments[::2], arguments[1::2]) if flag not in ("--dataset", "--peft_type")
                  for part in (flag, value)]  # fmt: skip
     (block,) = finished_blocks("tiny", 1, passed_on)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert [100 * summary["personalized"]["test"]["HR@20"]] == pytest.approx([row.mean["HR@20"] for row in block.rows])
     assert (tmp_path / "vectors" / "item_ids.txt").read_text().split() == [f"B{item:03d}" for item in range(1, 31)]
 
 
-def test_siglip_trains_with_iisan(trained, tiny_dataset, tmp_path):
-    model, _ = trained("siglip")
-    shutil.copytree(tiny_dataset.train_dir, tmp_path / "dataset", ignore=shutil.ignore_patterns("*_preX*"))
-    arguments = iisan_arguments(tiny_dataset, model, tmp_path / "runs", train_dir=tmp_path / "dataset", **EPOCHS)
-    perpeft_iisan.main(arguments)
-    assert json.loads((tmp_path / "dataset" / "tiny_preX.json").read_text())["clip_model"] == str(model)
+@pytest.mark.parametrize(("family", "widths"), [("siglip", (32, 32)), ("larger clip", (48, 32))])
+def test_iisan_takes_its_sizes_from_the_model(family, widths, tiny_dataset, tmp_path):
+    model, data = seeded(family, tmp_path / "model"), fresh_data(tiny_dataset, tmp_path / "dataset")
+    perpeft_iisan.main(iisan_arguments(data, model, tmp_path / "runs", **EPOCHS))
+    assert json.loads((data.train_dir / "tiny_preX.json").read_text())["clip_model"] == str(model)
+    states = torch.load(data.train_dir / "tiny_preX.pt", weights_only=True)[:2]
+    assert tuple(part.shape[1:] for part in states) == tuple((3, width) for width in widths)
+    (folder,) = (tmp_path / "runs").iterdir()
+    projector = torch.load(folder / "global" / "projector.pth", weights_only=True)
+    assert projector["projector.0.weight"].shape == (64, 32 + sum(widths))  # text, image and both, which is as wide as text
 
 
-def test_an_image_only_run_without_a_class_token_shows_no_attention_and_says_why(trained, tiny_dataset, tmp_path):
-    model, _ = trained("siglip")
-    run_script(tiny_arguments(tiny_dataset, model, tmp_path, modality="image", method="global", **EPOCHS))
-    (folder,) = tmp_path.iterdir()
+def test_an_image_only_run_without_a_class_token_shows_no_attention_and_says_why(runs_of, tiny_dataset, tmp_path):
+    model, _ = runs_of("siglip")
+    folder = trained(tiny_dataset, model, tmp_path, modality="image", method="global", **EPOCHS)
     with pytest.raises(PerPEFTError, match="cannot be shown for .*its image tower has no class token"):
         run_on_folder(explain_item, folder, "--train_dir", tiny_dataset.train_dir, "--item", "3")
 
@@ -100,16 +102,14 @@ def test_an_image_only_run_without_a_class_token_shows_no_attention_and_says_why
 @pytest.fixture
 def titles_only(tiny_dataset, tmp_path):
     """A copy of the data set without images."""
-    ignored = shutil.ignore_patterns("*_preX*", "*_images", "*_store")
-    return shutil.copytree(tiny_dataset.train_dir, tmp_path / "dataset", ignore=ignored)
+    return fresh_data(tiny_dataset, tmp_path / "dataset", "*_images").train_dir
 
 
 def test_a_dual_encoder_trains_on_titles_without_any_image(titles_only, tiny_clip, tiny_dataset, tmp_path):
     options = {"train_dir": titles_only, "modality": "text", "method": "global", **EPOCHS}
-    run_script(tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", **options))
+    folder = trained(tiny_dataset, tiny_clip, tmp_path / "runs", **options)
     (images,) = titles_only.rglob("images.npy")
     assert np.load(images).shape == (30, 3, 1, 1)  # none are stored
-    (folder,) = (tmp_path / "runs").iterdir()
     (titles_only / "tiny_images").mkdir()
     shutil.copy(tiny_dataset.train_dir / "tiny_images" / "B001.jpg", titles_only / "tiny_images")
     options, expected = finished_options(folder, titles_only, "cpu")
@@ -137,10 +137,8 @@ def test_states_of_titles_alone_hold_no_images_and_are_computed_again_where_thos
 
 
 @pytest.mark.parametrize("modality", ["both", "text"])
-def test_check_data_asks_for_images_only_where_they_are_used(modality, titles_only, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["check_data", "--dataset", "tiny", "--train_dir", str(titles_only), "--modality", modality])
-    with pytest.raises(SystemExit) as raised:
-        check_data.main()
+def test_check_data_asks_for_images_only_where_they_are_used(modality, titles_only, capsys):
+    code = exit_code(["--dataset", "tiny", "--train_dir", titles_only, "--modality", modality], check_data.main)
     printed = capsys.readouterr().out
-    assert raised.value.code == (0 if modality == "text" else 2)
+    assert code == (0 if modality == "text" else 2)
     assert ("tiny_images (No such file" in printed) == (modality == "both")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.zygote import ROOT
+
 ADAPTERS = ("lora", "ia3", "iisan")
 FP32 = {"SASRec", "MultiheadAttention", "PointWiseFeedForward", "MMProjector", "IISAN", "_LayerwiseLinear"}
 

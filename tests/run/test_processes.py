@@ -1,10 +1,6 @@
 """Several processes that train together leave what one leaves: the same losses, metrics and files, however they are stopped."""
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +11,8 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 
 from tests.conftest import NUM_ITEMS, RUN, fresh_data, tiny_arguments
-from tests.run.test_pipeline import without_seconds
-from tests.zygote import ROOT
+from tests.run_files import without_seconds
+from tests.zygote import free_port, read_until, start
 from utils.common.devices import choose_device, seed_everything
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
@@ -164,18 +160,11 @@ def test_three_processes_with_dropout_continue_with_the_same_masks(zygote, begin
     assert mean_losses(*stopped) + mean_losses(*ended) == pytest.approx(mean_losses(*through), rel=1e-5)
 
 
-def launch(script, arguments, **options):
+def launch(script, arguments):
     """`accelerate launch` of two processes on the CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
-    )
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()]
+    return start(*launcher, script, *arguments)
 
 
 @pytest.mark.slow
@@ -184,10 +173,8 @@ def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_pro
     (alone,) = zygote.run_together(expected.arguments, script="perpeft_iisan", size=1)
     assert alone.code == 0, alone.output
     launched = launch("perpeft_iisan.py", run.arguments)
-    for line in launched.stdout:
-        if "global epoch 1/2" in line:
-            launched.send_signal(signal.SIGTERM)
-            break
+    read_until(launched, "global epoch 1/2")
+    launched.send_signal(signal.SIGTERM)
     output, _ = launched.communicate(timeout=600)
     assert launched.returncode != 0
     assert output.count("interrupted by SIGTERM") == 1 and "the same command continues from there" in output, output

@@ -1,12 +1,9 @@
 """Nothing is lost: a run that is killed, interrupted or restarted at any moment ends as one that ran through."""
 import collections
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +12,13 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 
-from tests.conftest import RUN, fresh_data, run_script, save_tiny_clip, tiny_arguments, tiny_titles
-from tests.zygote import ROOT
-from utils.common import console
+from tests.conftest import RUN, exit_code, fresh_data, run_interrupted, run_script, save_tiny_clip, tiny_arguments, tiny_titles
+from tests.run_files import change_json, leftovers, outcome
+from tests.zygote import read_until, start
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, remove_leftovers, write_atomically, write_text_atomically
 from utils.run.distributed import StopSignal
+from utils.run.finished import open_finished
 from utils.run.run import Run
 from utils.training.trainer import Trainer
 
@@ -38,32 +36,6 @@ def begin(tiny_dataset, tiny_clip, tmp_path):
         return SimpleNamespace(arguments=arguments, folder=tmp_path / name / "runs" / RUN, train_dir=data.train_dir)
 
     return make
-
-
-def outcome(folder):
-    """All that a run left, bytes for bytes, without what may differ: times, drawings, the lock, the order in a set."""
-    left = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() or path.name == ".lock":
-            continue
-        left[name] = path.read_bytes()
-        if path.suffix == ".png":
-            left[name] = None
-        if path.name == "adapter_config.json":  # holds a set, in another order in every process
-            options = json.loads(path.read_text()).items()
-            left[name] = {option: sorted(value) if isinstance(value, list) else value for option, value in options}
-        if name == "metrics.csv":
-            rows = [line.split(",") for line in path.read_text().splitlines()]
-            seconds = rows[0].index("seconds")
-            left[name] = [row[:seconds] + row[seconds + 1 :] for row in rows]
-        if name == "summary.json":
-            left[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
-    return left
-
-
-def leftovers(folder):
-    return [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".old")]
 
 
 @pytest.fixture(scope="module")
@@ -187,21 +159,11 @@ def test_kill_right_after_the_summary_leaves_a_finished_run_whose_state_is_remov
     assert outcome(copied_run.folder) == before
 
 
-@pytest.mark.parametrize("stage", ["global", "personalized"])
-def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, through, monkeypatch, stage):
+@pytest.mark.parametrize("epochs", [2, 4])  # the last one of either stage
+def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, through, epochs):
     run = begin()
-
-    def interrupted(self, at, epochs):
-        if at == stage and len(self._rows[stage]) == epochs:
-            raise KeyboardInterrupt
-        report(self, at, epochs)
-
-    report = Run._report_epoch
-    monkeypatch.setattr(Run, "_report_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_script(run.arguments)
+    run_interrupted(run.arguments, call=epochs)
     (run.folder / "curves.png").unlink()
-    monkeypatch.undo()
     run_script(run.arguments)
     assert outcome(run.folder) == through.outcome
 
@@ -209,38 +171,16 @@ def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, thr
 # ---------------------------------------------------------------- interrupted
 
 
-class RealRun:
-    """The script as a user starts it, in a process of its own."""
-
-    def __init__(self, arguments):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "perpeft_lora_ia3.py", *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-    def until(self, text):
-        """Read lines until one holds `text`."""
-        for line in self.process.stdout:
-            if text in line:
-                return
-        raise AssertionError(f"the run ended without '{text}'")
-
-    def end(self):
-        """What it still says, and its exit code."""
-        output, _ = self.process.communicate(timeout=600)
-        return output, self.process.returncode
-
-
 @pytest.mark.slow
 def test_script_stopped_by_sigterm_sigint_and_sigkill_says_how_to_go_on_and_ends_the_same(zygote, begin):
     expected, run = begin("expected", num_epochs=6), begin("run", num_epochs=6)
     assert zygote.run(expected.arguments).code == 0
     for number, moment in ((signal.SIGTERM, "global epoch 1"), (signal.SIGINT, "groups of"), (signal.SIGKILL, "continuing")):
-        real = RealRun(run.arguments)
-        real.until(moment)
-        real.process.send_signal(number)
-        output, code = real.end()
+        process = start("perpeft_lora_ia3.py", *run.arguments)
+        read_until(process, moment)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=600)
+        code = process.returncode
         if number == signal.SIGKILL:
             assert code == -number
             continue
@@ -265,10 +205,7 @@ def test_signal_in_a_step_saves_after_it_and_the_same_command_goes_on(begin, thr
 
     original = Trainer.update
     monkeypatch.setattr(Trainer, "update", update)
-    monkeypatch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *run.arguments])
-    with pytest.raises(SystemExit) as ended:
-        console.run_main(lambda: run_script(run.arguments))
-    assert ended.value.code == 128 + number
+    assert exit_code(run.arguments) == 128 + number
     assert f"is saved up to global epoch 1, step {step}; the same command continues" in capsys.readouterr().err
     monkeypatch.undo()
     run_script(run.arguments)
@@ -281,9 +218,7 @@ def test_restart_is_left_out_of_the_advice_to_go_on(begin, monkeypatch, capsys):
 
     run = begin()
     monkeypatch.setattr(Run, "_report_epoch", interrupt)
-    monkeypatch.setattr(sys, "argv", ["perpeft_lora_ia3.py", *run.arguments, "--restart"])
-    with pytest.raises(SystemExit, match="130"):
-        console.run_main(lambda: run_script([*run.arguments, "--restart"]))
+    assert exit_code([*run.arguments, "--restart"]) == 130
     message = capsys.readouterr().err
     assert message.endswith("; the same command without --restart continues from there\n\ninterrupted by SIGINT\n")
 
@@ -309,58 +244,49 @@ def test_second_signal_stops_at_once_and_handlers_are_restored():
 
 
 @pytest.fixture
-def started(begin, monkeypatch):
+def started(begin):
     """A run that was interrupted after its first epoch."""
     run = begin()
-
-    def interrupt(self, stage, epochs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "_report_epoch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_script(run.arguments)
-    monkeypatch.undo()
+    run_interrupted(run.arguments)
     return run
 
 
-def changed(run, **changes):
-    arguments = list(run.arguments)
-    for name, value in changes.items():
-        arguments += [f"--{name}", str(value)]  # the last of two wins
-    return arguments
+@pytest.fixture(params=["started", "finished"])
+def kept(request, tiny_dataset, tmp_path):
+    """A started or a finished run, with a copy of the data for itself."""
+    if request.param == "started":
+        return request.getfixturevalue("started")
+    run, data = request.getfixturevalue("copied_run"), fresh_data(tiny_dataset, tmp_path / "dataset")
+    return SimpleNamespace(
+        folder=run.folder, arguments=[*run.arguments, "--train_dir", str(data.train_dir)], train_dir=data.train_dir
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("change", "message"),
     [
-        ("num_epochs", 3, "num_epochs was 2, is now 3"),
-        ("C", 2, "C was 3, is now 2"),
-        ("dropout_rate", 0.25, "dropout_rate was 0.3, is now 0.25"),
-        ("missing_images", "blank", "missing_images was error, is now blank"),
-        ("lr", "1.0000001e-3", "lr was 0.001, is now 0.0010000001"),  # another run under the same folder name
+        ("--num_epochs 3", "num_epochs was 2, is now 3"),
+        ("--C 4", "C was 3, is now 4"),
+        ("--dropout_rate 0.25 --maxlen 7", "dropout_rate was 0.3, is now 0.25; maxlen was 10, is now 7"),
+        ("--missing_images blank", "missing_images was error, is now blank"),
+        ("--lr 1.0000001e-3", "lr was 0.001, is now 0.0010000001"),  # another run under the same folder name
     ],
 )
-def test_started_run_refuses_other_settings_and_names_them(started, name, value, message):
-    before = outcome(started.folder)
+@pytest.mark.parametrize("more", [[], ["--inference_only"]])
+def test_other_settings_are_refused_and_named(kept, change, message, more):
+    before = outcome(kept.folder)
     with pytest.raises(PerPEFTError) as refusal:
-        run_script(changed(started, **{name: value}))
+        run_script([*kept.arguments, *change.split(), *more])
     assert message in str(refusal.value) and "--restart" in str(refusal.value)
-    assert outcome(started.folder) == before
-
-
-def in_fp16(path):
-    """Change a file's precision to that of a run on a GPU."""
-    content = json.loads(path.read_text())
-    content.get("config", content)["precision"] = "fp16"
-    path.write_text(json.dumps(content))
+    assert outcome(kept.folder) == before
 
 
 def test_a_run_of_a_gpu_is_shown_and_evaluated_elsewhere_but_continued_there(started, copied_run, capsys):
-    in_fp16(copied_run.folder / "summary.json")
+    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(precision="fp16"))
     run_script(copied_run.arguments)
     run_script([*copied_run.arguments, "--inference_only"])
     assert capsys.readouterr().out.count("personalized    test") == 2
-    in_fp16(started.folder / "resume" / "config.json")
+    change_json(started.folder / "resume" / "config.json", lambda config: config.update(precision="fp16"))
     with pytest.raises(PerPEFTError, match="started in fp16 on CUDA, not cpu; continue it there, or use --restart"):
         run_script(started.arguments)
 
@@ -395,20 +321,25 @@ def retrain_clip(run, tiny_clip):
         (retrain_clip, "contents_fingerprint.*files of the foundation model"),
     ],
 )
-def test_started_run_refuses_changed_data(started, tiny_clip, change, message):
-    change(started, tiny_clip)
+def test_changed_data_are_refused(kept, tiny_clip, change, message):
+    change(kept, tiny_clip)
+    before = outcome(kept.folder)
     try:
         with pytest.raises(PerPEFTError, match=message):
-            run_script(started.arguments)
+            run_script(kept.arguments)
+        if "summary.json" in before:
+            with pytest.raises(PerPEFTError, match=message.split(".*")[1]):
+                open_finished(kept.folder, "cpu", kept.train_dir)
     finally:
         if change is retrain_clip:
-            shutil.copytree(started.train_dir / "kept", tiny_clip, dirs_exist_ok=True)
+            shutil.copytree(kept.train_dir / "kept", tiny_clip, dirs_exist_ok=True)
+    assert outcome(kept.folder) == before
 
 
 def test_options_that_change_no_figure_may_change_on_the_way(started, through, tmp_path):
     moved = tmp_path / "moved"
     started.train_dir.rename(moved)
-    run_script([*changed(started, train_dir=moved, save_every=7), "--debug"])
+    run_script([*started.arguments, "--train_dir", str(moved), "--save_every", "7", "--debug"])
     assert outcome(started.folder) == through.outcome
 
 

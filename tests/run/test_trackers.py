@@ -1,5 +1,4 @@
 """--log_with: what TensorBoard's own reader and a stand-in for wandb find is what metrics.csv says, each epoch once."""
-import csv
 import json
 import sys
 
@@ -8,10 +7,10 @@ from accelerate import tracking
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import RUN, run_script, tiny_arguments
+from tests.conftest import RUN, run_interrupted, run_script, tiny_arguments
+from tests.run_files import read_csv
 from utils.common.errors import PerPEFTError
 from utils.run import tracking as own_tracking
-from utils.run.run import Run
 
 RUN = RUN.format("lora")
 # Written beside the test, so that importing and calling it go the real way; every call is a line of a file.
@@ -51,27 +50,10 @@ def arguments(tiny_dataset, tiny_clip, tmp_path):
     return make
 
 
-def run_interrupted(arguments, epochs):
-    """Run until so many epochs were reported, and then interrupt."""
-    report, reported = Run._report_epoch, []
-
-    def report_and_interrupt(self, stage, of):
-        report(self, stage, of)
-        reported.append(stage)
-        if len(reported) == epochs:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "_report_epoch", report_and_interrupt)
-        run_script(arguments)
-
-
 def metrics(folder):
     """{stage/name: [value of every epoch that has it]} and the steps, from metrics.csv."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     series = {}
-    for step, row in enumerate(rows, 1):
+    for step, row in enumerate(read_csv(folder / "metrics.csv"), 1):
         for name in set(row) - {"stage", "epoch", "seconds"}:
             series.setdefault(f"{row['stage']}/{name}", []).append((step, float(row[name])))
     return series
@@ -113,7 +95,7 @@ def wandb(monkeypatch, tmp_path):
 
 def test_tensorboard_holds_every_epoch_once_after_an_interruption_too(arguments, tmp_path):
     folder = tmp_path / RUN
-    run_interrupted(arguments("tensorboard"), 3)  # in the personalized stage
+    run_interrupted(arguments("tensorboard"), call=3, after=True)  # in the personalized stage
     assert len({step for series in scalars(folder / "tensorboard").values() for step, _ in series}) == 3
     run_script(arguments("tensorboard"))
     found, expected = scalars(folder / "tensorboard"), metrics(folder)
@@ -125,20 +107,14 @@ def test_tensorboard_holds_every_epoch_once_after_an_interruption_too(arguments,
     assert not (folder / "resume").exists()
 
 
-def test_epoch_whose_report_was_missed_is_logged_by_the_continuation(arguments, monkeypatch, tmp_path):
-    def interrupted(self, stage, epochs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "_report_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_script(arguments("tensorboard"))
-    monkeypatch.undo()
+def test_epoch_whose_report_was_missed_is_logged_by_the_continuation(arguments, tmp_path):
+    run_interrupted(arguments("tensorboard"))
     run_script(arguments("tensorboard"))
     assert_equal_series(scalars(tmp_path / RUN / "tensorboard"), metrics(tmp_path / RUN))
 
 
 def test_logging_changes_no_figure_and_may_begin_on_the_way(arguments, tiny_run, tmp_path):
-    run_interrupted(arguments("none"), 1)
+    run_interrupted(arguments("none"), call=1, after=True)
     assert not (tmp_path / RUN / "tensorboard").exists()
     run_script(arguments("tensorboard"))
     assert metrics(tmp_path / RUN) == metrics(tiny_run.folder)
@@ -154,7 +130,7 @@ def test_restart_removes_what_trackers_wrote(arguments, tmp_path):
 
 
 def test_wandb_gets_settings_once_and_every_epoch_once_offline(arguments, wandb, tmp_path):
-    run_interrupted(arguments("wandb"), 1)
+    run_interrupted(arguments("wandb"), call=1, after=True)
     interrupted = calls(wandb)
     assert [call[0] for call in interrupted] == ["init", "config", "log", "finish"]
     run_script(arguments("wandb"))
@@ -186,7 +162,7 @@ def test_package_that_is_not_installed_is_reported_before_anything_is_done(argum
 
 
 def test_damaged_note_is_reported_with_the_way_out(arguments, tmp_path):
-    run_interrupted(arguments("tensorboard"), 1)
+    run_interrupted(arguments("tensorboard"), call=1, after=True)
     (tmp_path / RUN / "resume" / "tensorboard.json").write_text("{")
     with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):
         run_script(arguments("tensorboard"))

@@ -8,22 +8,14 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import ClipPeftEncoder, MMProjector, PerPEFT, SASRec
-from models.peft_configs import lora_config
-from utils.data.dataset import read_dataset
+from models import SASRec
+from tests.plain import naive_rank, plain_ranks, plain_state, with_vectors
 from utils.data.histories import Histories, leave_last_out
-from utils.items.foundation import load_foundation
 from utils.training import evaluation
 from utils.training.evaluation import Evaluator, last_states, metrics_of, rank_targets
 
 CPU = torch.device("cpu")
 ITEMS = 40
-
-
-def naive_rank(scores, target, excluded):
-    """Other candidates that score at least as high; scores[item] for items 1.., excluded items are no candidates."""
-    others = [item for item in range(1, len(scores)) if item != target and item not in excluded]
-    return sum(1 for item in others if not scores[item] < scores[target])
 
 
 def integer_vectors(random, *shape):
@@ -54,7 +46,7 @@ def test_ranks_equal_a_naive_loop_however_many_users_are_scored_at_once(monkeypa
 @given(st.data())
 def test_ranks_equal_a_naive_loop_for_any_histories(data):
     items = data.draw(st.integers(1, 8))
-    histories = data.draw(st.lists(st.lists(st.integers(1, items), max_size=6), min_size=1, max_size=5))
+    histories = data.draw(st.lists(st.lists(st.integers(1, items), max_size=6), max_size=5))
     targets = data.draw(st.lists(st.integers(1, items), min_size=len(histories), max_size=len(histories)))
     scores = data.draw(st.lists(st.integers(-2, 2), min_size=items + 1, max_size=items + 1))
     inputs = torch.tensor(scores, dtype=torch.float32)[:, None]
@@ -64,25 +56,14 @@ def test_ranks_equal_a_naive_loop_for_any_histories(data):
     assert found.tolist() == [naive_rank(scores, target, set(own)) for target, own in zip(targets, histories)]
 
 
-def test_ranks_by_hand():
-    inputs = torch.tensor([99.0, 5, 4, 3, 2, 1])[:, None]  # the padding item would beat all
-    histories = Histories.of_lists([[1, 2], [1, 2], [], [3, 3], [4]])
-    found = rank_targets(torch.ones(5, 1), inputs, np.array([3, 5, 5, 3, 4]), histories, np.arange(5))
-    # 3 is best of {3,4,5}; 5 last of {3,4,5}; 5 last of all; 3 in the history, yet a candidate behind 1, 2; 4 behind 1, 2, 3
-    assert found.tolist() == [0, 2, 4, 2, 3]
-
-
 @pytest.mark.parametrize("num_items", [31, 100, 1003])
 def test_constant_scores_are_no_hit(num_items):
     """A model that says the same of every item must not look good: every other candidate ties, in rounded arithmetic too."""
     torch.manual_seed(0)
-    users = 37
     inputs = torch.randn(1, 32).expand(num_items + 1, 32).contiguous()
-    histories = Histories.of_lists([[1, 2]] * users)
-    ranks = rank_targets(torch.randn(users, 32), inputs, np.arange(3, 3 + 28).repeat(2)[:users], histories, np.arange(users))
-    assert ranks.tolist() == [num_items - 3] * users
-    if num_items - 2 > 30:
-        assert all(metrics_of(ranks.numpy())[f"HR@{k}"] == 0 for k in (10, 20, 30))
+    histories = Histories.of_lists([[1, 2]] * 37)
+    ranks = rank_targets(torch.randn(37, 32), inputs, np.arange(3, 40) % 28 + 3, histories, np.arange(37))
+    assert ranks.tolist() == [num_items - 3] * 37
 
 
 @pytest.mark.parametrize("where", ["everywhere", "target", "others"])
@@ -95,11 +76,6 @@ def test_scores_that_are_nan_count_against_the_model(where):
     state = torch.full((1, 1), float("nan") if where == "everywhere" else 1.0)
     rank = rank_targets(state, inputs, np.array([1]), Histories.of_lists([[50]]), np.array([0]))[0]
     assert rank >= 48  # 50 items, less the target, less one in the history
-
-
-def test_no_users_have_no_ranks():
-    nobody = np.zeros(0, dtype=np.int64)
-    assert not len(rank_targets(torch.zeros(0, 2), torch.zeros(4, 2), nobody, Histories.of_lists([[1]]), nobody))
 
 
 def test_metrics_by_hand():
@@ -119,24 +95,6 @@ def test_metrics_by_hand():
 def make_sasrec():
     torch.manual_seed(1)
     return SASRec(ITEMS, hidden_units=8, maxlen=4, num_heads=2).eval()
-
-
-@torch.no_grad()
-def naive_ranks(sasrec, histories, groups, vectors):
-    """{user: (valid rank, test rank)} by DESIGN.md section 4, one user after another."""
-    ranks = {}
-    for user, items in enumerate(histories):
-        if len(items) < 3:
-            continue
-        P = vectors[groups[user]]
-        e = 0.5 * P + sasrec.item_emb.weight
-        found = []
-        for history, target in ((items[:-2], items[-2]), (items[:-1], items[-1])):
-            seq = torch.tensor([([0] * 4 + history)[-4:]])
-            scores = e @ sasrec.states(seq, P)[0, -1]
-            found.append(naive_rank(scores.tolist(), target, set(history)))
-        ranks[user] = tuple(found)
-    return ranks
 
 
 def rank_example(seed=0, num_users=50):
@@ -175,7 +133,7 @@ def test_every_user_is_ranked_as_a_naive_loop_does_by_their_own_groups_vectors()
     histories, groups, vectors = rank_example()
     model = Vectors(make_sasrec(), vectors)
     found = ranks_of(model, histories, groups)
-    expected = naive_ranks(model.sasrec, histories, groups, vectors)
+    expected = plain_ranks(lambda user: with_vectors(model.sasrec, vectors[groups[user]]), dict(enumerate(histories)))
     assert 0 < len(expected) < 50  # users without held-out items are not evaluated
     ranks = zip(found.valid.tolist(), found.test.tolist())
     assert dict(zip(found.users.tolist(), ranks)) == expected
@@ -198,34 +156,8 @@ def test_last_states_are_read_in_portions_from_the_last_maxlen_items():
     inputs = sasrec.item_inputs(vectors[0])
     found = last_states(sasrec, inputs, Histories.of_lists(histories), users, users_at_once=2)
     for row, user in enumerate(users):
-        seq = torch.tensor([([0] * 4 + histories[user])[-4:]])
-        torch.testing.assert_close(found[row], sasrec.states(seq, vectors[0])[0, -1], rtol=0, atol=1e-5)
-
-
-# ---------------------------------------------------------------- encoding all items
-
-
-@torch.no_grad()
-def test_encoding_all_items_equals_encoding_them_one_by_one(tiny_dataset, tiny_clip):
-    foundation = load_foundation(str(tiny_clip))
-    dataset = read_dataset(tiny_dataset.train_dir, "tiny")
-    store = foundation.store(dataset)
-    torch.manual_seed(0)
-    encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor)
-    model = PerPEFT(encoder, MMProjector(encoder.feature_dim, 8), SASRec(30, 8, 4, 1, 2))
-    model.clone_groups(2)
-    model.eval()
-    for parameter in [*encoder.group_parameters(1).values(), *model.projectors[1].parameters()]:
-        parameter.add_(0.2 * torch.randn_like(parameter))
-    assert store.reading_order().tolist() != list(range(1, 31))  # items are encoded in another order than they are numbered
-    evaluator = Evaluator(leave_last_out(dataset.histories), store, CPU, Accelerator(cpu=True), items_at_once=7)
-    found = evaluator.item_table(model, 1) - model.sasrec.item_emb.weight
-    assert found.shape == (31, 8)
-    torch.testing.assert_close(found[0], 0.5 * model.projectors[1](torch.zeros(1, 32))[0], rtol=0, atol=1e-5)
-    for item in range(1, 31):
-        alone = model.item_vectors(1, store.fetch(np.array([item]), CPU))[1]
-        torch.testing.assert_close(found[item], 0.5 * alone, rtol=0, atol=1e-5)
-    assert (found - evaluator.item_table(model, 0)).abs().max() > 1e-2
+        expected = plain_state(with_vectors(sasrec, vectors[0]), histories[user])
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 40])

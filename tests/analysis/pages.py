@@ -1,0 +1,78 @@
+"""HTML pages as a parser sees them."""
+import re
+from html.parser import HTMLParser
+
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+class Parsed(HTMLParser):
+    """A page's elements; checks on the way that every element is closed where it must be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.headings, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._open and self._open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", "".join(self.texts))
+
+    def all(self, *tags):
+        return [attributes for tag, attributes in self.elements if tag in tags]
+
+
+def check_page(path):
+    """What holds for every page; returns it parsed."""
+    page = Parsed(path.read_text(encoding="utf-8"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("href", "src", "xlink:href", "aria-labelledby"):
+            target = attributes.get(name)
+            if target is None:
+                continue
+            if name == "aria-labelledby":
+                assert target in ids
+            elif target.startswith("#"):
+                assert target[1:] in ids, f"{target} leads nowhere"
+            else:
+                assert target.startswith(("data:image/jpeg;base64,", "data:image/png;base64,"))
+        for reference in re.findall(r"url\(([^)]*)\)", attributes.get("style", "") + attributes.get("clip-path", "")):
+            assert reference.lstrip("#") in ids
+        if tag == "svg":
+            assert attributes.get("aria-hidden") == "true" or (attributes["role"] == "img" and attributes["aria-label"])
+        if tag == "img":
+            assert attributes["alt"]
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    (style,) = [text for text in page.texts if "prefers-color-scheme" in text]
+    assert "url(" not in style and "@import" not in style
+    assert page.headings[0] == 1 and page.headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:]))  # no level is left out
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert page.all("html")[0]["lang"] == "en"
+    return page
+
+
+def classes(page, name):
+    return [attributes for _, attributes in page.elements if name in attributes.get("class", "").split()]

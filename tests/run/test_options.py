@@ -1,0 +1,139 @@
+"""The command line: the paper's defaults, a clear refusal of what cannot be used, help that shows all of it."""
+import argparse
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.peft_configs import UNSUITABLE
+from tests.conftest import parsed
+from utils.run import options as options_module
+from utils.run.options import build_parser, parse_options
+
+NUMERIC = {
+    name: action
+    for action in build_parser("", ("lora", "ia3"))._actions
+    for name in action.option_strings
+    if action.type is not None and name not in ("--peft_type", "--peft_config")
+}
+
+
+def test_help_groups_options_and_shows_the_papers_defaults_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as raised:
+        parse_options("PerPEFT", ("lora", "ia3"), ["--help"])
+    text = capsys.readouterr().out
+    assert raised.value.code == 0
+    for option in (
+        "dataset", "device", "wdecay", "lr", "peft_type", "train_dir", "clip_model", "batch_size", "maxlen", "hidden_units",
+        "num_blocks", "num_heads", "dropout_rate", "l2_emb", "weight_scalar", "rank", "C", "global_epochs", "num_epochs",
+        "trial", "output_dir", "restart", "inference_only",
+    ):  # fmt: skip
+        assert f"--{option} " in text
+    for default in ("./dataset", "./runs", "openai/clip-vit-base-patch32", "1e-06", "0.3"):
+        assert f"default: {default}" in text
+    assert "(default: None)" not in text
+    assert all(line.count("default:") <= 1 for line in text.splitlines())
+
+
+def test_defaults_are_the_papers():
+    options = parsed(["--dataset", "sports_outdoors"])
+    expected = {
+        "hidden_units": 32, "num_blocks": 2, "num_heads": 4, "maxlen": 10, "dropout_rate": 0.3, "weight_scalar": 0.5, "rank": 4,
+        "batch_size": 16, "global_epochs": 10, "num_epochs": 20, "C": 8, "l2_emb": 1e-6, "lr": 1e-4, "wdecay": 1e-4, "trial": 0,
+        "clip_model": "openai/clip-vit-base-patch32", "train_dir": "./dataset", "output_dir": "./runs",
+        "method": "perpeft", "modality": "both", "negatives": "group", "grouping": "kmeans",
+    }  # fmt: skip
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+def test_rate_and_decay_come_from_the_pickle_where_they_are_not_given():
+    def settings(*arguments):
+        options = parsed(list(arguments))
+        return options.lr, options.wdecay
+
+    assert settings("--dataset", "toys_games", "--peft_type", "lora") == (1e-4, 5e-5)
+    assert settings("--dataset", "arts", "--peft_type", "ia3") == (1e-4, 5e-5)
+    assert settings("--dataset", "beauty_care", "--peft_type", "ia3") == (1e-4, 1e-5)
+    assert settings("--dataset", "beauty_care", "--peft_type", "lora", "--lr", "3e-4") == (3e-4, 1e-5)
+    assert settings("--dataset", "beauty_care", "--peft_type", "lora", "--wdecay", "0") == (1e-4, 0)
+    assert settings("--dataset", "grocery") == (1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("option", sorted(NUMERIC))
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "9" * 400, "many", "", "0x10", "1,5"])
+def test_no_number_option_takes_nonsense(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed(["--dataset", "x", f"{option}={value}"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert f"argument {option}: " in message and len(message.splitlines()[-1]) < 200
+
+
+def test_zero_is_refused_where_it_means_nothing(capsys):
+    may_be_zero = {"--wdecay", "--l2_emb", "--dropout_rate", "--weight_scalar", "--trial"}
+    for option in sorted(NUMERIC):
+        arguments = ["--dataset", "x", f"{option}=0"]
+        if option in may_be_zero:
+            assert getattr(parsed(arguments), option.strip("-")) == 0
+        else:
+            with pytest.raises(SystemExit):
+                parsed(arguments)
+            assert option in capsys.readouterr().err
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(NUMERIC)), st.one_of(st.text(max_size=12), st.floats().map(str), st.integers().map(str)))
+def test_any_text_is_a_number_in_range_or_a_clear_refusal(option, value):
+    try:
+        number = NUMERIC[option].type(value)
+    except argparse.ArgumentTypeError as error:
+        assert "number" in str(error) or "must be" in str(error)
+    else:
+        assert 0 <= number <= 2**31 and np.isfinite(number)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num_heads=5", "--num_heads 5 must divide --hidden_units 32"),
+        ("--rest", "--rest"),  # not taken for --restart
+        ("--dropout_rate=1", "argument --dropout_rate"),
+        ("--batch_size=1.5", "argument --batch_size"),
+        ("--peft_type=adapter", "argument --peft_type"),
+        ("--method best", "invalid choice: 'best'"),
+        ("--rank=8 --peft_type=ia3", "--rank 8 has no effect with --peft_type ia3"),
+        ("--rank=8 --method=none", "--rank 8 has no effect with --method none"),
+        ("--precision=bf16 --method=frozen", "--precision bf16 has no effect with --method frozen"),
+        ("--gradient_checkpointing --method=frozen", "--gradient_checkpointing has no effect with --method frozen"),
+        ("--method global --negatives all", "--negatives all has no effect with --method global"),
+        ("--method frozen --grouping random", "--grouping random has no effect with --method frozen"),
+        ("--method none --modality text", "--modality text has no effect with --method none"),
+        ("--method global --init_from somewhere", "--init_from somewhere has no effect with --method global"),
+        ("--method large_global --peft_type ia3", "needs --peft_type lora"),
+        ("--clip_model some --text_model other", "--clip_model and --text_model exclude each other"),
+        ("--text_model other", "--text_model alone reads titles only; add --modality text"),
+        ("--image_model some", "--image_model needs --text_model"),
+        ("--text_pooling cls", "--text_pooling needs --text_model"),
+        *((f"--peft_type {kind}", f"{kind} cannot be used: {reason}") for kind, reason in UNSUITABLE.items()),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parsed(["--dataset", "x", *words.split()])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_gradient_checkpointing_is_an_option_of_the_clip_adapters_alone():
+    assert parsed(["--dataset", "x", "--gradient_checkpointing"]).gradient_checkpointing
+    assert not parsed(["--dataset", "x"], ("iisan",)).gradient_checkpointing
+    with pytest.raises(SystemExit):
+        parsed(["--dataset", "x", "--gradient_checkpointing"], ("iisan",))
+
+
+def test_bad_rate_in_the_hyperparameter_file_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(options_module, "read_hyperparameters", lambda *_: {"lr": -1.0, "wdecay": 1e-4})
+    with pytest.raises(SystemExit, match="2"):
+        parsed(["--dataset", "arts"])
+    assert "perpeft_hyperparameter.pickle's lr for arts and lora: -1.0 must be above 0" in capsys.readouterr().err
