@@ -257,8 +257,6 @@ def make_trainer(model, fetch, lr=1e-2, wdecay=0.0, l2_emb=0.0):
 @pytest.fixture
 def copied_run(tiny_run, tmp_path):
     """The finished run copied to a folder of the test's own, and the arguments that name it."""
-    output_dir = tmp_path / "runs"
-    shutil.copytree(tiny_run.folder, output_dir / tiny_run.folder.name)
-    arguments = list(tiny_run.arguments)
-    arguments[arguments.index("--output_dir") + 1] = str(output_dir)
-    return SimpleNamespace(folder=output_dir / tiny_run.folder.name, arguments=arguments)
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "runs" / tiny_run.folder.name)
+    arguments = [*tiny_run.arguments, "--output_dir", str(folder.parent)]  # the last of two wins
+    return SimpleNamespace(folder=folder, arguments=arguments)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from scripts import report
 from tests.analysis.pages import check_page, classes
-from tests.conftest import run_on_folder, run_script, write_dataset
+from tests.conftest import run_on_folder, trained, write_dataset
 from tests.run_files import change_json, groups_of, ranks_of, summary_of, tree
 from utils.analysis.figures import group_colours, inline_svg, plot_users
 from utils.analysis.groups import intervals_by_group, mean_interval, typical_items
@@ -61,18 +61,14 @@ def test_marked_items_are_test_items(tiny_page, tiny_run, tiny_dataset):
     assert found > 0
 
 
-def test_titles_and_ids_stay_text(copied_run, tiny_dataset, tiny_clip, tmp_path):
+def test_titles_and_ids_stay_text(tiny_dataset, tiny_clip, tmp_path):
     evil = "<script>alert(1)</script>"
     titles = [f"{evil} red lamp", '"><img src=x onerror=alert(1)>', *tiny_dataset.titles[2:]]
     raw_ids = [f"B{item:03d}" for item in range(1, len(titles) + 1)]
     raw_ids[2] = "&lt;B003'\"<i>"
     folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, titles, raw_ids)
-    arguments = list(copied_run.arguments)
-    changes = {"--train_dir": folder, "--output_dir": tmp_path / "evil", "--global_epochs": 1, "--num_epochs": 1}
-    for name, value in changes.items():
-        arguments[arguments.index(name) + 1] = str(value)
-    run_script(arguments)
-    (run_folder,) = (tmp_path / "evil").iterdir()
+    dataset = SimpleNamespace(name="tiny", train_dir=folder)
+    run_folder = trained(dataset, tiny_clip, tmp_path / "evil", global_epochs=1, num_epochs=1)
     run_on_folder(report, run_folder, "--train_dir", folder, "--users", 40, "--items", 30)
     page = check_page(run_folder / "report.html")
     assert evil in page.text and '"><img src=x onerror=alert(1)>' in page.text and raw_ids[2] in page.text
@@ -101,12 +97,10 @@ def test_run_without_groups_has_a_report(tiny_global_run, tiny_dataset, tmp_path
     assert "Drawn at random" in page.text and "Largest gain" not in page.text and "Gain by group" not in page.text
 
 
-def test_report_lies_in_the_run_folder_and_restart_removes_it(copied_run, tiny_dataset):
+def test_report_lies_in_the_run_folder(copied_run, tiny_dataset):
     before = tree(copied_run.folder)
     run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--users", 1, "--items", 0)
     assert set(tree(copied_run.folder)) - set(before) == {"report.html"}
-    run_script([*copied_run.arguments, "--restart"])
-    assert not (copied_run.folder / "report.html").exists()
 
 
 def test_damaged_ranks_and_summary_are_refused(copied_run, tiny_dataset):

@@ -17,15 +17,6 @@ from utils.run.run import Run
 from utils.training.evaluation import METRICS, Ranks
 
 
-def passed_on(tiny_dataset, tiny_clip, output_dir):
-    """The tiny run's options, shorter, less what the tables set themselves."""
-    arguments = tiny_arguments(tiny_dataset, tiny_clip, output_dir, global_epochs=1, num_epochs=1)
-    for name in ("--dataset", "--peft_type"):
-        place = arguments.index(name)
-        del arguments[place : place + 2]
-    return arguments
-
-
 def reproduce(*arguments):
     run_script(arguments, reproduce_tables.main)
 
@@ -34,7 +25,8 @@ def reproduce(*arguments):
 def tiny_tables(tiny_dataset, tiny_clip, tmp_path_factory):
     """Both tables of one tiny LoRA trial: the folder of runs, that of tables, and the command."""
     folder = tmp_path_factory.mktemp("reproduction")
-    common = passed_on(tiny_dataset, tiny_clip, folder / "runs")
+    short = {"global_epochs": 1, "num_epochs": 1, "dataset": None}  # the tables set the data set and the adapter
+    common = tiny_arguments(tiny_dataset, tiny_clip, folder / "runs", None, **short)
     arguments = ["--dataset", "tiny", "--trials", 1, "--tables_dir", folder / "tables", *common]
     reproduce(*arguments)
     return folder / "runs", folder / "tables", arguments
@@ -87,9 +79,7 @@ def test_a_dry_run_lists_and_estimates_and_runs_nothing(tiny_tables, capsys, tmp
     copied = tmp_path / "runs"
     shutil.copytree(runs, copied)
     shutil.rmtree(copied / "tiny_lora_text_lr0.001_wd0.0001_seed0")
-    changed = [str(copied) if argument == str(runs) else argument for argument in map(str, arguments)]
-    changed[changed.index("--tables_dir") + 1] = str(tmp_path / "tables")
-    reproduce(*changed, "--dry_run")
+    reproduce(*arguments, "--output_dir", copied, "--tables_dir", tmp_path / "tables", "--dry_run")
     text = capsys.readouterr().out
     (line,) = [line for line in text.splitlines() if line.startswith("to do")]
     assert "--modality text" in line and " min" in line and "1 of 9 runs to do" in text

@@ -68,9 +68,7 @@ def test_siglips_run_is_explained_exported_recommended_from_and_in_tables(runs_o
     found = json.loads((folder / "figures" / "recommend_new.json").read_text())
     assert found["history"] and found["recommendations"]
     run_on_folder(export_vectors, folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "vectors")
-    arguments = tiny_arguments(tiny_dataset, model, folder.parent, **EPOCHS)
-    passed_on = [part for flag, value in zip(arguments[::2], arguments[1::2]) if flag not in ("--dataset", "--peft_type")
-                 for part in (flag, value)]  # fmt: skip
+    passed_on = tiny_arguments(tiny_dataset, model, folder.parent, None, dataset=None, **EPOCHS)
     (block,) = finished_blocks("tiny", 1, passed_on)
     summary = summary_of(folder)
     assert [100 * summary["personalized"]["test"]["HR@20"]] == pytest.approx([row.mean["HR@20"] for row in block.rows])

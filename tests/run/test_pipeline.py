@@ -283,6 +283,7 @@ def test_restart_trains_again_to_the_same_figures_and_weights(copied_run, tiny_r
     groups = copied_run.folder / "groups.csv"
     groups.write_text(groups.read_text().replace(",1", ",0"))  # would make another stage 3, were it taken over
     (copied_run.folder / "global" / "sasrec.pth").unlink()
+    (copied_run.folder / "report.html").write_text("of the old run")
     shutil.copytree(copied_run.folder / "personalized" / "group_2", copied_run.folder / "personalized" / "group_3")
     run_script([*copied_run.arguments, "--restart"])
     assert outcome(copied_run.folder) == outcome(tiny_run.folder)
@@ -387,9 +388,7 @@ def test_true_groups_that_come_with_drawn_data_are_compared_with_those_found(cop
     found = groups_of(copied_run.folder)
     renamed = "".join(f"{user},{'zxy'[group]}\n" for user, group in found.items())  # the same groups by other names
     (folder / "tiny_true_groups.csv").write_text("user,group\n" + renamed)
-    arguments = list(copied_run.arguments)
-    arguments[arguments.index("--train_dir") + 1] = str(folder)
-    run_script([*arguments, "--restart"])
+    run_script([*copied_run.arguments, "--train_dir", folder, "--restart"])
     assert "adjusted Rand index to the true groups 1.00" in capsys.readouterr().out
 
 

@@ -140,9 +140,7 @@ def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stop
     assert files(run) == files(expected)
     assert second_again.output == "" and first_again.output.count("personalized epoch 2/2") == 1
 
-    arguments = list(run.arguments)
-    arguments[arguments.index("--output_dir") + 1] = str(by_one.folder.parent)
-    (one,) = zygote.run_together(arguments, size=1)
+    (one,) = zygote.run_together([*run.arguments, "--output_dir", by_one.folder.parent], size=1)
     assert one.code == 0 and one.output.count("number of processes: 2 before, 1 now; dropout differs") == 1
     assert_same_figures(by_one, expected)
 

@@ -108,8 +108,7 @@ def test_kill_while_restart_clears_leaves_nothing_that_is_refused_or_taken_up(zy
     run = begin("run")
     assert zygote.run(run.arguments).code == 0
     kept = shutil.copytree(run.folder, run.folder.with_name("kept"))
-    other = begin("other", **shorter).arguments  # the same folder name, other settings
-    other[other.index("--output_dir") + 1] = str(run.folder.parent)
+    other = [*begin("other", **shorter).arguments, "--output_dir", run.folder.parent]  # the same folder name, other settings
     restart = zygote.run([*other, "--restart"], kill_at=("opening/clearing", 10**6))
     assert restart.code == 0
     events = [label for label in restart.events if label.startswith("opening/clearing")]
