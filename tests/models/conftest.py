@@ -48,7 +48,7 @@ def inputs(tiny_clip, tmp_path_factory):
 def make_encoder(tiny_clip):
     """Make an encoder with one adapter of a kind, the same each time."""
 
-    def make(kind="lora", rank=None, **options):
+    def make(kind="lora", rank=4, **options):
         torch.manual_seed(0)
         processor = AutoImageProcessor.from_pretrained(tiny_clip, use_fast=False)
         config = peft_config(kind, rank, SMALL.get(kind))
