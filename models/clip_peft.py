@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from models.item_encoder import MODALITIES, ItemEncoder
 from models.pair import EncoderPair
-from models.towers import CLIP_TRAITS, Traits, count_parameters, dual_features, given, tower, tower_name
+from models.towers import CLIP_TRAITS, Traits, count_parameters, drop_none, dual_features, tower, tower_name
 
 
 def channel_statistics(processor: BaseImageProcessor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +51,7 @@ class ClipPeftEncoder(ItemEncoder):
         autocast_dtype: what the foundation model computes in; None for float32.
         traits: how the model reads items; CLIP's by default.
     Attributes:
-        bare: the parts of an item, "image" or "text", whose tower has none of the target layers, and so no adapter.
+        unadapted: the parts of an item, "image" or "text", whose tower has none of the target layers, and so no adapter.
     Raises:
         ValueError: peft cannot put such an adapter into this model.
     """
@@ -89,9 +89,9 @@ class ClipPeftEncoder(ItemEncoder):
         if gradient_checkpointing:  # non-reentrant: the first layer's input needs no gradient, its adapter does
             clip.gradient_checkpointing_enable({"use_reentrant": False})
         self._slots = self._adapter_slots()
-        self.bare = [part for part, name in towers.items() if not any(f".{name}." in slot for slot in self._slots)]
-        if len(self.bare) == len(towers):
-            raise ValueError(f"none of the target layers {config.target_modules} is in the {' or '.join(self.bare)} encoder")
+        self.unadapted = [part for part, name in towers.items() if not any(f".{name}." in slot for slot in self._slots)]
+        if len(self.unadapted) == len(towers):
+            raise ValueError(f"none of the target layers {config.target_modules} is in the {' or '.join(self.unadapted)} encoder")
         self._groups.append(nn.ParameterList(owners[0][0]._parameters[owners[0][1]] for owners in self._slots.values()))
         scale, shift = channel_statistics(processor)
         self.register_buffer("_scale", scale, persistent=False)
@@ -160,7 +160,7 @@ class ClipPeftEncoder(ItemEncoder):
                 seen = tower(self._clip, "image")(pixel_values=self._normalised(pixels), output_attentions=True)
                 of_images = _last_layer(seen.attentions)[:, 0]  # [items, 1 + patches]
             if "text" in used:
-                read = tower(self._clip, "text")(output_attentions=True, **given(input_ids=tokens, attention_mask=mask))
+                read = tower(self._clip, "text")(output_attentions=True, **drop_none(input_ids=tokens, attention_mask=mask))
                 of_titles = self._traits.pool(_last_layer(read.attentions), tokens, mask)  # [items, length]
         return of_images, of_titles
 

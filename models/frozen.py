@@ -19,5 +19,5 @@ class FrozenEncoder(ItemEncoder):
         self.foundation_parameters = foundation_parameters
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The features as they came, [items, feature_dim]."""
+        """The features unchanged, [items, feature_dim]."""
         return features

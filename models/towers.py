@@ -97,7 +97,7 @@ def tower(model: nn.Module, part: str) -> nn.Module:
     return getattr(model, tower_name(model, part))
 
 
-def given(**inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def drop_none(**inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Keyword arguments without those that are None."""
     return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
@@ -117,7 +117,7 @@ def part_features(model: nn.Module, part: str, **inputs: torch.Tensor | None) ->
         part: "image" or "text".
         inputs: `pixel_values`, or `input_ids` and `attention_mask`; those that are None are left out.
     """
-    found = getattr(model, f"get_{part}_features")(**given(**inputs))
+    found = getattr(model, f"get_{part}_features")(**drop_none(**inputs))
     found = found if isinstance(found, torch.Tensor) else found.pooler_output  # the latter in transformers 5
     return found[:, 0] if found.dim() == 3 else found  # FLAVA projects every token, and compares the first
 
@@ -156,7 +156,7 @@ def evenly_spaced(depths: list[int]) -> list[list[int]]:
 
 def _tower_states(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> list[torch.Tensor]:
     """All hidden states of a tower, [items, tokens, width] each; a map [items, width, height, width] counts as its places."""
-    found = tower(model, part)(**given(**inputs), output_hidden_states=True).hidden_states
+    found = tower(model, part)(**drop_none(**inputs), output_hidden_states=True).hidden_states
     states = [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in found]
     widths = sorted({state.shape[2] for state in states})
     if len(widths) > 1:

@@ -118,7 +118,7 @@ def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, ki
         assert torch.equal(foundation.clip.state_dict()[name], tensor)
     names = {name for name, parameter in encoder.group_parameters(1).items() if parameter.grad is not None}
     assert names == set(encoder.group_parameters(1))
-    assert encoder.bare == (["image"] if family == "align" else [])
+    assert encoder.unadapted == (["image"] if family == "align" else [])
     # SigLIP and GroupViT pool by layers of their own
     inside = [name for name in names if "vision_model.head" not in name and "downsample" not in name]
     layers = {name.partition(".lora_")[0].partition(".ia3_")[0] for name in inside}

@@ -144,4 +144,4 @@ def test_a_run_by_a_saved_adapters_own_file_continues_and_opens_again(tiny_datas
     (tmp_path / "file.json").unlink()  # the run folder has it
     run = open_finished(folder, "cpu", tiny_dataset.train_dir)
     run.load_global()
-    assert np.isfinite(run.item_inputs(0).detach().numpy()).all()
+    assert np.isfinite(run.item_table(0).detach().numpy()).all()

@@ -13,7 +13,7 @@ from scripts import make_small_clip
 from utils.common.console import run_main
 from utils.common.errors import PerPEFTError
 from utils.prepare import demo_clip, small_clip
-from utils.prepare.small_clip import contrastive_loss, read_images, retrieval, train_small_clip
+from utils.prepare.small_clip import Sizes, contrastive_loss, read_images, retrieval, train_small_clip
 from utils.prepare.small_tokenizer import train_tokenizer
 
 SIZES = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2}
@@ -32,7 +32,7 @@ def coloured_pairs(num, seed=0):
 
 def trained(folder, steps=40, seed=0, **options):
     images, titles = coloured_pairs(200)
-    return train_small_clip(images, titles, folder, **SIZES, steps=steps, batch_size=32, seed=seed, **options)
+    return train_small_clip(images, titles, folder, Sizes(**SIZES), steps=steps, batch_size=32, seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_retrieval_near_chance_is_warned_of(share, warned, tmp_path, monkeypatch
     found = {"image_to_title": share, "title_to_image": 0.05, "chance": 0.05}
     monkeypatch.setattr(small_clip, "retrieval", lambda similarity, numbers: dict(found))
     images, titles = coloured_pairs(40)
-    train_small_clip(images, titles, tmp_path / "clip", **SIZES, steps=1, progress=False)
+    train_small_clip(images, titles, tmp_path / "clip", Sizes(**SIZES), steps=1, progress=False)
     assert ("learned nothing from these images: use a pretrained one" in capsys.readouterr().err) == warned
 
 
@@ -213,9 +213,9 @@ def test_sizes_that_make_no_clip_are_refused(tmp_path):
     wrong = ({"patch_size": 15}, {"heads": 3}, {"layers": 0}, {"image_size": 48})
     for change in wrong:
         with pytest.raises(PerPEFTError):
-            train_small_clip(images, titles, tmp_path / "clip", **{**SIZES, **change}, steps=1)
+            train_small_clip(images, titles, tmp_path / "clip", Sizes(**{**SIZES, **change}), steps=1)
     with pytest.raises(PerPEFTError, match="too few"):
-        train_small_clip(images[:10], titles[:10], tmp_path / "clip", **SIZES, steps=1)
+        train_small_clip(images[:10], titles[:10], tmp_path / "clip", Sizes(**SIZES), steps=1)
     assert not list(tmp_path.iterdir())
 
 

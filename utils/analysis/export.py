@@ -41,14 +41,14 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
     users = np.zeros((dataset.num_users, run.options.hidden_units), dtype=np.float32)
     with folder_written_atomically(folder) as temporary:
         run.load_global()
-        table = run.item_inputs(0)
+        table = run.item_table(0)
         _save_items(temporary / "items_global.npy", table)
         if grouped:
             run.load_personalized()
             np.save(temporary / "user_groups.npy", run.groups)
         for group in range(run.model.num_groups):
             if grouped:
-                table = run.item_inputs(group)
+                table = run.item_table(group)
                 _save_items(temporary / f"items_group_{group}.npy", table)
             members = np.flatnonzero(run.groups == group)
             users[members] = last_states(run.model.sasrec, table, exported, members).cpu().numpy()

@@ -151,7 +151,7 @@ class Recommender:
         self.run = run
         self.grouped = has_groups(run.options)
         run.load_global()
-        table = run.item_inputs(0)
+        table = run.item_table(0)
         self.user_vectors = run.user_vectors(table)
         self._models: dict[int | None, tuple[SASRec, torch.Tensor]] = {None: (copy.deepcopy(run.model.sasrec), table)}
         if self.grouped:
@@ -161,7 +161,7 @@ class Recommender:
     def _state(self, group: int | None, history: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The user's state [hidden] after a history, and the item table [num_items + 1, hidden], by one adapter."""
         if group not in self._models:
-            self._models[group] = (self.run.model.sasrec, self.run.item_inputs(group))
+            self._models[group] = (self.run.model.sasrec, self.run.item_table(group))
         sasrec, table = self._models[group]
         return last_states(sasrec, table, Histories.of_lists([history]), np.array([0]))[0], table
 

@@ -27,7 +27,7 @@ MOST_RUNS = 26  # called A to Z
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A row of the closing table: each metric's mean with its interval."""
+    """A row of the results table: each metric's mean with its interval."""
 
     label: str
     split: str
@@ -74,7 +74,7 @@ class RunPart:
         ]
 
     def results(self) -> list[ResultRow]:
-        """The closing table with intervals, and the gain of the personalized over the global stage."""
+        """The results table with intervals, and the gain of the personalized over the global stage."""
         rows = []
         for stage in self.stages:
             for split in ("valid", "test"):

@@ -19,7 +19,7 @@ def _resized_size(processor: BaseImageProcessor, width: int, height: int) -> tup
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of what an image processor makes of any image.
+    """Height and width of the images that an image processor returns.
 
     Raises:
         ValueError: they differ from image to image, or it fails.

@@ -39,7 +39,7 @@ def _store_key(
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    # What the tokenizer was last asked for is part of its state, but not of what it makes of these titles.
+    # The options of the tokenizer's last call are part of its state, but do not change these titles' tokens.
     vocabulary = json.dumps(state | {"truncation": None, "padding": None}, sort_keys=True)
     digest.update(json.dumps(processor.to_dict() if processor else None, sort_keys=True, default=str).encode())
     padded = " padded" if traits.pads_titles else ""

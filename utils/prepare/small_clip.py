@@ -3,6 +3,7 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,6 @@ from utils.items.preprocessing import read_image
 from utils.prepare.small_tokenizer import train_tokenizer
 
 IMAGE_SIZE = 48  # pixels a side; in patches of 16 these are 9, so that an image costs about as much as its title
-PATCH_SIZE = 16
-WIDTH = 64  # of both towers; with 2 layers a LoRA step over 170 items is about 35 ms on 2 CPU cores, with 4 twice that,
-LAYERS = 2  # for no clear gain in retrieval after as many steps
-HEADS = 4
 PROJECTION_DIM = 64
 STEPS = 1000  # about a minute on 2 CPU cores
 BATCH_SIZE = 128
@@ -38,6 +35,35 @@ LARGEST_LOGIT_SCALE = 4.6052  # ln 100, as in CLIP: beyond it the loss becomes u
 HELD_OUT = 100  # pairs kept from training to measure retrieval (a tenth, of fewer than 1,000)
 NEAR_CHANCE = 2  # times as often as by guessing, or less: such a model has learned nothing
 FEWEST_PAIRS = 20  # of which 2 are held out
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a small CLIP: pixels a side of images and of patches; width, layers and attention heads of both towers.
+
+    With 2 layers of width 64 a LoRA step over 170 items takes about 35 ms on 2 CPU cores, with 4 layers twice that, for no clear
+    gain in retrieval after as many steps.
+
+    Raises:
+        PerPEFTError: no CLIP can be made of these sizes; says which, and why.
+    """
+
+    image_size: int = IMAGE_SIZE
+    patch_size: int = 16
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+
+    def __post_init__(self):
+        if min(vars(self).values()) < 1:
+            raise PerPEFTError(f"{', '.join(vars(self))} must all be at least 1")
+        for larger, smaller in (("image_size", "patch_size"), ("width", "heads")):
+            whole, part = getattr(self, larger), getattr(self, smaller)
+            if whole % part:
+                raise PerPEFTError(f"{larger} {whole} is no multiple of {smaller} {part}; choose one that is")
+
+
+SMALL = Sizes()
 
 
 def image_processor(image_size: int = IMAGE_SIZE) -> BaseImageProcessor:
@@ -80,16 +106,11 @@ def train_small_clip(
     images: torch.Tensor,
     titles: Sequence[str],
     folder: str | Path,
+    sizes: Sizes = SMALL,
     *,
     seed: int = 0,
-    image_size: int = IMAGE_SIZE,
-    patch_size: int = PATCH_SIZE,
-    width: int = WIDTH,
-    layers: int = LAYERS,
-    heads: int = HEADS,
     steps: int = STEPS,
     batch_size: int = BATCH_SIZE,
-    learning_rate: float = LEARNING_RATE,
     vary: bool = True,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -102,39 +123,36 @@ def train_small_clip(
         images: uint8 [pairs, 3, image_size, image_size], from `read_images`.
         titles: one an image; the same title may stand at many.
         folder: where to save.
+        sizes: of the model.
         seed: of the weights, the batches and the pairs held out.
-        image_size, patch_size: pixels a side, of an image and of a patch.
-        width, layers, heads: of both towers.
-        steps, batch_size, learning_rate: of AdamW, with warm-up and a half cosine.
+        steps, batch_size: of AdamW, with warm-up and a half cosine.
         vary: whether to shift and mirror images at random in every step, so that a few thousand are not memorised.
         progress: whether to show a bar and print the result.
     Returns:
         `image_to_title` and `title_to_image`, the shares of `held_out` unseen pairs whose partner comes first among all of
         theirs, `chance`, the share that guessing finds, `first_loss`, `last_loss`, `parameters` and `seconds`.
     Raises:
-        PerPEFTError: the pairs are too few, or the sizes do not fit each other.
+        PerPEFTError: the pairs are too few, or the images are of another size.
     """
-    check_sizes(image_size, patch_size, width, layers, heads)
-    _check_pairs(images, titles, image_size)
+    _check_pairs(images, titles, sizes.image_size)
     start = time.monotonic()
     tokenizer = train_tokenizer(titles)
     encoded = tokenizer(list(titles), truncation=True, padding=True, return_tensors="pt")
     tokens = encoded["input_ids"]  # [pairs, longest title]
     lengths = encoded["attention_mask"].sum(1)  # [pairs]
     _, title_numbers = torch.unique(tokens, dim=0, return_inverse=True)  # [pairs]: the same number, the same title
-
-    model = _new_model(tokenizer, seed, image_size, patch_size, width, layers, heads)
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(titles), generator=random)
     num_held_out = min(HELD_OUT, len(titles) // 10)
     held_out, training = order[:num_held_out], order[num_held_out:]
 
-    optimizer = _optimizer(model, learning_rate)
+    model = _new_model(tokenizer, sizes, seed)
+    optimizer = _optimizer(model)
     losses = []
     bar = tqdm(range(steps), "Training a small CLIP", unit="step", leave=False, disable=None if progress else True)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _rate_share(step, steps)
+            group["lr"] = LEARNING_RATE * _rate_share(step, steps)
         rows = training[torch.randperm(len(training), generator=random)[:batch_size]]  # [batch]
         seen = _varied(images[rows], random) if vary else images[rows]  # [batch, 3, image_size, image_size]
         similarity = _similarity(model, seen, tokens[rows, : lengths[rows].max()])  # [batch images, batch titles]
@@ -156,7 +174,7 @@ def train_small_clip(
     with folder_written_atomically(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        image_processor(image_size).save_pretrained(temporary)
+        image_processor(sizes.image_size).save_pretrained(temporary)
     if progress:
         print(
             f"Small CLIP, {result['parameters']:,} parameters, {result['seconds']:.0f} s: among {num_held_out} unseen pairs"
@@ -168,20 +186,6 @@ def train_small_clip(
     return result
 
 
-def check_sizes(image_size: int, patch_size: int, width: int, layers: int, heads: int) -> None:
-    """Refuse sizes of which no CLIP can be made.
-
-    Raises:
-        PerPEFTError: says which, and why.
-    """
-    if min(image_size, patch_size, width, layers, heads) < 1:
-        raise PerPEFTError("image_size, patch_size, width, layers and heads must all be at least 1")
-    if image_size % patch_size:
-        raise PerPEFTError(f"image_size {image_size} is no multiple of patch_size {patch_size}; choose one that is")
-    if width % heads:
-        raise PerPEFTError(f"width {width} is no multiple of heads {heads}; choose one that is")
-
-
 def _check_pairs(images: torch.Tensor, titles: Sequence[str], image_size: int) -> None:
     if len(titles) < FEWEST_PAIRS:
         raise PerPEFTError(f"{len(titles)} images with titles are too few to train a CLIP on; it takes {FEWEST_PAIRS} or more")
@@ -190,14 +194,12 @@ def _check_pairs(images: torch.Tensor, titles: Sequence[str], image_size: int) -
         raise PerPEFTError(f"the images are {images.dtype} {list(images.shape)}; uint8 {list(expected)} is needed")
 
 
-def _new_model(
-    tokenizer: CLIPTokenizerFast, seed: int, image_size: int, patch_size: int, width: int, layers: int, heads: int
-) -> CLIPModel:
+def _new_model(tokenizer: CLIPTokenizerFast, sizes: Sizes, seed: int) -> CLIPModel:
     tower = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,  # 4 times is usual; half of it spares a sixth of a step
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
+        "hidden_size": sizes.width,
+        "intermediate_size": 2 * sizes.width,  # 4 times is usual; half of it spares a sixth of a step
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
         "projection_dim": PROJECTION_DIM,
         "hidden_act": "gelu",  # one operation, where CLIP's quick_gelu is three
     }
@@ -205,7 +207,7 @@ def _new_model(
     specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = CLIPConfig(
         text_config={**tower, **specials, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length},
-        vision_config={**tower, "image_size": image_size, "patch_size": patch_size},
+        vision_config={**tower, "image_size": sizes.image_size, "patch_size": sizes.patch_size},
         projection_dim=PROJECTION_DIM,
     )
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator; the caller's goes on
@@ -219,11 +221,11 @@ def _new_model(
     return model.train()
 
 
-def _optimizer(model: CLIPModel, learning_rate: float) -> torch.optim.AdamW:
+def _optimizer(model: CLIPModel) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]  # biases, norms, the logit scale
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
 
 
 def _rate_share(step: int, steps: int) -> float:

@@ -107,8 +107,8 @@ def peft_encoder(
     except ValueError as error:  # peft's own words say which sizes do not go together
         reason = " ".join(str(error).split())
         raise PerPEFTError(f"--peft_type {options.peft_type}: {reason}; pass other settings by --peft_config FILE") from error
-    if encoder.bare:
-        print(f"note: the {encoder.bare[0]} encoder has none of the layers that this adapter sits on; only the other is adapted")
+    for part in encoder.unadapted:
+        print(f"note: the {part} encoder has none of the layers that this adapter sits on; only the other is adapted")
     return encoder
 
 

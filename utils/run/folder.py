@@ -1,4 +1,4 @@
-"""The run folder: named for its options, bound to all that its figures follow from, and either new, started or finished."""
+"""The run folder: named for its options, bound to all that determines its metrics, and either new, started or finished."""
 import argparse
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from utils.items.store import image_status
 from utils.run.build import MODEL_OPTIONS, foundation_name, image_use
 from utils.training.evaluation import METRICS, SPLITS
 
-# Options that may differ between the start of a run and its continuation: they change no figure.
+# Options that may differ between the start of a run and its continuation: they change no metric.
 FREE_OPTIONS = {
     "device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "gradient_checkpointing", "debug",
     "log_with",
@@ -53,7 +53,7 @@ def run_name(options: argparse.Namespace) -> str:
 
 
 def fixed_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that a run's figures follow from, as JSON holds them."""
+    """The options that determine a run's metrics, as JSON holds them."""
     return json.loads(json.dumps({name: value for name, value in sorted(vars(options).items()) if name not in FREE_OPTIONS}))
 
 
@@ -84,7 +84,7 @@ def contents_fingerprint(options: argparse.Namespace, dataset: Dataset) -> str |
 
 
 def run_settings(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
-    """All that a run's figures follow from."""
+    """All that determines a run's metrics."""
     return {
         **fixed_options(options),
         "dataset_fingerprint": dataset_fingerprint(dataset),
@@ -138,7 +138,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def settings_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a finished run: all that its metrics follow from."""
+    """The settings of a finished run: all that determines its metrics."""
     return {**summary["config"], **{name: summary[name] for name in FINGERPRINTS}}
 
 

@@ -8,11 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from models import PerPEFT
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
-from utils.run.build import trainable_counts
-from utils.run.folder import FINGERPRINTS
 from utils.training.evaluation import METRICS, SPLITS, Ranks
 from utils.training.progress import best_row
 
@@ -112,7 +109,7 @@ def results_table(summary: dict[str, Any]) -> str:
 
 
 def print_results(summary: dict[str, Any], folder: Path) -> None:
-    """Print the closing table and the run folder."""
+    """Print the results table and the run folder."""
     print(f"\n{results_table(summary)}\n(percent) {folder}", flush=True)
 
 
@@ -126,30 +123,3 @@ def format_epoch(rows: list[dict[str, Any]], epochs: int) -> str:
         f"valid HR@20 {100 * row['valid_HR@20']:.2f} "
         f"NDCG@20 {100 * row['valid_NDCG@20']:.2f}{mark}, {row['seconds']:.1f} s{skipped}"
     )
-
-
-def run_summary(
-    settings: dict[str, Any], model: PerPEFT, rows: dict[str, list[dict[str, Any]]], grouping_seconds: float
-) -> dict[str, Any]:
-    """The part of summary.json that does not depend on the machine and the data.
-
-    Args:
-        settings: of the run, fingerprints included.
-        model: as it was trained.
-        rows: of each stage's epochs.
-        grouping_seconds: of stage 2.
-    """
-    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("sasrec", "projectors")}
-    return {
-        "config": {name: value for name, value in settings.items() if name not in FINGERPRINTS},
-        "versions": versions(),
-        **{name: settings[name] for name in FINGERPRINTS},
-        "trainable_parameters": {**sizes, **trainable_counts(model.encoder)},
-        "seconds": {
-            "global": sum(row["seconds"] for row in rows["global"]),
-            "grouping": grouping_seconds,
-            "personalized": sum(row["seconds"] for row in rows["personalized"]),
-        },
-        "skipped_steps": {stage: sum(row["skipped_steps"] for row in own) for stage, own in rows.items()},
-        **{stage: stage_summary(own) for stage, own in rows.items() if own},
-    }

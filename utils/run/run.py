@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from sklearn.metrics import adjusted_rand_score
 
 from models import PerPEFT
+from models.towers import count_parameters
 from utils.common.devices import seed_everything
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_json
@@ -19,9 +20,9 @@ from utils.data.dataset import Dataset, read_true_groups
 from utils.data.histories import leave_last_out
 from utils.items.source import ItemSource
 from utils.run import plots, reports
-from utils.run.build import has_groups
+from utils.run.build import has_groups, trainable_counts
 from utils.run.distributed import StopSignal
-from utils.run.folder import RunFolder, read_summary
+from utils.run.folder import FINGERPRINTS, RunFolder, read_summary
 from utils.run.tracking import EpochLog
 from utils.training import checkpoints
 from utils.training.checkpoints import Checkpoint
@@ -59,7 +60,7 @@ class Run:
         model: with one group, freshly initialised.
         source: item inputs for the model's encoder.
         folder: the run folder.
-        settings: all that the run's figures follow from, options and fingerprints, as they were when it was opened.
+        settings: all that determines the run's metrics, options and fingerprints, as they were when it was opened.
         accelerator: the ranks that train together; all call every method, and rank 0 writes.
     """
 
@@ -107,7 +108,7 @@ class Run:
         self.accelerator.wait_for_everyone()  # all ranks check before rank 0 writes
         if not exists:
             by_interest = self.options.grouping == "kmeans"
-            vectors = self.user_vectors(self.item_inputs(0)) if by_interest else None  # all ranks encode together
+            vectors = self.user_vectors(self.item_table(0)) if by_interest else None  # all ranks encode together
             if self.accelerator.is_main_process:
                 C, seed = self.options.C, self.options.trial
                 groups = kmeans_groups(vectors, C, seed) if by_interest else random_groups(self.dataset.num_users, C, seed)
@@ -124,17 +125,14 @@ class Run:
 
     def train_personalized(self) -> None:
         """Stage 3: an adapter and a projector a group, warm-started from stage 1, negatives from the group's own items."""
-        num_groups = self.options.C
+        num_groups, from_all = self.options.C, self.options.negatives == "all"
         self.model.clone_groups(num_groups)
-        if self.options.negatives == "all":
-            candidates = [self._all_items()] * num_groups
-        else:
-            candidates = group_items(self.split.train, self.groups, num_groups)
+        candidates = [self._all_items()] * num_groups if from_all else group_items(self.split.train, self.groups, num_groups)
         self._train(Stage("personalized", 3, self.options.num_epochs, candidates))
         checkpoints.load_weights(self.model, self.folder / "personalized", "personalized")
 
     def report(self) -> None:
-        """Write summary.json, print the closing table, and remove what only a continuation needs."""
+        """Write summary.json, print the results table, and remove what only a continuation needs."""
         if self.accelerator.is_main_process:
             self._write_metrics()  # a run that was killed between its last state and its last report continues here
             summary = self._summary()
@@ -216,19 +214,19 @@ class Run:
         self.model.eval()
         return self.evaluator.ranks(self.model, self.groups)
 
-    def item_inputs(self, group: int) -> torch.Tensor:
+    def item_table(self, group: int) -> torch.Tensor:
         """The e_i of all items as one group sees them, [num_items + 1, hidden]; row 0 is the padding item's."""
         self.model.eval()
         return self.evaluator.item_table(self.model, group)
 
-    def user_vectors(self, inputs: torch.Tensor) -> np.ndarray:
+    def user_vectors(self, item_table: torch.Tensor) -> np.ndarray:
         """What users are grouped by: the global model's last state over their train and valid interactions, [users, hidden].
 
         Args:
-            inputs: the global model's `item_inputs`.
+            item_table: the global model's.
         """
         everyone = np.arange(self.dataset.num_users)
-        return last_states(self.model.sasrec, inputs, self.split.train_and_valid, everyone).cpu().numpy()
+        return last_states(self.model.sasrec, item_table, self.split.train_and_valid, everyone).cpu().numpy()
 
     def load_global(self) -> None:
         """Load the saved best weights of stage 1; the model has one group."""
@@ -248,8 +246,8 @@ class Run:
             self.load_personalized()
             results["personalized"] = self.evaluate().metrics()
         saved = read_summary(self.folder / "summary.json")
-        epochs = {stage: saved[stage]["best_epoch"] for stage in results}
-        summary = {stage: reports.stage_summary([{"epoch": epochs[stage], **metrics}]) for stage, metrics in results.items()}
+        rows = {stage: {"epoch": saved[stage]["best_epoch"], **metrics} for stage, metrics in results.items()}
+        summary = {stage: reports.stage_summary([row]) for stage, row in rows.items()}
         reports.print_results(summary, self.folder)
         return summary
 
@@ -282,11 +280,19 @@ class Run:
             print(reports.format_epoch(self._rows[stage], epochs), flush=True)
 
     def _summary(self) -> dict[str, Any]:
-        ranks = self.accelerator.num_processes
+        rows, ranks = self._rows, self.accelerator.num_processes
+        sizes = {name: count_parameters(getattr(self.model, name)) for name in ("sasrec", "projectors")}
+        taken = {stage: sum(row["seconds"] for row in own) for stage, own in rows.items()}
         return {
-            **reports.run_summary(self.settings, self.model, self._rows, self._grouping_seconds),
+            "config": {name: value for name, value in self.settings.items() if name not in FINGERPRINTS},
+            "versions": reports.versions(),
+            **{name: self.settings[name] for name in FINGERPRINTS},
+            "trainable_parameters": {**sizes, **trainable_counts(self.model.encoder)},
+            "seconds": {"global": taken["global"], "grouping": self._grouping_seconds, "personalized": taken["personalized"]},
+            "skipped_steps": {stage: sum(row["skipped_steps"] for row in own) for stage, own in rows.items()},
+            **{stage: reports.stage_summary(own) for stage, own in rows.items() if own},
             "device": str(self.device),
             **({"processes": ranks} if ranks > 1 else {}),
             "dataset": {**self.dataset.counts(), "evaluated_users": len(self.split.evaluated_users)},
-            **({"group_sizes": self.group_sizes()} if self._rows["personalized"] else {}),
+            **({"group_sizes": self.group_sizes()} if rows["personalized"] else {}),
         }
