@@ -108,7 +108,7 @@ def test_interrupted_making_is_started_again(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(demo, "_write_pickle", full_disk)
+    monkeypatch.setattr(demo, "write_pickle", full_disk)
     with pytest.raises(OSError, match="No space"):
         make_demo(tmp_path, 8, 4)
     with pytest.raises(PerPEFTError):
