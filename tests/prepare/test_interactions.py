@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from utils.prepare import interactions, lines, parts
 from utils.prepare.columns import TableOptions
-from utils.prepare.interactions import EPOCH, keep_core, keep_first, keep_sample
+from utils.prepare.engine import engine
+from utils.prepare.interactions import keep_core, keep_first, keep_sample
 from utils.prepare.tables import open_table
+from utils.prepare.times import EPOCH
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=60)
 
@@ -123,7 +125,7 @@ def test_equal_times_keep_the_order_of_files_that_several_cores_read(kind, tmp_p
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_query(tmp_path, number):
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt) as raised, interactions.engine(tmp_path) as con:
+    with pytest.raises(KeyboardInterrupt) as raised, engine(tmp_path) as con:
         threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
         while True:  # of short queries, between whose tasks DuckDB asks for signals
             con.execute("SELECT sum(range % 7) FROM range(3000000)")

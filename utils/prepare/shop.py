@@ -123,7 +123,7 @@ class Shop:
             reasons += f"; its items are {ids[0]}, those of {self.items.files[0].name} {ids[1]}{hint}"
         elif NO_OBJECT in self.interactions_left_out:
             reasons += "; scripts.prepare_tables reads other tables than Amazon's"
-        elif interactions.NO_TIME in self.interactions_left_out:
+        elif interactions.UNREADABLE_TIME in self.interactions_left_out:
             text = _first(con, self.interactions, "time", 1)[0][0]
             reasons += f"; write the form of times such as {text[:40]!r} as --time_format, for example '%d.%m.%Y %H:%M'"
         return f"{name}: no interaction can be used ({reasons})"

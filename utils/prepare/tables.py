@@ -12,6 +12,7 @@ import duckdb
 
 from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.columns import TableOptions, recognise_columns
+from utils.prepare.engine import shown_progress
 from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
 from utils.prepare.parts import (
     SOURCE,
@@ -25,7 +26,6 @@ from utils.prepare.parts import (
     quote,
     text_part,
 )
-from utils.prepare.progress import shown_progress
 from utils.prepare.text_tables import recognise_form
 
 ROWS = "{rows}"

@@ -17,11 +17,11 @@ from utils.common.errors import PerPEFTError
 from utils.common.files import write_atomically
 from utils.data.dataset import is_dataset_name
 from utils.prepare.downloads import Downloader
+from utils.prepare.engine import engine, shown_progress
 from utils.prepare.image_cells import WEB
 from utils.prepare.image_folder import Filling, fill_folder, read_image
-from utils.prepare.interactions import engine, keep_core, keep_sample
+from utils.prepare.interactions import keep_core, keep_sample
 from utils.prepare.parts import quote
-from utils.prepare.progress import shown_progress
 from utils.prepare.shop import LeftOut, Shop, format_columns, format_left_out, format_lines
 
 LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a temporary one must fit behind it
