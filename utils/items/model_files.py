@@ -131,6 +131,8 @@ def load_model(name: str, option: str, attention: str | None) -> PreTrainedModel
         config = AutoConfig.from_pretrained(name, **source)
         _require_kind(name, type(config), option)
         model, loading = AutoModel.from_pretrained(name, output_loading_info=True, attn_implementation=attention, **source)
+        if attention is not None and hasattr(model, "set_attn_implementation"):  # transformers 4.57 forgets the towers
+            model.set_attn_implementation(attention)
         absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
         # the library would go on with random weights; a single encoder's own pooling layer is not used
         absent = [key for key in absent if option == "--clip_model" or not key.startswith("pooler.")]
