@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.prepare.parts import json_part
+from utils.prepare.json_files import json_part
 from utils.prepare.tables import Table, files_of
 
 REVIEWS = {  # by role, the first field with a value counts; all releases name their fields differently

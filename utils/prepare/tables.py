@@ -4,8 +4,6 @@ import bisect
 import contextlib
 import glob
 import itertools
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import duckdb
@@ -13,19 +11,9 @@ import duckdb
 from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.columns import TableOptions, recognise_columns
 from utils.prepare.engine import shown_progress
+from utils.prepare.json_files import is_document, json_columns, json_part
 from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
-from utils.prepare.parts import (
-    SOURCE,
-    Part,
-    is_document,
-    json_part,
-    json_rows,
-    name_sql,
-    parquet_part,
-    parquet_source,
-    quote,
-    text_part,
-)
+from utils.prepare.parts import SOURCE, Part, name_sql, parquet_part, parquet_source, quote, text_part
 from utils.prepare.text_tables import recognise_form
 
 ROWS = "{rows}"
@@ -166,7 +154,7 @@ def _open_part(
     head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
     start = "\n".join(head)
     if start.lstrip().startswith("{") or is_document(start):
-        columns = _json_columns(path, others, required, optional, options)
+        columns = json_columns(path, others, required, optional, options)
         return json_part(path, {role: (name,) if name else () for role, name in columns.items()}, is_document(start)), columns
     numbered = all(options.columns.get(role, "").isdecimal() for role in required)
     form = recognise_form(path, head, options.separator, has_header=not numbered)
@@ -181,25 +169,3 @@ def _require_text(con: duckdb.DuckDBPyConnection, path: Path, column: str) -> No
     if value == (None,):
         advice = "write them as files named by the item's id into a folder, and name that by --images"
         raise PerPEFTError(f"{path}: the column '{column}' holds the images themselves; {advice}")
-
-
-def _json_columns(
-    path: Path, others: list[Path], required: tuple[str, ...], optional: tuple[str, ...], options: TableOptions
-) -> dict[str, str | None]:
-    """The columns of a JSON file by role; writers that leave empty values out may name one late, or only in another file."""
-    start = itertools.islice(json_rows(text_lines(path, options.encoding)), HEAD)
-    try:
-        return recognise_columns(path, _keys(start), required, optional, options)
-    except PerPEFTError:
-        rows = (row for other in others for row in json_rows(text_lines(other, options.encoding)))
-        return recognise_columns(path, _keys(rows), required, optional, options)
-
-
-def _keys(rows: Iterable[tuple[int, str]]) -> list[str]:
-    """All keys of some JSON objects."""
-    keys: dict[str, None] = {}
-    for _, text in rows:
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text)
-            keys.update(dict.fromkeys(value) if isinstance(value, dict) else {})
-    return list(keys)

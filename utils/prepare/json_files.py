@@ -1,0 +1,152 @@
+"""Files of JSON: lines, Python's dicts as lines, and documents of one value."""
+import contextlib
+import itertools
+import json
+import re
+from ast import literal_eval
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from utils.common.errors import PerPEFTError
+from utils.prepare.columns import TableOptions, recognise_columns
+from utils.prepare.lines import LONGEST_LINE, lines_sql, text_lines
+from utils.prepare.parts import NO_OBJECT, SOURCE, Part, name_sql, quote, trimmed
+
+ARRAY = re.compile(r"\s*\[\s*[{\[\]]")
+START = 1000  # lines within which a document's first object begins, and all keys are usually named
+
+
+def is_document(start: str) -> bool:
+    """Whether a JSON file that begins so is read as a whole: an array, objects over several lines, or one object of columns."""
+    lines = start.split("\n", 2)
+    if ARRAY.match(start) or lines[0].strip() == "{":
+        return True
+    try:
+        value = json.loads(lines[0]) if not "".join(lines[1:]).strip() else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(value) and all(isinstance(entry, (dict, list)) for entry in value.values())
+
+
+def _document_rows(text: str) -> list:
+    """The objects of a JSON document: of an array, one after the other, or in one of the forms of pandas' `to_json`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    values, place = [], 0
+    while rest := text[place:].lstrip():
+        place = len(text) - len(rest)
+        value, place = json.JSONDecoder().raw_decode(text, place)
+        values.append(value)
+    document = values[0] if len(values) == 1 else values
+    if isinstance(document, dict) and document.keys() == {"columns", "index", "data"}:
+        return [dict(zip(document["columns"], row)) for row in document["data"]]
+    if isinstance(document, dict) and all(isinstance(entry, (dict, list)) for entry in document.values()):
+        arrays = [entry for entry in document.values() if isinstance(entry, list) and entry and isinstance(entry[0], dict)]
+        if len(arrays) == 1:
+            return arrays[0]
+        columns = {name: entry if isinstance(entry, dict) else dict(enumerate(entry)) for name, entry in document.items()}
+        rows = dict.fromkeys(row for column in columns.values() for row in column)
+        return [{name: column.get(row) for name, column in columns.items()} for row in rows]
+    return document if isinstance(document, list) else values
+
+
+def json_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """The numbers and the JSON of the lines that are not blank, or of the objects of a document.
+
+    Python dicts, as in the release of 2014, become JSON; lines that are neither stay.
+
+    Raises:
+        PerPEFTError: what begins as a document is none.
+    """
+    lines = itertools.dropwhile(lambda line: not line[1].strip(), enumerate(lines, 1))
+    head = list(itertools.islice(lines, START))
+    lines = itertools.chain(head, lines)
+    if is_document("\n".join(line for _, line in head)):
+        try:
+            yield from enumerate(map(json.dumps, _document_rows("\n".join(line for _, line in lines))), 1)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise PerPEFTError(f"neither a JSON array nor JSON lines ({error})") from error
+    for number, line in lines:
+        if line.startswith("{'"):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                line = json.dumps(literal_eval(line))
+        if line and not line.isspace():
+            yield number, line
+
+
+def json_part(path: Path, keys: dict[str, tuple[str, ...]], whole: bool = False) -> Part:
+    """A file of JSON; only the named keys are read.
+
+    Args:
+        path: of the file.
+        keys: by role, the keys of which the first with a value counts; all values of the role "image" become one JSON list.
+        whole: whether the file is a document and not lines.
+    """
+    texts = [name for role, names in keys.items() if role != "image" for name in names]
+    images = list(keys.get("image", ()))
+
+    def select(values: list[str], image: str, source: str) -> str:
+        texts_sql = dict(zip(texts, map(_json_text, values)))
+        lists = {role: ", ".join([*map(texts_sql.get, names), "NULL"]) for role, names in keys.items() if role != "image"}
+        found = {role: f"coalesce({values})" for role, values in lists.items()}
+        found |= {"image": f"to_json({image})::VARCHAR"} if "image" in keys else {}
+        roles = ", ".join(f"{value} AS {role}" for role, value in found.items())
+        problem = f"CASE WHEN coalesce({', '.join(values)}, NULL) IS NULL THEN '{NO_OBJECT}' END"
+        return f"SELECT {problem} AS problem, {roles} FROM {source}"
+
+    columns = [f"{quote(name)}: 'VARCHAR'" for name in texts] + [f"{quote(name)}: 'JSON'" for name in images]
+    options = f"format='newline_delimited', maximum_object_size={LONGEST_LINE}, compression='none'"
+    fast = select(
+        list(map(name_sql, texts)), f"[{', '.join(map(name_sql, images))}]::JSON[]",
+        f"read_json({SOURCE}, columns={{{', '.join(columns)}}}, {options})",
+    )  # fmt: skip
+    extracted = f"{_extract('json_extract_string', texts)} AS texts, {_extract('json_extract', images)} AS images"
+    places = range(1, len(texts) + 1)
+    careful = select([f"texts[{place}]" for place in places], "images", f"(SELECT {extracted} FROM {lines_sql(SOURCE)})")
+    return Part(path, "SELECT error('a document')" if whole else fast, careful, json_rows, skipped=None)
+
+
+def _json_text(value: str) -> str:
+    """SQL of a JSON value as text: NULL for NaN, and what MongoDB's exports wrap in an object."""
+    paths = ("$oid", "$numberLong", "$numberInt", "$numberDouble", "$uuid", '$date"."$numberLong', "$date")
+    wrapped = ", ".join(f"json_extract_string({value}, '$.\"{path}\"')" for path in paths)
+    text = f"CASE WHEN starts_with({value}, '{{\"$') THEN coalesce({wrapped}, {value}) ELSE {value} END"
+    return trimmed(text, "NaN")
+
+
+def _extract(function: str, keys: Sequence[str]) -> str:
+    """SQL of the values of some keys of the JSON in `line`, as a list; a half surrogate pair, which is no text, is replaced."""
+    paths = f"[{', '.join(quote(f'$.{json.dumps(key, ensure_ascii=False)}') for key in keys)}]::VARCHAR[]"
+    repaired = r"regexp_replace(line, '\\u[dD][89a-fA-F][0-9a-fA-F]{2}', '\\ufffd', 'g')"
+    return f"coalesce(try({function}(line, {paths})), try({function}({repaired}, {paths})))"
+
+
+def json_columns(
+    path: Path, others: list[Path], required: tuple[str, ...], optional: tuple[str, ...], options: TableOptions
+) -> dict[str, str | None]:
+    """The columns of a JSON file by role; writers that leave empty values out may name one late, or only in another file.
+
+    Args:
+        others: all files of the table.
+        path, required, optional, options: as of `recognise_columns`.
+    Raises:
+        PerPEFTError: as `recognise_columns`.
+    """
+    start = itertools.islice(json_rows(text_lines(path, options.encoding)), START)
+    try:
+        return recognise_columns(path, _keys(start), required, optional, options)
+    except PerPEFTError:
+        rows = (row for other in others for row in json_rows(text_lines(other, options.encoding)))
+        return recognise_columns(path, _keys(rows), required, optional, options)
+
+
+def _keys(rows: Iterable[tuple[int, str]]) -> list[str]:
+    """All keys of some JSON objects."""
+    keys: dict[str, None] = {}
+    for _, text in rows:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            keys.update(dict.fromkeys(value) if isinstance(value, dict) else {})
+    return list(keys)
