@@ -130,22 +130,14 @@ def central_crop(processor: BaseImageProcessor) -> float | None:
     return None
 
 
-def _adapter_folders(folder: Path, with_groups: bool) -> list[tuple[str, Path]]:
+def _adapter_folders(options: argparse.Namespace, folder: Path) -> list[tuple[str, Path]]:
     """The adapters of a run: labels and folders."""
     adapters = [("global", folder / "global")]
-    if with_groups:
-        sizes = np.bincount(read_groups(folder / "groups.csv"))
-        own = sorted((folder / "personalized").glob("group_*"), key=lambda path: int(path.name.removeprefix("group_")))
-        sizes = np.pad(sizes, (0, len(own)))
-        adapters += [(f"group {group} ({sizes[group]:,} users)", path) for group, path in enumerate(own)]
+    if has_groups(options):
+        sizes = np.bincount(read_groups(folder / "groups.csv"), minlength=options.C)[: options.C]
+        own = folder / "personalized"
+        adapters += [(f"group {group} ({size:,} users)", own / f"group_{group}") for group, size in enumerate(sizes)]
     return adapters
-
-
-def _load_adapter(encoder: ClipPeftEncoder, folder: Path) -> None:
-    try:
-        load_adapter(encoder, folder, 0)
-    except Exception as error:  # a damaged file raises errors of its format's library
-        raise PerPEFTError(f"the adapter in {folder} cannot be read ({error})") from error
 
 
 def require_attention(options: argparse.Namespace, folder: Path) -> None:
@@ -194,8 +186,11 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
         places.append(found[1])
     views: list[list[View]] = [[] for _ in items]
     # One adapter after another in the place of the first, since CLIP needs no more than one at a time.
-    for label, where in tqdm(_adapter_folders(folder, has_groups(options)), "attention", unit="adapter", disable=None):
-        _load_adapter(encoder, where)
+    for label, where in tqdm(_adapter_folders(options, folder), "attention", unit="adapter", disable=None):
+        try:
+            load_adapter(encoder, where, 0)
+        except Exception as error:  # a damaged file raises errors of its format's library
+            raise PerPEFTError(f"the adapter in {where} cannot be read ({error})") from error
         for item, own, own_places in zip(items, views, places):
             inputs = source.fetch(np.array([item]), torch.device(options.device))
             own.append(view_of(encoder, inputs, own_places, label))

@@ -41,18 +41,6 @@ def choose_device(name: str | None) -> str:
     return str(device)
 
 
-def choose_precision(name: str | None, device: str) -> str:
-    """The precision by that name; by default fp16 on CUDA, as in the paper's code, and fp32 elsewhere.
-
-    Raises:
-        PerPEFTError: fp16 without CUDA, where gradients cannot be scaled.
-    """
-    on_cuda = device.startswith("cuda")
-    if name == "fp16" and not on_cuda:
-        raise PerPEFTError(f"--precision fp16 needs a CUDA device, not {device}; use --precision bf16 or fp32")
-    return name or ("fp16" if on_cuda else "fp32")
-
-
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """An array or a tensor as a tensor on a device; the host does not wait for the copy to a GPU."""
     tensor = torch.as_tensor(values)

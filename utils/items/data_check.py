@@ -32,8 +32,16 @@ def check_dataset(
     found = inspect_dataset(train_dir, name, missing_images=missing_images, num_groups=num_groups)
     unreadable = found.try_images(missing_images) if found.present else []
     states = _check_states(found, modality)
-    counts = {**_counts(found, unreadable, missing_images), "hidden states": states}
-    lines = [f"data set '{name}' in {found.dataset.folder}"]
+    dataset = found.dataset
+    counts = dataset.counts()  # the columns of the paper's Table 1, and what else training depends on
+    counts |= {
+        "interactions per user (mean)": counts["interactions"] / max(1, counts["users"]),
+        "images found": "unused" if missing_images == "unused" else len(found.present) - len(unreadable),
+        "titles missing": dataset.missing_titles,
+        "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
+        "hidden states": states,
+    }
+    lines = [f"data set '{name}' in {dataset.folder}"]
     lines += [f"  {what:<28}{_format_count(count):>12}" for what, count in counts.items()]
     if found.remarks:
         lines += ["worth knowing:", str(found.remarks)]
@@ -42,19 +50,6 @@ def check_dataset(
     else:
         lines.append("usable")
     return Check(not found.problems, "\n".join(lines))
-
-
-def _counts(found: Inspection, unreadable: list[int], missing_images: str) -> dict[str, int | float | str]:
-    """The columns of the paper's Table 1, and what else training depends on."""
-    dataset = found.dataset
-    counts = dataset.counts()
-    return {
-        **counts,
-        "interactions per user (mean)": counts["interactions"] / max(1, counts["users"]),
-        "images found": "unused" if missing_images == "unused" else len(found.present) - len(unreadable),
-        "titles missing": dataset.missing_titles,
-        "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
-    }
 
 
 def _format_count(count: int | float | str) -> str:

@@ -20,19 +20,11 @@ def demo_pairs(image_size: int = IMAGE_SIZE, seed: int = 0, num: int = DEMO_PAIR
     return torch.from_numpy(np.stack([np.asarray(image) for image in small]).transpose(0, 3, 1, 2).copy()), captions
 
 
-def demo_clip(cache_folder: str | Path, seed: int = 0) -> Path:
-    """The folder of the demo's CLIP; on first use it is trained, which takes a minute or two.
-
-    Args:
-        cache_folder: where it lies, or is to lie.
-        seed: of its training data and its training.
-    Returns:
-        `cache_folder/demo_small_clip`, or `demo_small_clip_seed{seed}` for a seed other than 0.
-    """
-    folder = Path(cache_folder) / ("demo_small_clip" if seed == 0 else f"demo_small_clip_seed{seed}")
+def demo_clip(cache_folder: str | Path) -> Path:
+    """The folder of the demo's CLIP, `demo_small_clip` in another; on first use it is trained, which takes a minute or two."""
+    folder = Path(cache_folder) / "demo_small_clip"
     with build_once(folder) as missing:
         if missing:
             print("Making the demo's CLIP: drawing images with captions and training on them, a minute or two on 2 CPU cores")
-            images, captions = demo_pairs(seed=seed)
-            train_small_clip(images, captions, folder, seed=seed, vary=False)  # its signs are too small to be shifted
+            train_small_clip(*demo_pairs(), folder, vary=False)  # its signs are too small to be shifted
     return folder

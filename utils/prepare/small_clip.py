@@ -112,7 +112,6 @@ def train_small_clip(
     steps: int = STEPS,
     batch_size: int = BATCH_SIZE,
     vary: bool = True,
-    progress: bool = True,
 ) -> dict[str, float]:
     """Train a small CLIPModel contrastively on images and their titles, and save it with its tokenizer and processor.
 
@@ -127,7 +126,6 @@ def train_small_clip(
         seed: of the weights, the batches and the pairs held out.
         steps, batch_size: of AdamW, with warm-up and a half cosine.
         vary: whether to shift and mirror images at random in every step, so that a few thousand are not memorised.
-        progress: whether to show a bar and print the result.
     Returns:
         `image_to_title` and `title_to_image`, the shares of `held_out` unseen pairs whose partner comes first among all of
         theirs, `chance`, the share that guessing finds, `first_loss`, `last_loss`, `parameters` and `seconds`.
@@ -149,7 +147,7 @@ def train_small_clip(
     model = _new_model(tokenizer, sizes, seed)
     optimizer = _optimizer(model)
     losses = []
-    bar = tqdm(range(steps), "Training a small CLIP", unit="step", leave=False, disable=None if progress else True)
+    bar = tqdm(range(steps), "Training a small CLIP", unit="step", leave=False, disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _rate_share(step, steps)
@@ -175,12 +173,11 @@ def train_small_clip(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         image_processor(sizes.image_size).save_pretrained(temporary)
-    if progress:
-        print(
-            f"Small CLIP, {result['parameters']:,} parameters, {result['seconds']:.0f} s: among {num_held_out} unseen pairs"
-            f" it finds the title of {result['image_to_title']:.0%} of the images and the image of"
-            f" {result['title_to_image']:.0%} of the titles (chance {result['chance']:.0%}); saved in {folder}"
-        )
+    print(
+        f"Small CLIP, {result['parameters']:,} parameters, {result['seconds']:.0f} s: among {num_held_out} unseen pairs"
+        f" it finds the title of {result['image_to_title']:.0%} of the images and the image of"
+        f" {result['title_to_image']:.0%} of the titles (chance {result['chance']:.0%}); saved in {folder}"
+    )
     if max(result["image_to_title"], result["title_to_image"]) <= NEAR_CHANCE * result["chance"]:
         print("warning: this CLIP has learned nothing from these images: use a pretrained one", file=sys.stderr)
     return result

@@ -24,17 +24,13 @@ def demo_hyperparameters(peft_type: str) -> dict[str, float]:
     return {"lr": DEMO_LEARNING_RATE.get(peft_type, 1e-3), "wdecay": 1e-4}
 
 
-def paper_table() -> dict[str, dict[str, dict[str, float]]]:
-    """{data set: {adapter: {"lr": .., "wdecay": ..}}} of the paper."""
-    return {
+def write_hyperparameters(path: str | Path = HYPERPARAMETER_FILE) -> None:
+    """Write the paper's settings as a pickle: {data set: {adapter: {"lr": .., "wdecay": ..}}}."""
+    table = {
         dataset: {peft_type: {"lr": 1e-4, "wdecay": decay} for peft_type, decay in decays.items()}
         for dataset, decays in PAPER_WEIGHT_DECAY.items()
     }
-
-
-def write_hyperparameters(path: str | Path = HYPERPARAMETER_FILE) -> None:
-    """Write the paper's table as a pickle of plain dicts."""
-    write_pickle(path, paper_table())
+    write_pickle(path, table)
 
 
 def read_hyperparameters(dataset: str, peft_type: str, path: str | Path = HYPERPARAMETER_FILE) -> dict[str, float] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.common.devices import choose_device, choose_precision
+from utils.common.devices import choose_device
 from utils.common.errors import PerPEFTError, is_out_of_memory
 from utils.data.dataset import read_dataset, require_dataset
 from utils.prepare.demo import make_demo
@@ -112,16 +112,18 @@ def _settle_precision(options: argparse.Namespace, saved: dict[str, Any] | None,
     They differ where a run that was trained in fp16 on CUDA is evaluated elsewhere.
 
     Raises:
-        PerPEFTError: the device cannot train in it.
+        PerPEFTError: fp16 without CUDA, where gradients cannot be scaled.
     """
-    chosen = options.precision or (saved or {}).get("precision")
-    if options.precision is None and chosen == "fp16" and not options.device.startswith("cuda"):
+    asked, before = options.precision, (saved or {}).get("precision")
+    on_cuda = options.device.startswith("cuda")
+    own = options.precision = asked or before or ("fp16" if on_cuda else "fp32")
+    if own == "fp16" and not on_cuda:
+        if asked:
+            raise PerPEFTError(f"--precision fp16 needs a CUDA device, not {options.device}; use --precision bf16 or fp32")
         if not finished:
             raise PerPEFTError(f"this run was started in fp16 on CUDA, not {options.device}; continue it there, or use --restart")
         options.precision = "fp32"
-        return chosen
-    options.precision = choose_precision(chosen, options.device)
-    return options.precision
+    return own
 
 
 def _say_how_to_go_on(run: Run, error: BaseException) -> None:

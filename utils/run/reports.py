@@ -98,19 +98,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in libraries}
 
 
-def results_table(summary: dict[str, Any]) -> str:
-    """Global against personalized, valid and test, in percent as the paper prints them."""
+def print_results(summary: dict[str, Any], folder: Path) -> None:
+    """Print the results table, global and personalized, in percent as in the paper, and the run folder."""
     lines = [f"{'':<16}{'split':<7}" + "".join(f"{name:>9}" for name in METRICS) + "   best epoch"]
     for stage in [stage for stage in ("global", "personalized") if stage in summary]:
         for split in SPLITS:
             values = "".join(f"{100 * summary[stage][split][name]:>9.2f}" for name in METRICS)
             lines.append(f"{stage:<16}{split:<7}{values}   {summary[stage]['best_epoch']:>10}")
-    return "\n".join(lines)
-
-
-def print_results(summary: dict[str, Any], folder: Path) -> None:
-    """Print the results table and the run folder."""
-    print(f"\n{results_table(summary)}\n(percent) {folder}", flush=True)
+    print("", *lines, f"(percent) {folder}", sep="\n", flush=True)
 
 
 def format_epoch(rows: list[dict[str, Any]], epochs: int) -> str:
