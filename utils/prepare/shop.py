@@ -28,8 +28,9 @@ class Shop:
         options: for the format of dates.
         min_rating: interactions with a lower rating are left out.
         first_row_counts: of differing rows for one item the first counts; otherwise they are an error.
-        counts: after `read`, what became of the interactions.
         items_left_out, interactions_left_out: after `read`, why rows were left out.
+        items_again, interactions_read: after `read`, how many.
+        removed: how many usable interactions were then removed, by reason.
     """
 
     interactions: Table
@@ -38,7 +39,9 @@ class Shop:
     options: TableOptions = field(default_factory=TableOptions)
     min_rating: float | None = None
     first_row_counts: bool = False
-    counts: dict[str, int] = field(default_factory=dict)
+    items_again: int = 0
+    interactions_read: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
     items_left_out: LeftOut = field(default_factory=dict)
     interactions_left_out: LeftOut = field(default_factory=dict)
 
@@ -55,7 +58,7 @@ class Shop:
         self._read_items(con)
         if strict:
             _refuse(self.items, self.items_left_out)
-        self.counts["read"] = interactions.stage(con, self.interactions, self.options, self.min_rating, stable_keys)
+        self.interactions_read = interactions.stage(con, self.interactions, self.options, self.min_rating, stable_keys)
         self.interactions_left_out = interactions.left_out(con, self.interactions, "staged")
         if strict:
             _refuse(self.interactions, self.interactions_left_out)
@@ -64,7 +67,7 @@ class Shop:
         if not con.execute("SELECT count(*) FROM kept").fetchone()[0]:
             raise PerPEFTError(self._why_nothing(con))
         con.execute("DROP VIEW staged; DROP TABLE interactions")
-        self.counts["not the user's first of the item"] = repeated
+        self.removed["not the user's first of the item"] = repeated
 
     def _read_items(self, con: duckdb.DuckDBPyConnection) -> None:
         for name, function, arguments, kind in (
@@ -95,8 +98,7 @@ class Shop:
         if not usable:
             reasons = format_left_out(self.items_left_out) or "it has no rows"
             raise PerPEFTError(f"{self.items.files[0]} has no item with an id, a title and an image ({reasons})")
-        if rows > usable:
-            self.counts["items listed again"] = rows - usable
+        self.items_again = rows - usable
 
     def _differing(self, con: duckdb.DuckDBPyConnection, raw_id: str, count: int) -> str:
         rows = con.execute(

@@ -113,10 +113,10 @@ def _select(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnect
     """Read the tables and keep the core."""
     shop.read(con, options.strict, stable_keys=options.max_users is not None)
     if options.max_users is not None:
-        shop.counts["of users not drawn"] = keep_sample(con, options.max_users, options.core, options.seed)
-    shop.counts[f"outside the {options.core}-core"] = keep_core(con, options.core)
+        shop.removed["of users not drawn"] = keep_sample(con, options.max_users, options.core, options.seed)
+    shop.removed[f"outside the {options.core}-core"] = keep_core(con, options.core)
     reasons = format_left_out(shop.interactions_left_out)
-    _require_enough(con, options, f" (of {shop.counts['read']:,} interactions read, left out: {reasons})" if reasons else "")
+    _require_enough(con, options, f" (of {shop.interactions_read:,} interactions read, left out: {reasons})" if reasons else "")
 
 
 def _require_enough(con: duckdb.DuckDBPyConnection, options: argparse.Namespace, when: str) -> None:
@@ -158,7 +158,7 @@ def _fetch(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnecti
     if filling.failed:
         failed = "SELECT number FROM items WHERE raw_id IN (SELECT unnest(?::VARCHAR[]))"
         deleted = con.execute(f"DELETE FROM kept WHERE item IN ({failed})", [list(filling.failed)]).fetchone()[0]
-        shop.counts["of items whose image failed, and outside the core without them"] = deleted + keep_core(con, options.core)
+        shop.removed["of items whose image failed, and outside the core without them"] = deleted + keep_core(con, options.core)
         _require_enough(con, options, f" once {len(filling.failed):,} items without image are left out")
     return filling
 
@@ -195,27 +195,23 @@ def _write(options: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> None:
 def _tables(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection, images: dict[str, int]) -> str:
     """What was read, left out and kept, as a table."""
     users, items, kept = con.execute("SELECT count(*), (SELECT count(*) FROM used), sum(count) FROM users").fetchone()
-    listed = shop.counts.pop("items listed again", 0)
-    read = shop.counts.pop("read")
-    parts = [
-        ("items left out", _rows(shop.items_left_out) | ({"listed again": (listed, "")} if listed else {})),
-        ("interactions read", {"": (read, "")}),
-        ("interactions left out", _rows(shop.interactions_left_out) | {what: (count, "") for what, count in shop.counts.items()}),
-        ("images", {what: (count, "") for what, count in images.items()}),
-        (f"data set '{options.name}'", {"users": (users, ""), "items": (items, ""), "interactions": (kept, "")}),
-    ]
+    removed = [(what, count, "") for what, count in shop.removed.items()]
+    parts = {
+        "items left out": [*_rows(shop.items_left_out), ("listed again", shop.items_again, "")],
+        "interactions": [("read", shop.interactions_read, "")],
+        "interactions left out": [*_rows(shop.interactions_left_out), *removed],
+        "images": [(what, count, "") for what, count in images.items()],
+        f"data set '{options.name}'": [("users", users, ""), ("items", items, ""), ("interactions", kept, "")],
+    }
     lines = []
-    for heading, rows in parts:
-        rows = {what: row for what, row in rows.items() if row[0] or heading == "images"}
-        if rows.keys() == {""}:
-            lines.append(f"{heading:<66}{rows[''][0]:>14,}")
-        elif rows:
-            lines += [heading, *(f"  {what:<64}{count:>14,}{first}" for what, (count, first) in rows.items())]
+    for heading, rows in parts.items():
+        shown = [row for row in rows if row[1] or heading == "images"]
+        lines += [heading, *(f"  {what:<64}{count:>14,}  {first}".rstrip() for what, count, first in shown)] if shown else []
     return "\n".join(lines)
 
 
-def _rows(left_out: LeftOut) -> dict[str, tuple[int, str]]:
-    return {reason: (count, f"  {format_lines(count, lines)}") for reason, (count, lines) in left_out.items()}
+def _rows(left_out: LeftOut) -> list[tuple[str, int, str]]:
+    return [(reason, count, format_lines(count, lines)) for reason, (count, lines) in left_out.items()]
 
 
 def _report(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection, filling: Filling) -> str:
