@@ -103,18 +103,17 @@ def test_report_lies_in_the_run_folder(copied_run, tiny_dataset):
     assert set(tree(copied_run.folder)) - set(before) == {"report.html"}
 
 
-def test_damaged_ranks_and_summary_are_refused(copied_run, tiny_dataset):
-    (copied_run.folder / "personalized_ranks.csv").write_text("user,valid_rank,test_rank\n2,1\n")
-    with pytest.raises(PerPEFTError, match="personalized_ranks.csv cannot be read"):
-        run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
-    change_json(copied_run.folder / "summary.json", lambda summary: summary.pop("personalized"))
-    with pytest.raises(PerPEFTError, match="summary.json is damaged"):
-        run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
-
-
-def test_damaged_metrics_are_refused(copied_run, tiny_dataset):
-    (copied_run.folder / "metrics.csv").write_text("stage,epoch\nglobal,first\n")
-    with pytest.raises(PerPEFTError, match="metrics.csv cannot be read"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("personalized_ranks.csv", "user,valid_rank,test_rank\n2,1\n", "personalized_ranks.csv cannot be read"),
+        ("metrics.csv", "stage,epoch\nglobal,first\n", "metrics.csv cannot be read"),
+        ("summary.json", '{"config": {"method": "perpeft"}}', "summary.json is damaged"),
+    ],
+)
+def test_damaged_files_are_refused(copied_run, tiny_dataset, name, content, message):
+    (copied_run.folder / name).write_text(content)
+    with pytest.raises(PerPEFTError, match=message):
         run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
 
 

@@ -48,12 +48,10 @@ def test_data_is_unpacked_before_torch_is_installed(monkeypatch):
 @pytest.mark.parametrize("script", ["perpeft_lora_ia3.py", "perpeft_iisan.py", "scripts/recommend.py"])
 def test_scripts_say_so_in_one_sentence_with_exit_code_2(tmp_path, script):
     """A torch that is too old is found first on the path; it is never imported."""
-    (tmp_path / "torch-2.2.0.dist-info").mkdir()
-    (tmp_path / "torch-2.2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.2.0\n")
-    (tmp_path / "transformers-5.0.0.dist-info").mkdir()
-    (tmp_path / "transformers-5.0.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n"
-    )
+    for name, version in (("torch", "2.2.0"), ("transformers", "5.0.0")):
+        place = tmp_path / f"{name}-{version}.dist-info"
+        place.mkdir()
+        (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     module = script.removesuffix(".py").replace("/", ".")
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
