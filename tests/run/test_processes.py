@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from filelock import FileLock
 
-from tests.conftest import NUM_ITEMS, RUN, fresh_data, tiny_arguments
+from tests.conftest import NUM_ITEMS
 from tests.run_files import without_seconds
 from tests.zygote import free_port, read_until, start
 from utils.common.devices import choose_device, seed_everything
@@ -85,16 +85,9 @@ def test_device_that_several_processes_cannot_have_is_refused(monkeypatch, devic
 
 
 @pytest.fixture
-def begin(tiny_dataset, tiny_clip, tmp_path):
-    """A fresh copy of the data, without store and hidden states, and the arguments of a run on it."""
-
-    def make(name, peft_type="ia3", **changes):
-        data = fresh_data(tiny_dataset, tmp_path / name / "dataset")
-        kind = None if peft_type == "iisan" else peft_type  # its script knows one kind only
-        arguments = tiny_arguments(data, tiny_clip, tmp_path / name / "runs", kind, **{**NO_DROPOUT, **changes})
-        return SimpleNamespace(arguments=arguments, folder=tmp_path / name / "runs" / RUN.format(peft_type))
-
-    return make
+def deterministic(begin):
+    """`begin` without dropout, of (IA)3."""
+    return lambda name, kind="ia3", **changes: begin(name, kind, **{**NO_DROPOUT, **changes})
 
 
 def assert_same_figures(run, expected):
@@ -119,8 +112,8 @@ def files(run):
     return sorted(path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file())
 
 
-def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stopped_and_continued(zygote, begin):
-    expected, run = begin("expected"), begin("run")
+def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stopped_and_continued(zygote, deterministic):
+    expected, run = deterministic("expected"), deterministic("run")
     (alone,) = zygote.run_together(expected.arguments, size=1)
     assert alone.code == 0, alone.output
     assert len(alone.losses) >= 20
@@ -145,9 +138,9 @@ def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stop
     assert_same_figures(by_one, expected)
 
 
-def test_three_processes_with_dropout_continue_with_the_same_masks(zygote, begin):
+def test_three_processes_with_dropout_continue_with_the_same_masks(zygote, deterministic):
     """Each rank's random state is kept, so the same number of ranks continues as if nothing had happened."""
-    expected, run = (begin(name, dropout_rate=0.3, global_epochs=1, num_epochs=1) for name in ("expected", "run"))
+    expected, run = (deterministic(name, dropout_rate=0.3, global_epochs=1, num_epochs=1) for name in ("expected", "run"))
     through = zygote.run_together(expected.arguments, size=3)
     assert [end.code for end in through] == [0, 0, 0], through[0].output
     stopped = zygote.run_together(run.arguments, size=3, signal_at=(0, 4))
@@ -166,8 +159,8 @@ def launch(script, arguments):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_processs_figures(zygote, begin):
-    expected, run = begin("expected", "iisan"), begin("run", "iisan")
+def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_processs_figures(zygote, deterministic):
+    expected, run = deterministic("expected", "iisan"), deterministic("run", "iisan")
     (alone,) = zygote.run_together(expected.arguments, script="perpeft_iisan", size=1)
     assert alone.code == 0, alone.output
     launched = launch("perpeft_iisan.py", run.arguments)
@@ -183,8 +176,8 @@ def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_pro
     assert files(run) == files(expected)
 
 
-def test_users_error_is_reported_once_and_ends_the_launcher(begin):
-    run = begin("run", clip_model="/nowhere")
+def test_users_error_is_reported_once_and_ends_the_launcher(deterministic):
+    run = deterministic("run", clip_model="/nowhere")
     launched = launch("perpeft_lora_ia3.py", run.arguments)
     output, _ = launched.communicate(timeout=600)
     assert launched.returncode != 0
@@ -192,8 +185,8 @@ def test_users_error_is_reported_once_and_ends_the_launcher(begin):
     assert "rank 1: " not in output
 
 
-def test_error_that_rank_0_alone_meets_ends_the_others(zygote, begin):
-    run = begin("run")
+def test_error_that_rank_0_alone_meets_ends_the_others(zygote, deterministic):
+    run = deterministic("run")
     run.folder.mkdir(parents=True)
     with FileLock(run.folder / ".lock"):
         first, second = zygote.run_together(run.arguments)

@@ -26,18 +26,6 @@ RUN = RUN.format("lora")
 pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
-@pytest.fixture
-def begin(tiny_dataset, tiny_clip, tmp_path):
-    """Make a fresh copy of the data, without what runs keep beside it, and return the arguments and the folder of a tiny run."""
-
-    def make(name="run", **changes):
-        data = fresh_data(tiny_dataset, tmp_path / name / "dataset")
-        arguments = tiny_arguments(data, tiny_clip, tmp_path / name / "runs", **{"save_every": 1, **changes})
-        return SimpleNamespace(arguments=arguments, folder=tmp_path / name / "runs" / RUN, train_dir=data.train_dir)
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def through(zygote, tiny_dataset, tiny_clip, tmp_path_factory):
     """A run that was not disturbed: its outcome, and the events that it consists of."""
@@ -123,21 +111,16 @@ def test_kill_while_restart_clears_leaves_nothing_that_is_refused_or_taken_up(zy
 
 
 def test_iisan_killed_while_hidden_states_are_saved_and_in_training_ends_the_same(zygote, begin):
-    def iisan(name):
-        run = begin(name, peft_type=None, global_epochs=1, num_epochs=1)
-        return run.arguments, run.folder.with_name(RUN.replace("lora", "iisan")), run.train_dir
-
-    arguments, expected, _ = iisan("expected")
-    through = zygote.run(arguments, script="perpeft_iisan")
+    expected, run = (begin(name, "iisan", global_epochs=1, num_epochs=1) for name in ("expected", "run"))
+    through = zygote.run(expected.arguments, script="perpeft_iisan")
     assert through.code == 0, through.output
     opening = [label for label in through.events if label.startswith("opening: ")]
-    arguments, folder, train_dir = iisan("run")
     saving = ("opening", 1 + opening.index("opening: during save"))
     for kill_at in (saving, ("global/state", 3), ("personalized/best weights", 9)):
-        assert zygote.run(arguments, script="perpeft_iisan", kill_at=kill_at).code == -signal.SIGKILL
-    assert zygote.run(arguments, script="perpeft_iisan").code == 0
-    assert outcome(folder) == outcome(expected)
-    assert not leftovers(folder) + leftovers(train_dir)
+        assert zygote.run(run.arguments, script="perpeft_iisan", kill_at=kill_at).code == -signal.SIGKILL
+    assert zygote.run(run.arguments, script="perpeft_iisan").code == 0
+    assert outcome(run.folder) == outcome(expected.folder)
+    assert not leftovers(run.folder) + leftovers(run.train_dir)
 
 
 def test_restart_removes_only_what_runs_leave(copied_run):
