@@ -203,6 +203,13 @@ def test_other_formats(kind, shop, tmp_path):
     assert histories_of(tmp_path / "data", "mine") == histories()
 
 
+@pytest.mark.parametrize("image", ["'\\xFF\\xD8'::BLOB", "{'bytes': '\\xFF'::BLOB, 'path': NULL::VARCHAR}"])
+def test_images_within_a_parquet_file_need_a_folder(shop, tmp_path, image):
+    goods = parquet(tmp_path / "items", f"SELECT 'A-1' AS item, 'a lamp' AS title, {image} AS image")
+    code, printed = shop(PLAIN_BUYS, goods)
+    assert code == 2 and "the column 'image' holds the images themselves; write them as files" in printed.err
+
+
 def test_ids_that_are_numbers_of_a_parquet_file(shop, tmp_path):
     rows = [(user, ITEMS.index(item), time) for user, item, time in BUYS]
     columns = "u AS user, i::DOUBLE AS item, to_timestamp(t) AS time"

@@ -148,8 +148,8 @@ def _open_part(
             raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({first_line(error)[:200]})") from error
         types = {row[0]: row[1] for row in described}
         columns = recognise_columns(path, list(types), required, optional, options)
-        if "image" in required and types[columns["image"]] == "BLOB":
-            _require_text(con, path, columns["image"])
+        if "image" in required:
+            _require_text(con, path, columns["image"], types[columns["image"]])
         return parquet_part(path, columns, types), columns
     head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
     start = "\n".join(head)
@@ -162,10 +162,13 @@ def _open_part(
     return text_part(form, columns, [columns[role] for role in required]), columns
 
 
-def _require_text(con: duckdb.DuckDBPyConnection, path: Path, column: str) -> None:
-    """Refuse a column of images' bytes; that of their names may be of the same type."""
+def _require_text(con: duckdb.DuckDBPyConnection, path: Path, column: str, kind: str) -> None:
+    """Refuse images' bytes, alone or as `datasets` stores them; a column of names may be of bytes, too."""
     name = name_sql(column)
-    value = con.execute(f"SELECT try(decode({name})) FROM {parquet_source(path)} WHERE {name} IS NOT NULL LIMIT 1").fetchone()
+    texts = {"BLOB": f"try(decode({name}))", "STRUCT(bytes BLOB, path VARCHAR)": f"{name}.path"}
+    if kind not in texts:
+        return
+    value = con.execute(f"SELECT {texts[kind]} FROM {parquet_source(path)} WHERE {name} IS NOT NULL LIMIT 1").fetchone()
     if value == (None,):
         advice = "write them as files named by the item's id into a folder, and name that by --images"
         raise PerPEFTError(f"{path}: the column '{column}' holds the images themselves; {advice}")
