@@ -11,6 +11,7 @@ from models.towers import Layers
 UNSUITABLE = {
     "adalora": "peft allows one AdaLoRA adapter a model, whose ranks change with the number of steps; use lora or dora",
     "adaption_prompt": "peft has it for language models alone",
+    "lily": "its layers average over all items that are encoded together, so an item's vector would depend on the others",
     "ln_tuning": "it trains layer norms, which have no target layers here",
     "osf": "it changes the foundation model's own weights, which all groups share",
     "poly": "it needs a task number with every input",

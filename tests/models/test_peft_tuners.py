@@ -29,7 +29,9 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, ma
     encoder.clone_groups(3)
     with torch.no_grad():
         same = [features(encoder, inputs, group) for group in range(3)]
+        alone = encoder(inputs.pixels[:1], inputs.tokens[:1])
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    torch.testing.assert_close(alone, same[2][:1], rtol=0, atol=1e-5)  # whichever items are encoded with it
     listed = [id(parameter) for parameter in adapter_parameters(encoder)]
     assert len(set(listed)) == len(listed) > 0
     assert {id(parameter) for parameter in encoder.parameters() if parameter.requires_grad} == set(listed)
