@@ -1,4 +1,6 @@
 """The two towers of a dual encoder of transformers: their layers, their features and their hidden states."""
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -154,9 +156,43 @@ def evenly_spaced(depths: list[int]) -> list[list[int]]:
     return [[round(depth * step / steps) for step in range(steps + 1)] for depth in depths]
 
 
+@contextlib.contextmanager
+def recorded_states(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that a tower's hidden states come into when it runs, in the graph of what is computed from them.
+
+    They are what the tower returns, or, since some return none in transformers 4.57, what goes into and comes out of its layers.
+    """
+    found: list[torch.Tensor] = []
+    of_layers: list[torch.Tensor] = []
+    layers = max((part for part in module.modules() if isinstance(part, nn.ModuleList)), key=len, default=[])
+
+    def ask(_: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+        return args, inputs | {"output_hidden_states": True}
+
+    def enter(_: nn.Module, args: tuple, inputs: dict) -> None:
+        of_layers.append(args[0] if args else inputs["hidden_states"])
+
+    def leave(_: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        of_layers.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    hooks = [
+        module.register_forward_pre_hook(ask, with_kwargs=True),
+        module.register_forward_hook(lambda _, args, output: found.extend(output.hidden_states or of_layers)),
+        *(layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers[:1]),
+        *(layer.register_forward_hook(leave) for layer in layers),
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _tower_states(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> list[torch.Tensor]:
     """All hidden states of a tower, [items, tokens, width] each; a map [items, width, height, width] counts as its places."""
-    found = tower(model, part)(**drop_none(**inputs), output_hidden_states=True).hidden_states
+    module = tower(model, part)
+    with recorded_states(module) as found:
+        module(**drop_none(**inputs))
     states = [state.flatten(2).transpose(1, 2) if state.dim() == 4 else state for state in found]
     widths = sorted({state.shape[2] for state in states})
     if len(widths) > 1:

@@ -161,7 +161,7 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
         folder: the run folder.
         items: item numbers.
     Raises:
-        PerPEFTError: an adapter cannot be read.
+        PerPEFTError: an adapter cannot be read, or the model returns no attention.
     """
     name = foundation_name(options)
     foundation = load_foundation(clip_folder(name, dataset), attention="eager")
@@ -193,7 +193,10 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
             raise PerPEFTError(f"the adapter in {where} cannot be read ({error})") from error
         for item, own, own_places in zip(items, views, places):
             inputs = source.fetch(np.array([item]), torch.device(options.device))
-            own.append(view_of(encoder, inputs, own_places, label))
+            try:
+                own.append(view_of(encoder, inputs, own_places, label))
+            except ValueError as error:
+                raise PerPEFTError(f"attention cannot be shown for '{name}': {error}") from error
     unread = "" if options.modality == "image" else "CLIP reads no word of this title, which begins with its end-of-text token."
     crop = central_crop(foundation.image_processor)
     return [Explanation(item, own, "" if own else unread, crop, seen) for item, own, seen in zip(items, words, views)]

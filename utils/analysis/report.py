@@ -1,4 +1,5 @@
 """The report: one page that shows finished runs of one data set, alone or side by side."""
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,8 +242,11 @@ def write_report(
     chosen = _attention_items(parts, page, items)
     for part in parts:
         if part.options.peft_type in PEFT_TYPES and chosen:
-            for explanation in explain_items(part.options, dataset, part.folder, chosen):
-                page.add_attention(explanation, part.name)
+            try:
+                for explanation in explain_items(part.options, dataset, part.folder, chosen):
+                    page.add_attention(explanation, part.name)
+            except PerPEFTError as error:  # some models cannot show it
+                print(f"note: {error}", file=sys.stderr)
     for card in page.items.values():
         card.counts = "; ".join(dict.fromkeys(part.counts_of(card.item) for part in parts))
     page.write(path, runs=parts, metrics=METRICS, results=results, settings=_settings(parts))

@@ -1,6 +1,5 @@
 """What differs between dual encoders, found by running one on an image and a few titles."""
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
-from models.towers import TOWER_NAMES, Traits, part_features, tower, tower_name
+from models.towers import TOWER_NAMES, Traits, part_features, recorded_states, tower, tower_name
 from utils.items.preprocessing import bare_image, output_size
 from utils.items.store import padding_token
 
@@ -22,27 +21,13 @@ class TokenizerMismatch(ValueError):
     """The text tower takes another token for the end of a title than the tokenizer writes."""
 
 
-@contextlib.contextmanager
-def _recorded_states(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Yield a list that a tower's hidden states come into when it runs, in the graph of what is computed from them."""
-    found: list[torch.Tensor] = []
-    with contextlib.ExitStack() as stack:
-        ask = module.register_forward_pre_hook(
-            lambda _, args, inputs: (args, inputs | {"output_hidden_states": True}), with_kwargs=True
-        )
-        keep = module.register_forward_hook(lambda _, args, output: found.extend(output.hidden_states or ()))
-        stack.callback(ask.remove)
-        stack.callback(keep.remove)
-        yield found
-
-
 def _pooled_tokens(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
     """On which tokens of its first and of its last hidden state a tower's features depend, by their gradients.
 
     Returns:
         whether they do, [items, tokens] of the first state and of the last; the width of the features
     """
-    with torch.enable_grad(), _recorded_states(tower(model, part)) as states:
+    with torch.enable_grad(), recorded_states(tower(model, part)) as states:
         features = part_features(model, part, **inputs)
         weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))  # a plain sum may not change at all
         ends = [states[0], states[-1]]
