@@ -12,13 +12,13 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m scripts.report runs/demo_lora_lr0.001_wd0.0001_seed0 --device cpu
 
 test: $(VENV)/.installed-tests lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n 2
 
 test-newest: .venv-newest/.installed
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python -m pytest -n 2
 
 lint: $(VENV)/.installed-tests
 	$(VENV)/bin/ruff check .
