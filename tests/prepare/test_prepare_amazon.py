@@ -13,6 +13,7 @@ from scripts import prepare_amazon
 from tests.conftest import draw_image
 from tests.prepare.conftest import counts_of, histories_of
 from tests.prepare.test_downloads import JPEG, answer, server  # noqa: F401
+from utils.common import files
 from utils.data.dataset import read_dataset
 from utils.data.histories import leave_last_out
 from utils.items.data_check import check_dataset
@@ -173,7 +174,8 @@ def test_a_writing_that_fails_leaves_no_data_set(category, run, monkeypatch, tmp
         write(path, fill)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_atomically", failing)
+        for module in (writer, files):
+            patch.setattr(module, "write_atomically", failing)
         assert run(prepare_amazon.main, *options, "--restart") == 1
     assert not (tmp_path / "data" / "lamps_final.txt").exists()
     assert run(prepare_amazon.main, *options) == 0

@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from utils.common.errors import PerPEFTError
-from utils.prepare.columns import TableOptions, recognise_columns
 from utils.prepare.lines import LONGEST_LINE, lines_sql, text_lines
 from utils.prepare.parts import NO_OBJECT, SOURCE, Part, name_sql, quote, trimmed
 
 ARRAY = re.compile(r"\s*\[\s*[{\[\]]")
+SPACE = re.compile(r"\s*")
 START = 1000  # lines within which a document's first object begins, and all keys are usually named
 
 
 def is_document(start: str) -> bool:
     """Whether a JSON file that begins so is read as a whole: an array, objects over several lines, or one object of columns."""
-    lines = start.split("\n", 2)
+    lines = start.lstrip().split("\n", 2)
     if ARRAY.match(start) or lines[0].strip() == "{":
         return True
     try:
@@ -35,9 +35,9 @@ def _document_rows(text: str) -> list:
         ValueError: it is none.
     """
     values, place = [], 0
-    while rest := text[place:].lstrip():
-        place = len(text) - len(rest)
-        value, place = json.JSONDecoder().raw_decode(text, place)
+    text, decoder = text.strip(), json.JSONDecoder()
+    while place < len(text):
+        value, place = decoder.raw_decode(text, SPACE.match(text, place).end())
         values.append(value)
     document = values[0] if len(values) == 1 else values
     if isinstance(document, dict) and document.keys() == {"columns", "index", "data"}:
@@ -60,15 +60,15 @@ def json_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     Raises:
         PerPEFTError: what begins as a document is none.
     """
-    lines = itertools.dropwhile(lambda line: not line[1].strip(), enumerate(lines, 1))
+    lines = iter(lines)
     head = list(itertools.islice(lines, START))
     lines = itertools.chain(head, lines)
-    if is_document("\n".join(line for _, line in head)):
+    if is_document("\n".join(head)):
         try:
-            yield from enumerate(map(json.dumps, _document_rows("\n".join(line for _, line in lines))), 1)
+            yield from enumerate(map(json.dumps, _document_rows("\n".join(lines))), 1)
         except (ValueError, TypeError, RecursionError) as error:
             raise PerPEFTError(f"neither a JSON array nor JSON lines ({error})") from error
-    for number, line in lines:
+    for number, line in enumerate(lines, 1):
         if line.startswith("{'"):
             with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 line = json.dumps(literal_eval(line))
@@ -123,23 +123,14 @@ def _extract(function: str, keys: Sequence[str]) -> str:
     return f"coalesce(try({function}(line, {paths})), try({function}({repaired}, {paths})))"
 
 
-def json_columns(
-    path: Path, others: list[Path], required: tuple[str, ...], optional: tuple[str, ...], options: TableOptions
-) -> dict[str, str | None]:
-    """The columns of a JSON file by role; writers that leave empty values out may name one late, or only in another file.
+def first_keys(path: Path, encoding: str | None) -> list[str]:
+    """All keys of the first objects of a JSON file."""
+    return _keys(itertools.islice(json_rows(text_lines(path, encoding)), START))
 
-    Args:
-        others: all files of the table.
-        path, required, optional, options: as of `recognise_columns`.
-    Raises:
-        PerPEFTError: as `recognise_columns`.
-    """
-    start = itertools.islice(json_rows(text_lines(path, options.encoding)), START)
-    try:
-        return recognise_columns(path, _keys(start), required, optional, options)
-    except PerPEFTError:
-        rows = (row for other in others for row in json_rows(text_lines(other, options.encoding)))
-        return recognise_columns(path, _keys(rows), required, optional, options)
+
+def all_keys(files: Iterable[Path], encoding: str | None) -> list[str]:
+    """All keys of files of JSON, which takes as long as reading them in Python."""
+    return _keys(row for path in files for row in json_rows(text_lines(path, encoding)))
 
 
 def _keys(rows: Iterable[tuple[int, str]]) -> list[str]:

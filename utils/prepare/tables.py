@@ -2,8 +2,10 @@
 
 import bisect
 import contextlib
+import functools
 import glob
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
@@ -11,7 +13,7 @@ import duckdb
 from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.columns import TableOptions, recognise_columns
 from utils.prepare.engine import shown_progress
-from utils.prepare.json_files import is_document, json_columns, json_part
+from utils.prepare.json_files import all_keys, first_keys, is_document, json_part
 from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
 from utils.prepare.parts import SOURCE, Part, name_sql, parquet_part, parquet_source, quote, text_part
 from utils.prepare.text_tables import recognise_form
@@ -126,19 +128,20 @@ def open_table(
     """
     require_encoding(options.encoding)
     files = files_of(pattern)
-    opened = [_open_part(con, path, files, required, optional, options) for path in files]
+    json_keys = functools.cache(lambda: all_keys(files, options.encoding))  # at most once for all parts
+    opened = [_open_part(con, path, json_keys, required, optional, options) for path in files]
     return Table([part for part, _ in opened], opened[0][1], options.encoding)
 
 
 def _open_part(
     con: duckdb.DuckDBPyConnection,
     path: Path,
-    others: list[Path],
+    json_keys: Callable[[], list[str]],
     required: tuple[str, ...],
     optional: tuple[str, ...],
     options: TableOptions,
 ) -> tuple[Part, dict[str, str | None]]:
-    """A file of a table, and its columns by role; `others` are all files of the table."""
+    """A file of a table, and its columns by role; `json_keys` returns the keys of all files, if they are JSON."""
     with path.open("rb") as file:
         is_parquet = file.read(4) == b"PAR1"
     if is_parquet:
@@ -153,9 +156,13 @@ def _open_part(
         return parquet_part(path, columns, types), columns
     head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
     start = "\n".join(head)
-    if start.lstrip().startswith("{") or is_document(start):
-        columns = json_columns(path, others, required, optional, options)
-        return json_part(path, {role: (name,) if name else () for role, name in columns.items()}, is_document(start)), columns
+    whole = is_document(start)
+    if whole or start.lstrip().startswith("{"):
+        try:
+            columns = recognise_columns(path, first_keys(path, options.encoding), required, optional, options)
+        except PerPEFTError:  # writers that leave empty values out may name a key late, or only in another file
+            columns = recognise_columns(path, json_keys(), required, optional, options)
+        return json_part(path, {role: (name,) if name else () for role, name in columns.items()}, whole), columns
     numbered = all(options.columns.get(role, "").isdecimal() for role in required)
     form = recognise_form(path, head, options.separator, has_header=not numbered)
     columns = recognise_columns(path, form.header, required, optional, options)

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import pickle
 import shlex
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from utils.common.console import number
 from utils.common.errors import PerPEFTError
-from utils.common.files import write_atomically
+from utils.common.files import write_atomically, write_pickle
 from utils.data.dataset import is_dataset_name
 from utils.prepare.downloads import Downloader
 from utils.prepare.engine import engine, shown_progress
@@ -183,8 +182,8 @@ def _write(options: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> None:
         _file(options, ending).unlink(missing_ok=True)
     raw_ids = {item: raw_id for item, raw_id, _ in rows}
     titles = {raw_id: title for _, raw_id, title in rows}
-    for ending, value in (("_item2id_final.pickle", raw_ids), ("_texts_final.pickle", titles)):
-        write_atomically(_file(options, ending), lambda path, value=value: path.write_bytes(pickle.dumps(value)))
+    write_pickle(_file(options, "_item2id_final.pickle"), raw_ids)
+    write_pickle(_file(options, "_texts_final.pickle"), titles)
     with shown_progress(con, _file(options, "_final.txt").name):
         write_atomically(
             _file(options, "_final.txt"),
