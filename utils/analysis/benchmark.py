@@ -20,7 +20,7 @@ from models import IISANEncoder, ItemEncoder, MMProjector, PerPEFT, SASRec
 from models.towers import part_features
 from utils.analysis.baselines import PlainIISAN, plain_ranking_loop
 from utils.common.versions import has_fused_adamw
-from utils.data.dataset import Dataset
+from utils.data.dataset import PAPER_GROUPS, Dataset
 from utils.data.histories import Histories, leave_last_out
 from utils.items.foundation import Foundation
 from utils.items.preprocessing import output_size
@@ -34,7 +34,7 @@ MILLISECONDS = 1e3
 SECONDS = 8  # after which a comparison ends, if it has 2 rounds
 ENCODING_SECONDS = 1.0  # of encoding as many items as a measurement takes
 FEWEST_ITEMS = 8
-HIDDEN_UNITS, GROUPS = 32, 8  # the defaults of training
+HIDDEN_UNITS = 32  # the default of training
 
 
 # ---------------------------------------------------------------- measuring
@@ -225,11 +225,11 @@ def ranking_costs(num_users: int, num_items: int, device: torch.device, plain_us
 def sampling_costs(num_users: int, num_items: int, repeats: int) -> dict[str, float]:
     """Milliseconds of sampling one batch at some size, in stage 1 and in stage 3, and seconds to set the sampler up."""
     histories = _random_histories(num_users, num_items)
-    groups = np.random.default_rng(0).integers(GROUPS, size=num_users)
+    groups = np.random.default_rng(0).integers(PAPER_GROUPS, size=num_users)
     found = {}
     for name, group_of, candidates in (
         ("global", np.zeros(num_users, dtype=np.int64), [np.arange(1, num_items + 1)]),
-        ("personalized", groups, group_items(histories, groups, GROUPS)),
+        ("personalized", groups, group_items(histories, groups, PAPER_GROUPS)),
     ):
         start = time.perf_counter()
         sampler = Sampler(histories, num_items, group_of, candidates, 16, 10, seed=(0,))
@@ -244,7 +244,7 @@ def sampling_costs(num_users: int, num_items: int, repeats: int) -> dict[str, fl
 def grouping_costs(num_users: int) -> dict[str, float]:
     """Seconds of k-means over random user vectors."""
     vectors = np.random.default_rng(0).normal(size=(num_users, HIDDEN_UNITS))
-    return {"seconds": timed(lambda: kmeans_groups(vectors, GROUPS, seed=0), torch.device("cpu")) / MILLISECONDS}
+    return {"seconds": timed(lambda: kmeans_groups(vectors, PAPER_GROUPS, seed=0), torch.device("cpu")) / MILLISECONDS}
 
 
 def item_table_costs(num_items: int, device: torch.device, repeats: int) -> dict[str, float]:

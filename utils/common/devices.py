@@ -1,5 +1,8 @@
 """Devices: which one to use, how arrays reach it, its arithmetic, and the seed of its random numbers."""
+import contextlib
+import ctypes
 import os
+import sys
 
 import numpy as np
 import torch
@@ -7,11 +10,12 @@ import torch
 from utils.common.console import launched_ranks
 from utils.common.errors import PerPEFTError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}  # what autocast computes in
 
 
 def choose_device(name: str | None) -> str:
-    """The device by that name, or the best there is; of several launched ranks, each takes the GPU of its own number.
+    """The device by that name, or the best there is, made ready; of several launched ranks, each takes the GPU of its own number.
 
     Raises:
         PerPEFTError: this machine has none of that name, or fewer GPUs than ranks.
@@ -24,10 +28,8 @@ def choose_device(name: str | None) -> str:
         if ranks_here > gpus:
             raise PerPEFTError(f"{ranks_here} processes were started on {gpus} GPUs; start as many, or add --device cpu")
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    if name is None:
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
             raise RuntimeError
     except RuntimeError:
@@ -38,7 +40,22 @@ def choose_device(name: str | None) -> str:
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise PerPEFTError("--device mps: torch sees no Apple GPU here; use --device cpu")
+    if device.type == "cpu":
+        _keep_freed_memory()
     return str(device)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones; other C libraries are left as they are.
+
+    By default it returns every tensor above 32 MB to the system, whose pages must then be claimed and zeroed anew in each
+    step: a third of the time of a LoRA step on images of 224 pixels.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_MAX, 0)  # no tensor gets a mapping of its own
+            libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,6 +19,14 @@ DOWNLOAD = "Download mmrec_datasets.zip by the link in README's section Data, th
 OTHER = "Write its files as docs/your_data.md describes, or choose another by --dataset or --train_dir."
 
 
+PAPER_GROUPS = 8  # C
+
+
+def default_groups(name: str) -> int:
+    """How many groups a data set's users are put into unless --C says so: the paper's C; the demo is drawn with four."""
+    return 4 if name == "demo" else PAPER_GROUPS
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One data set; list position i belongs to item i + 1, history row u to user `user_ids[u]`.

@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from utils.common.console import number
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_atomically, write_pickle
-from utils.data.dataset import is_dataset_name
+from utils.data.dataset import default_groups, is_dataset_name
+from utils.data.histories import FEWEST_INTERACTIONS
 from utils.prepare.downloads import Downloader
 from utils.prepare.engine import engine, shown_progress
 from utils.prepare.image_cells import WEB
@@ -24,8 +25,6 @@ from utils.prepare.parts import quote
 from utils.prepare.shop import LeftOut, Shop, format_columns, format_left_out, format_lines
 
 LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a temporary one must fit behind it
-EVALUATED = 3  # interactions without which a user is never evaluated
-GROUPS = 8  # --C of the training scripts
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
@@ -123,8 +122,8 @@ def _require_enough(con: duckdb.DuckDBPyConnection, options: argparse.Namespace,
     if longest is None:
         more_users = "" if options.max_users is None else " or raise --max_users"
         raise PerPEFTError(f"no users and items with {options.core} interactions each are left{when}; lower --core{more_users}")
-    if longest < EVALUATED:
-        raise PerPEFTError(f"no user has the {EVALUATED} interactions that evaluation needs{when}")
+    if longest < FEWEST_INTERACTIONS:
+        raise PerPEFTError(f"no user has the {FEWEST_INTERACTIONS} interactions that evaluation needs{when}")
 
 
 def _dry_run(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> str:
@@ -223,5 +222,5 @@ def _report(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnect
         lines.append(f"{failures} lists the failed images with the reasons; their items are left out.")
     users = con.execute("SELECT count(*) FROM users").fetchone()[0]
     command = ["python3", "-m", "scripts.check_data", "--dataset", options.name, "--train_dir", str(options.train_dir)]
-    command += ["--C", str(users)] if users < GROUPS else []
+    command += ["--C", str(users)] if users < default_groups(options.name) else []
     return "\n".join([*lines, f"Next: {shlex.join(command)}"])

@@ -10,6 +10,7 @@ from models.pair import TEXT_POOLINGS
 from models.peft_configs import ORIGIN, PAPER_RANK, peft_config
 from utils.common.console import SHARED_OPTIONS, HelpFormatter, number
 from utils.common.devices import PRECISIONS
+from utils.data.dataset import default_groups
 from utils.items.foundation import DEFAULT_CLIP
 from utils.run.hyperparameters import FALLBACK, demo_hyperparameters, read_hyperparameters
 from utils.run.tracking import TRACKERS
@@ -52,7 +53,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
         settings = {"peft_config": None, "rank": None, "gradient_checkpointing": False, "precision": "fp32"}
         parser.set_defaults(peft_type=peft_types[0], **settings)
     add_model_options(adapters)
-    adapters.add_argument("--C", type=COUNT, default=None, help="user groups (default: 8; demo: 4)")
+    adapters.add_argument("--C", type=COUNT, **SHARED_OPTIONS["--C"])
     adapters.add_argument("--missing_images", **SHARED_OPTIONS["--missing_images"])
     comparison = parser.add_argument_group("comparison (the paper's Tables 2 and 3)")
     _add_comparison_options(comparison, [name for name in METHODS if name != "large_global" or "lora" in peft_types])
@@ -218,11 +219,6 @@ def _check_method(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         options.peft_type, options.rank, options.gradient_checkpointing, options.precision = method, None, False, "fp32"
     if method == "none":
         options.clip_model = options.image_model = options.text_model = options.text_pooling = None
-
-
-def default_groups(dataset: str) -> int:
-    """The paper's C, or what suits the demo, which is drawn with four groups."""
-    return 4 if dataset == "demo" else 8
 
 
 def parse_options(description: str, peft_types: tuple[str, ...], arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,0 +1,34 @@
+"""The choice of a device, and memory of freed tensors."""
+import subprocess
+import sys
+
+import pytest
+
+ALLOCATE = """
+import platform, resource, sys
+import torch
+from utils.common.devices import choose_device
+if "chosen" in sys.argv:
+    choose_device("cpu")
+faults = []
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)  # 100 MB
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(platform.libc_ver()[0], min(faults[6:]), max(faults[6:]))  # the heap grows at first
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc alone")
+def test_memory_of_a_freed_tensor_serves_the_next_one():
+    def faults(*arguments: str) -> tuple[str, int, int]:
+        command = [sys.executable, "-c", ALLOCATE, *arguments]
+        library, least, most = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return library, int(least), int(most)
+
+    library, _, most = faults("chosen")
+    if library != "glibc":
+        pytest.skip("of glibc alone")
+    assert most < 100  # pages claimed anew
+    _, least, _ = faults()
+    assert least > 1000  # even if pages are of 64 KiB; so the test can tell
