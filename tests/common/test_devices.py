@@ -29,6 +29,6 @@ def test_memory_of_a_freed_tensor_serves_the_next_one():
     library, _, most = faults("chosen")
     if library != "glibc":
         pytest.skip("of glibc alone")
-    assert most < 100  # pages claimed anew
+    assert most < 20  # pages claimed anew
     _, least, _ = faults()
-    assert least > 1000  # even if pages are of 64 KiB; so the test can tell
+    assert least > 40  # even with huge pages of 2 MiB; so the test can tell
