@@ -28,8 +28,10 @@ def choose_device(name: str | None) -> str:
         if ranks_here > gpus:
             raise PerPEFTError(f"{ranks_here} processes were started on {gpus} GPUs; start as many, or add --device cpu")
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if name is None:
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
             raise RuntimeError
     except RuntimeError:
