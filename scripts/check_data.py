@@ -2,7 +2,7 @@
 import sys
 
 from models.item_encoder import MODALITIES
-from utils.common.console import SHARED_OPTIONS, number, run_main, script_parser
+from utils.common.console import run_main, script_parser
 from utils.data.dataset import default_groups
 from utils.items.data_check import check_dataset
 from utils.prepare.demo import make_demo
@@ -11,8 +11,7 @@ from utils.run.build import image_use
 
 def main() -> None:
     """Parse, check, print."""
-    parser = script_parser(__doc__, "--dataset", "--train_dir", "--missing_images")
-    parser.add_argument("--C", type=number(int, 1), **SHARED_OPTIONS["--C"])
+    parser = script_parser(__doc__, "--dataset", "--train_dir", "--missing_images", "--C")
     parser.add_argument("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
     options = parser.parse_args()
     if options.dataset == "demo":

@@ -42,7 +42,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 SHARED_OPTIONS = {  # of several scripts
     "--dataset": {"required": True, "help": "name of the data set; 'demo' makes its own"},
     "--train_dir": {"default": "./dataset", "help": "folder of the data sets"},
-    "--C": {"default": None, "help": "user groups (default: 8; demo: 4)"},
+    "--C": {"type": number(int, 1), "default": None, "help": "user groups (default: 8; demo: 4)"},
     "--device": {"default": None, "help": "cuda:N, cpu or mps (default: cuda:0 where there is one, else cpu)"},
     "--missing_images": {"choices": ("error", "blank"), "default": "error", "help": "what to do without an image"},
     "--debug": {"action": "store_true", "help": "show tracebacks"},

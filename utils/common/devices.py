@@ -51,7 +51,7 @@ def _keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones; other C libraries are left as they are.
 
     By default it returns every tensor above 32 MB to the system, whose pages must then be claimed and zeroed anew in each
-    step: a third of the time of a LoRA step on images of 224 pixels.
+    step: over a quarter of the time of a LoRA step on images of 224 pixels.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):

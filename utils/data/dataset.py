@@ -17,8 +17,6 @@ from utils.data.table1 import PAPER_TABLE1
 
 DOWNLOAD = "Download mmrec_datasets.zip by the link in README's section Data, then run python3 unzip_data.py."
 OTHER = "Write its files as docs/your_data.md describes, or choose another by --dataset or --train_dir."
-
-
 PAPER_GROUPS = 8  # C
 
 

@@ -53,7 +53,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
         settings = {"peft_config": None, "rank": None, "gradient_checkpointing": False, "precision": "fp32"}
         parser.set_defaults(peft_type=peft_types[0], **settings)
     add_model_options(adapters)
-    adapters.add_argument("--C", type=COUNT, **SHARED_OPTIONS["--C"])
+    adapters.add_argument("--C", **SHARED_OPTIONS["--C"])
     adapters.add_argument("--missing_images", **SHARED_OPTIONS["--missing_images"])
     comparison = parser.add_argument_group("comparison (the paper's Tables 2 and 3)")
     _add_comparison_options(comparison, [name for name in METHODS if name != "large_global" or "lora" in peft_types])
