@@ -190,7 +190,7 @@ class Reader:
             assert torch.allclose(image_states, self.states[0], atol=1e-2) and torch.allclose(text_states, self.states[1])
 
     def read_zip(self, seed):
-        from utils.data.archives import unpack
+        from utils.data.archives import unpack_all
 
         around, target = self.folder / "around", self.folder / "around" / "dataset"
         shutil.rmtree(around, ignore_errors=True)
@@ -198,7 +198,7 @@ class Reader:
         archive = around / "mmrec_datasets.zip"
         archive.write_bytes(damaged(self.sound["zip"], seed))
         try:
-            unpack(archive, target)
+            unpack_all(archive, target)
         except self.refusal:
             assert sorted(path.name for path in around.iterdir()) == [archive.name]  # nothing half-written, nothing lost
             raise

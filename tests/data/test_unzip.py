@@ -225,7 +225,7 @@ def test_archive_is_refused_before_anything_is_written(work, capsys, what):
 def test_no_more_is_written_than_a_member_declares(work):
     bomb = lie(zip_bytes({"arts_final.txt": bytes(30 << 20)}, method=zipfile.ZIP_DEFLATED), "size", 1000)
     (work / "mmrec_datasets.zip").write_bytes(lie(bomb, "crc", zlib.crc32(bytes(1000))))
-    archives.unpack("mmrec_datasets.zip", "dataset")
+    archives.unpack_all(Path("mmrec_datasets.zip"), Path("dataset"))
     assert tree(work) == {"dataset/arts_final.txt": bytes(1000)}
 
 
@@ -309,7 +309,7 @@ def test_random_damage_never_brings_anything_but_the_true_files_or_a_sentence(wo
             damaged[NOISE.randrange(len(damaged))] = NOISE.randrange(256)
         (work / "mmrec_datasets.zip").write_bytes(damaged)
         try:
-            archives.unpack("mmrec_datasets.zip", "dataset")
+            archives.unpack_all(Path("mmrec_datasets.zip"), Path("dataset"))
             # damaged content cannot pass, nor be left out; a damaged name can
             assert set(tree(work / "dataset").values()) == set(files.values())
             shutil.rmtree(work / "dataset")
