@@ -15,7 +15,6 @@ from PIL import Image, UnidentifiedImageError
 DECODING = "white background, deep images scaled"  # part of what a cache of pixels depends on: another text, another cache
 BOMB_PIXELS = 2**27  # 134 million: an image that asks for more memory than this is no product photograph
 LARGE_PIXELS = 2**24  # decoded one at a time, so that memory stays bounded however many cores there are
-CLIP_EDGE = 224  # what CLIP resizes an image's shortest edge to
 # What shops have. Pillow reads more, but hands some kinds to other programs (EPS to Ghostscript).
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 # The largest value of deep images by mode: Pillow reads 16-bit PNG and PGM as I;16 or I, 32-bit TIFF as I or F.
@@ -52,7 +51,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def decoded_image(path: str | Path | io.BytesIO, edge: int = CLIP_EDGE) -> Iterator[Image.Image]:
+def decoded_image(path: str | Path | io.BytesIO, edge: int = 224) -> Iterator[Image.Image]:
     """Decode one image to RGB, see `to_rgb`.
 
     Args:
@@ -103,10 +102,6 @@ def on_all_cores(read: Callable[[Path], Result], paths: list[Path]) -> Iterable[
 
 
 def try_image(path: Path) -> None:
-    """Decode an image and discard it.
-
-    Raises:
-        OSError, ValueError: as in `decoded_image`.
-    """
+    """Decode an image and discard it; raises as `decoded_image`."""
     with decoded_image(path):
         pass
