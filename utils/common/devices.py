@@ -45,10 +45,9 @@ def choose_device(name: str | None) -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones; other C libraries are left as they are.
+    """Let glibc keep the memory of freed tensors for the next ones, which it would otherwise return to the system above 32 MB.
 
-    By default it returns every tensor above 32 MB to the system, whose pages must then be claimed and zeroed anew in each
-    step: over a quarter of the time of a LoRA step on images of 224 pixels.
+    Claiming and zeroing the pages anew in each step takes over a quarter of a LoRA step's time on images of 224 pixels.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):
@@ -66,10 +65,5 @@ def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed torch's generators, on every device; numpy's are made from seeds where they are used.
-
-    Args:
-        seed: of the run or its stage.
-        rank: of the process, so that each of several draws its own dropout masks.
-    """
+    """Seed torch's generators, on every device; each rank draws its own dropout masks. numpy's are seeded where they are used."""
     torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) if rank else seed)

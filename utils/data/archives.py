@@ -65,8 +65,7 @@ def _unpack(archive: Path, target: Path, keep: bool) -> None:
     temp, new_target = target / TEMP / archive.name, not target.exists()
     try:
         with zipfile.ZipFile(archive) as zipped:
-            missing = _not_in_place(_read_members(zipped, archive, target), target, archive)
-            _check_space(missing, temp, target, archive)
+            missing = _find_missing(_read_members(zipped, archive, target), temp, target, archive)
             if missing:
                 try:
                     _extract(zipped, missing, temp, archive)
@@ -90,7 +89,13 @@ def _unpack(archive: Path, target: Path, keep: bool) -> None:
 
 def _read_members(zipped: zipfile.ZipFile, archive: Path, target: Path) -> Members:
     """Check an archive by its table of contents and find out where its files go."""
-    _refuse_cut_off(zipped)
+    first = min((info.header_offset for info in zipped.infolist()), default=0)
+    zipped.fp.seek(-zipfile.sizeEndCentDir - len(zipped.comment), os.SEEK_END)
+    end = zipped.fp.read(zipfile.sizeEndCentDir)
+    entries = int.from_bytes(end[10:12], "little")  # 65535: too many for two bytes
+    # zipfile would take an archive that is cut off within an inner zip for that one, and does not count the entries
+    if first != 0 or end[:4] != zipfile.stringEndArchive or entries not in (0xFFFF, len(zipped.infolist()) & 0xFFFF):
+        raise zipfile.BadZipFile("its table of contents is cut off or damaged")
     files = []
     for info in zipped.infolist():
         name = info.orig_filename.replace("\\", "/")  # not cut at a NUL byte; Windows programs may write backslashes
@@ -111,16 +116,6 @@ def _read_members(zipped: zipfile.ZipFile, archive: Path, target: Path) -> Membe
     for folder in _folders(members) & members.keys():
         raise PerPEFTError(f"{archive} is refused: {folder} is a file and a folder in it. Nothing was unpacked.")
     return members
-
-
-def _refuse_cut_off(zipped: zipfile.ZipFile) -> None:
-    """Refuse an archive that is more or less than one whole zip: zipfile takes an inner zip for it, and counts no entries."""
-    first = min((info.header_offset for info in zipped.infolist()), default=0)
-    zipped.fp.seek(-zipfile.sizeEndCentDir - len(zipped.comment), os.SEEK_END)
-    end = zipped.fp.read(zipfile.sizeEndCentDir)
-    entries = int.from_bytes(end[10:12], "little")  # 65535: too many for two bytes
-    if first != 0 or end[:4] != zipfile.stringEndArchive or entries not in (0xFFFF, len(zipped.infolist()) & 0xFFFF):
-        raise zipfile.BadZipFile("its table of contents is cut off or damaged")
 
 
 def _check_member(name: str, info: zipfile.ZipInfo, archive: Path, target: Path) -> None:
@@ -157,8 +152,8 @@ def _folders(paths: Iterable[str]) -> set[str]:
     return {parent.as_posix() for path in paths for parent in Path(path).parents} - {"."}
 
 
-def _not_in_place(members: Members, target: Path, archive: Path) -> Members:
-    """The members that are not in place yet; a file there that differs is the user's, so it is refused."""
+def _find_missing(members: Members, temp: Path, target: Path, archive: Path) -> Members:
+    """The members that are not in place yet; refuses a file there that differs, which is the user's, and too little space."""
     for folder in _folders(members):
         if os.path.lexists(target / folder) and not (target / folder).is_dir():
             raise PerPEFTError(f"{target / folder} is in the way of a folder from {archive}; move it away and start again")
@@ -167,20 +162,16 @@ def _not_in_place(members: Members, target: Path, archive: Path) -> Members:
         if not _holds(target / path, info):
             raise PerPEFTError(f"{target / path} exists already and differs from the one in {archive}; "
                                "move it away or delete it, then start again")
-    return {path: info for path, info in members.items() if path not in there}
-
-
-def _check_space(missing: Members, temp: Path, target: Path, archive: Path) -> None:
-    """Refuse what would not fit on the disk, minus what an earlier run has written to temp."""
-    need = 0
+    missing, need = {path: info for path, info in members.items() if path not in there}, 0
     for path, info in missing.items():
-        written = (temp / path).stat().st_size if (temp / path).is_file() else 0
+        written = (temp / path).stat().st_size if (temp / path).is_file() else 0  # by an earlier run
         need += -(-max(info.file_size - written, 0) // 4096) * 4096  # whole blocks, which add up over many images
     disk = next(folder for folder in [target.absolute(), *target.absolute().parents] if folder.exists())
     free = shutil.disk_usage(disk).free
     if need > free:
         raise PerPEFTError(f"{archive} needs {need / 1e9:.2f} GB on the disk of {target}, where {free / 1e9:.2f} GB are "
                            "free; make room or choose another --target. Nothing was unpacked.")
+    return missing
 
 
 def _extract(zipped: zipfile.ZipFile, missing: Members, temp: Path, archive: Path) -> None:

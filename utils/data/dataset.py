@@ -28,14 +28,10 @@ class Dataset:
     """One data set; list position i belongs to item i + 1, history row u to user `user_ids[u]`.
 
     Attributes:
-        name: as on the command line.
-        folder: of its files.
         user_ids: the users' numbers in the file, [users].
-        histories: interactions in time order.
         raw_ids: the items' ids in the shop.
         titles: MISSING_TITLE for items without one.
         image_paths: image files, not opened yet and possibly missing.
-        missing_titles: how many titles were missing.
     """
 
     name: str
@@ -68,11 +64,7 @@ def is_dataset_name(name: str) -> bool:
 
 
 def require_dataset(train_dir: str | Path, name: str) -> None:
-    """Check that a data set exists.
-
-    Raises:
-        PerPEFTError: it does not, with how to get it; or the name could lead into another folder.
-    """
+    """Raise a PerPEFTError if there is no such data set, with how to get it, or its name could lead into another folder."""
     if not is_dataset_name(name):
         raise PerPEFTError(f"data set '{name}': expected a name, not a path; pass its folder as --train_dir")
     if not (Path(train_dir) / f"{name}_final.txt").is_file():
@@ -86,12 +78,9 @@ def require_dataset(train_dir: str | Path, name: str) -> None:
 
 @dataclass
 class Inspection:
-    """A data set, and what is wrong with it.
+    """A data set, fit for training only if there are no problems, and remarks: what is worth knowing, such as missing titles.
 
     Attributes:
-        dataset: what could be read; fit for training only if there are no problems.
-        problems: what must be fixed.
-        remarks: what is worth knowing, such as missing titles.
         present: the image files that are there, by item number.
     """
 
@@ -101,13 +90,7 @@ class Inspection:
     present: dict[int, Path]
 
     def try_images(self, missing_images: str = "error") -> list[int]:
-        """Decode every image file, on all cores, and note the unreadable ones.
-
-        Args:
-            missing_images: "error" makes an unreadable image a problem, "blank" a remark.
-        Returns:
-            the items whose images are unreadable
-        """
+        """Decode every image file, on all cores; note the unreadable ones, as remarks for "blank", and return their items."""
         paths = list(self.present.values())
         outcomes = tqdm(on_all_cores(try_image, paths), "checking images", len(paths), unit="image", disable=None)
         errors = {item: error for item, error in zip(self.present, outcomes) if error is not None}
