@@ -1,7 +1,7 @@
 """Hundreds of damaged versions of each kind of input file: they are read or refused in a sentence, fast and in little memory.
 
-All of them are read in one other process, so that a crash, a reader that never ends or one that fills the memory is a failed
-test instead of the end of all tests. `python -m tests.data.test_fuzz` is that process; with a kind and a seed it reads one input.
+Each kind is read in a copy of this process, so that a crash, a reader that never ends or one that fills the memory is a failed
+test instead of the end of all tests. `python -m tests.data.test_fuzz KIND SEED` reads one input.
 """
 import faulthandler
 import io
@@ -9,15 +9,15 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import traceback
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ from transformers import CLIPImageProcessor
 
 from models.towers import Traits
 from tests.conftest import draw_image, encoded, write_dataset
+from tests.forks import in_a_fork
 from tests.torch_files import with_pickle
-from tests.zygote import ROOT
 from utils.common.errors import PerPEFTError
 from utils.data.archives import unpack_all
 from utils.data.dataset import read_dataset
@@ -82,7 +82,7 @@ def damaged(bases, seed):
     return bytes(content)
 
 
-# ---------------------------------------------------------------- the other process
+# ---------------------------------------------------------------- reading
 
 
 def saved(value):
@@ -106,8 +106,6 @@ class Reader:
     """
 
     def __init__(self, folder):
-        torch.set_num_threads(1)
-        os.fsync = lambda _: None  # what counts here is not that it lasts
         self.folder, self.raw_ids = folder, [f"B{item:03d}" for item in range(1, ITEMS + 1)]
         titles = [f"red lamp number {item}" for item in range(1, ITEMS)] + ["Lämpchen 灯"]
         histories = {user: [1 + (user + step) % ITEMS for step in range(user)] for user in (9, 2, 5, 7, 3)}
@@ -230,15 +228,14 @@ def in_chain(error, kind):
     return isinstance(error, kind) or (error is not None and in_chain(error.__cause__ or error.__context__, kind))
 
 
-def read_all(reader, kind, seeds, log):
+def read_all(reader, kind, write):
     """Read the inputs of one kind; every failure is recorded with its seed."""
+    os.fsync = lambda _: None  # what counts here is not that it lasts
+    signal.alarm(500)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = peak_kilobytes()
-    outcomes, wrong, slowest = Counter(), [], (0.0, None)
-    for seed in seeds:
-        log.seek(0)
-        log.write(f"{kind} {seed}      ")
-        log.flush()
+    before, outcomes, wrong, slowest = peak_kilobytes(), Counter(), [], (0.0, None)
+    for seed in range(INPUTS):
+        write(seed)
         faulthandler.dump_traceback_later(6 * SECONDS_AN_INPUT, exit=True)
         started = time.monotonic()
         try:
@@ -254,47 +251,26 @@ def read_all(reader, kind, seeds, log):
             wrong.append(f"seed {seed}: {traceback.format_exc()[-1500:]}")
         faulthandler.cancel_dump_traceback_later()
         slowest = max(slowest, (time.monotonic() - started, seed))
-    return {"outcomes": outcomes, "wrong": wrong, "slowest": slowest, "megabytes": (peak_kilobytes() - before) // 1024}
-
-
-def main(arguments):
-    """Read inputs of the kinds named (or `kind seed`), and print the outcomes as JSON, a line a kind."""
-    one = len(arguments) == 2 and arguments[1].isdigit()
-    kinds, seeds = (arguments[:1], [int(arguments[1])]) if one else (arguments or KINDS, range(INPUTS))
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # on a disk, opening files takes most of the time
-    with tempfile.TemporaryDirectory(dir=memory) as folder, open(os.environ.get("FUZZ_LOG", os.devnull), "w") as log:
-        reader = Reader(Path(folder) / "dataset")
-        addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        _, allowed = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (addresses + ROOM if allowed < 0 else min(addresses + ROOM, allowed), allowed))
-        for kind in kinds:
-            started = time.monotonic()
-            result = read_all(reader, kind, seeds, log)
-            print(json.dumps({"kind": kind, "seconds": time.monotonic() - started, **result}), flush=True)
+    megabytes = (peak_kilobytes() - before) // 1024
+    write(json.dumps({"outcomes": outcomes, "wrong": wrong, "slowest": slowest, "megabytes": megabytes}))
 
 
 # ---------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """{kind: outcomes of its inputs}, and how the process ended."""
-    log = tmp_path_factory.mktemp("fuzz") / "log"
-    environment = {**os.environ, "FUZZ_LOG": str(log), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.data.test_fuzz"]
-    outcome = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    found = {result["kind"]: result for result in map(json.loads, outcome.stdout.splitlines())}
-    ending = f"exit code {outcome.returncode} at input {log.read_text().strip()}\n{outcome.stderr[-2000:]}"
-    return found, ending
+def reader(tmp_path_factory):
+    return Reader(tmp_path_factory.mktemp("fuzz") / "dataset")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_input_is_refused_or_read_in_bounded_time_and_memory(kind, results):
-    found, ending = results
-    assert kind in found, ending
-    result = found[kind]
-    print(f"{kind}: {result['outcomes']}, {result['seconds']:.1f} s, slowest {result['slowest']}, {result['megabytes']} MB")
+def test_damaged_input_is_refused_or_read_in_bounded_time_and_memory(kind, reader):
+    written, code = in_a_fork(partial(read_all, reader, kind), addresses=ROOM)
+    *_, last = written.splitlines()
+    assert code == 0, f"exit code {code} at input {last}"
+    result = json.loads(last)
+    print(kind, result)
     assert not result["wrong"], "\n".join(result["wrong"][:5])
     assert sum(result["outcomes"].values()) == INPUTS
     assert result["outcomes"]["refused"] > INPUTS // 10  # the damage reaches what is read
@@ -312,4 +288,5 @@ def test_damage_is_real_repeatable_and_ever_different():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        Reader(Path(folder) / "dataset").read(sys.argv[1], int(sys.argv[2]))
