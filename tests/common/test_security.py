@@ -231,12 +231,11 @@ def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
         with replaced(weights, content), pytest.raises(PerPEFTError):
             load_weights(lora_model, copied_run.folder / "global", "global")
     load_weights(lora_model, copied_run.folder / "global", "global")  # the other file beside it is not read
-    sound = load_file(weights)
+    as_bin = io.BytesIO()
+    torch.save(load_file(weights), as_bin)
     weights.unlink()
-    for content in (None, sound):  # nor without it, whether it carries code or the very weights
-        if content is not None:
-            torch.save(content, adapter / "adapter_model.bin")
-        with pytest.raises(PerPEFTError):
+    for content in (as_torch, as_bin.getvalue()):  # nor without it, whether it carries code or the very weights
+        with replaced(adapter / "adapter_model.bin", content), pytest.raises(PerPEFTError):
             load_weights(lora_model, copied_run.folder / "global", "global")
 
 
@@ -300,13 +299,12 @@ def test_store_with_pickled_arrays_is_refused(folder, tokenizer):
 
 # ---------------------------------------------------------------- names that could lead elsewhere
 
-OPENED = []  # every file that this process opens while `watching`
-WATCHING = []
+WATCHERS = []  # lists of the real paths of files that this process opens
 
 
 def _audit(event, arguments):
-    if WATCHING and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        OPENED.append(os.path.realpath(os.fsdecode(arguments[0])))
+    if WATCHERS and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        WATCHERS[-1].append(os.path.realpath(os.fsdecode(arguments[0])))
 
 
 sys.addaudithook(_audit)
@@ -315,12 +313,11 @@ sys.addaudithook(_audit)
 @contextlib.contextmanager
 def watching():
     """Note the real paths of all files that are opened meanwhile."""
-    OPENED.clear()
-    WATCHING.append(True)
+    WATCHERS.append(opened := [])
     try:
-        yield OPENED
+        yield opened
     finally:
-        WATCHING.pop()
+        WATCHERS.pop()
 
 
 LEADING_AWAY = ["../secret", "..\\secret", "/etc/passwd", "a/../../secret", "./B005", "\\\\host\\share", "C:\\x", "B005\0", "\0"]
@@ -362,16 +359,15 @@ def test_scripts_refuse_such_a_name(folder, name, tiny_dataset, tiny_clip):
             run_script(["--dataset", name, "--train_dir", folder / "inner"], script.main)
 
 
-def test_image_that_another_program_would_draw_is_not_handed_to_it(folder, monkeypatch):
+@mock.patch.object(subprocess, "Popen")
+@mock.patch.object(subprocess, "check_call")
+def test_image_that_another_program_would_draw_is_not_handed_to_it(check_call, popen, folder):
     """Pillow passes PostScript to Ghostscript, which has run commands from images."""
-    handed = []
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: handed.append(args))
-    monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: handed.append(args))
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
-    (folder / "shop_images" / "B001.jpg").write_bytes(postscript)
+    image = folder / "shop_images" / "B001.jpg"
+    image.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
     with pytest.raises(OSError, match="not an image of a kind"):
-        read_image(folder / "shop_images" / "B001.jpg", CLIPImageProcessor())
-    assert handed == []
+        read_image(image, CLIPImageProcessor())
+    assert not check_call.called and not popen.called
 
 
 # ---------------------------------------------------------------- the network
@@ -382,17 +378,14 @@ def no_network(monkeypatch):
     """Every way out of this process raises, and is noted."""
     tried = []
 
-    def refuse(name):
-        def refused(*arguments, **_):
-            tried.append((name, arguments))
-            raise OSError(f"{name} in a test that must not reach the network")
-
-        return refused
+    def refuse(name, *arguments, **_):
+        tried.append((name, arguments))
+        raise OSError(f"{name} in a test that must not reach the network")
 
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse(name))
+        monkeypatch.setattr(socket.socket, name, partial(refuse, name))
     for name in ("getaddrinfo", "gethostbyname", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse(name))
+        monkeypatch.setattr(socket, name, partial(refuse, name))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # nothing but the code keeps it inside
     return tried
 
