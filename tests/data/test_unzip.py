@@ -140,12 +140,16 @@ def test_folders_in_the_archive(work, members, left):
     assert tree(work / "dataset") == left
 
 
-@pytest.mark.parametrize("folder, options", [("dataset", []), (".", ["--archive", "arts_images.zip"])])
+KEEP_INNER = ["--archive", "dataset/arts_images.zip", "--keep"]
+
+
+@pytest.mark.parametrize("folder, options", [("dataset", []), (".", ["--archive", "arts_images.zip"]), ("dataset", KEEP_INNER)])
 def test_images_archive_alone(work, capsys, folder, options):
     shots = images("arts")
     write_tree(work / folder, {"arts_images.zip": zip_bytes(shots)})
+    kept = tree(work) if "--keep" in options else {}
     assert unzip(*options) == 0
-    assert tree(work) == {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
+    assert tree(work) == kept | {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
     assert capsys.readouterr().out.count("verified on disk") == 1
 
 
