@@ -173,7 +173,7 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     malformed = "".join(f"{number} x\n" for number in range(12))
     below_one = "".join(f"1 {-number}\n" for number in range(11))
     write_final(folder, f"1 1\n2 2\n{malformed}{below_one}2 77\n")
-    raw_ids = {item: f"R{item:02d}" for item in range(1, 41) if item not in (20, 21)}
+    raw_ids = {item: f"R{item:02d}" for item in range(1, 41) if item not in (20, 39)}
     write_pickle(folder, "item2id", {**raw_ids, 7: "R06", 8: 9, 9: "up\n"})
     images = folder / "shop_images"
     jpeg = encoded(draw_image(1))
@@ -188,7 +188,7 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     assert "no user with the 3 interactions that evaluation needs; most interactions of one user (1): 2" in report
     assert "fewer users than the 3 groups of --C (1): 2 users" in report
     assert re.search(r"not item number: raw id.*\(2\): 8: 9, 9: 'up\\n'", report)
-    assert re.search(r"gaps in the item numbers .*\(4\): 8, 9, 20, 21\n", report)
+    assert re.search(r"gaps in the item numbers .*\(4\): 8, 9, 20, 39\n", report)
     assert re.search(r"items of users without raw id .*\(1\): 77\n", report)
     assert re.search(r"duplicate raw ids .*\(1\): R06 \(items 6 and 7\)", report)
     missing = ", ".join(f"R{item}.jpg \\(item {item}\\)" for item in range(10, 20))
