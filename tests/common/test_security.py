@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from unittest import mock
 
 import huggingface_hub.constants
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 from models import IISAN, IISANEncoder
 from models.towers import Traits
 from scripts import check_data, extract_hidden_states
-from tests.conftest import run_script, save_tiny_clip, tiny_arguments, tiny_options, tiny_titles
+from tests.conftest import RAW_IDS, run_script, save_tiny_clip, tiny_arguments, tiny_options, tiny_titles
 from tests.torch_files import with_pickle
 from utils.common.errors import PerPEFTError
 from utils.common.pickles import NAMES, PLAIN_OPCODES, load_pickle
@@ -58,10 +59,6 @@ class Fillable:
         if words:
             RAN.append(words)
         return super().__new__(cls)
-
-    def __init__(self, *words):
-        if words:
-            RAN.append(words)
 
     def __setstate__(self, state):
         RAN.append(state)
@@ -102,6 +99,17 @@ def nothing_ran():
     assert RAN == []
 
 
+@contextlib.contextmanager
+def replaced(path, content):
+    """A file with another content, for a while."""
+    sound = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(sound)
+
+
 @pytest.mark.parametrize("kind", PAYLOADS)
 def test_payload_is_live(kind):
     """Without protection each would run: otherwise nothing would follow from their not running."""
@@ -119,12 +127,9 @@ def test_pickle_with_code_is_refused_by_every_reader_of_pickles(kind, folder, tm
     with pytest.raises(PerPEFTError, match=str(path)):
         read_hyperparameters("shop", "lora", path)
     for end in ("item2id", "texts"):
-        place = folder / f"shop_{end}_final.pickle"
-        sound = place.read_bytes()
-        shutil.copy(path, place)
-        with pytest.raises(PerPEFTError, match=f"shop_{end}_final.pickle"):
+        name = f"shop_{end}_final.pickle"
+        with replaced(folder / name, PAYLOADS[kind]), pytest.raises(PerPEFTError, match=name):
             read_dataset(folder, "shop")
-        place.write_bytes(sound)
 
 
 def test_opcodes_that_can_call_or_fill_anything_are_refused_by_name(tmp_path):
@@ -152,36 +157,18 @@ def test_names_are_never_looked_up(tmp_path):
 # ---------------------------------------------------------------- files of torch
 
 
-def with_payload(sound, payload):
-    """A file of torch with a payload."""
-    return with_pickle(sound, lambda _: payload)
+def with_payloads(sound):
+    """A file of torch with each payload, as saved today, and as of old."""
+    for kind, payload in PAYLOADS.items():
+        if "protocol" not in kind or kind[-1] in "24":
+            yield with_pickle(sound, lambda _, payload=payload: payload)
+            yield payload
 
 
-@contextlib.contextmanager
-def replaced(path, content):
-    """A file with another content, for a while."""
-    sound = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        yield
-    finally:
-        path.write_bytes(sound)
-
-
-TORCH_PAYLOADS = [kind for kind in PAYLOADS if "protocol" not in kind or kind[-1] in "24"]
-
-
-@pytest.fixture(scope="module")
-def torch_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("torch") / "sound.pt"
+def test_payloads_in_a_file_of_torch_are_live(tmp_path):
+    path = tmp_path / "payload.pt"
     torch.save({"weight": torch.ones(3)}, path)
-    return path
-
-
-@pytest.mark.parametrize("kind", TORCH_PAYLOADS)
-def test_payload_in_a_file_of_torch_is_live(kind, torch_file, tmp_path):
-    for content in (with_payload(torch_file, PAYLOADS[kind]), PAYLOADS[kind]):  # as saved today, and as of old
-        path = tmp_path / "payload.pt"
+    for content in list(with_payloads(path)):
         path.write_bytes(content)
         with contextlib.suppress(Exception):  # a payload is no tensor, so what comes after it may fail
             torch.load(path, weights_only=False)
@@ -190,19 +177,18 @@ def test_payload_in_a_file_of_torch_is_live(kind, torch_file, tmp_path):
 
 
 def refuse_every_payload(path, read, error=PerPEFTError, match=None):
-    """`read` must raise for every payload in place of a sound file of torch."""
-    for kind in TORCH_PAYLOADS:
-        for content in (with_payload(path, PAYLOADS[kind]), PAYLOADS[kind]):  # as saved today, and as of old
-            with replaced(path, content), pytest.raises(error, match=match):
-                read()
+    """`read` must raise for every payload in place of a sound file of torch, and read that file."""
+    for content in with_payloads(path):
+        with replaced(path, content), pytest.raises(error, match=match):
+            read()
+    read()
 
 
 def test_hidden_states_with_code_are_refused(folder):
     path = states_path(folder, "shop")
-    torch.save((torch.randn(5, 3, 8), torch.randn(5, 3, 4), [f"B{item:03d}" for item in range(1, 6)]), path)
+    torch.save((torch.randn(5, 3, 8), torch.randn(5, 3, 4), RAW_IDS), path)
     dataset = read_dataset(folder, "shop")
     refuse_every_payload(path, lambda: HiddenStateStore.open(dataset), match="shop_preX.pt")
-    assert HiddenStateStore.open(dataset).num_items == 5
 
 
 @pytest.fixture
@@ -220,15 +206,13 @@ def test_saved_weights_with_code_are_refused(name, lora_model, copied_run):
     stage = name.split("/")[0]
     if stage == "personalized":
         lora_model.clone_groups(3)
-    load = partial(load_weights, lora_model, copied_run.folder / stage, stage)
-    refuse_every_payload(copied_run.folder / name, load)
-    load()
+    refuse_every_payload(copied_run.folder / name, partial(load_weights, lora_model, copied_run.folder / stage, stage))
 
 
 def test_state_to_continue_from_with_code_is_refused(tmp_path):
     path = tmp_path / "global.pt"
-    torch.save({"weight": torch.ones(3)}, path)
-    refuse_every_payload(path, partial(Checkpoint(path, None).restore, None, None), match="global.pt")
+    torch.save({"trainer": {}, "progress": {}}, path)
+    refuse_every_payload(path, partial(Checkpoint(path, None).restore, mock.Mock(), mock.Mock()), match="global.pt")
 
 
 def test_iisan_weights_with_code_are_refused(tmp_path):
@@ -236,24 +220,22 @@ def test_iisan_weights_with_code_are_refused(tmp_path):
     save_adapter(encoder, tmp_path, 0)
     read = partial(load_adapter, encoder, tmp_path, 0)
     refuse_every_payload(tmp_path / "iisan.pth", read, pickle.UnpicklingError, "Weights only load failed")
-    read()
 
 
 def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
     adapter = copied_run.folder / "global" / "adapter"
     weights = adapter / "adapter_model.safetensors"
-    as_torch = with_payload(copied_run.folder / "global" / "sasrec.pth", PAYLOADS["within a dict"])
+    as_torch = with_pickle(copied_run.folder / "global" / "sasrec.pth", lambda _: PAYLOADS["within a dict"])
     (adapter / "adapter_model.bin").write_bytes(as_torch)  # what peft falls back to
     for content in (as_torch, *PAYLOADS.values()):
         with replaced(weights, content), pytest.raises(PerPEFTError):
             load_weights(lora_model, copied_run.folder / "global", "global")
     load_weights(lora_model, copied_run.folder / "global", "global")  # the other file beside it is not read
-    sound = load_file(weights)
+    as_bin = io.BytesIO()
+    torch.save(load_file(weights), as_bin)
     weights.unlink()
-    for content in (None, sound):  # nor without it, whether it carries code or the very weights
-        if content is not None:
-            torch.save(content, adapter / "adapter_model.bin")
-        with pytest.raises(PerPEFTError):
+    for content in (as_torch, as_bin.getvalue()):  # nor without it, whether it carries code or the very weights
+        with replaced(adapter / "adapter_model.bin", content), pytest.raises(PerPEFTError):
             load_weights(lora_model, copied_run.folder / "global", "global")
 
 
@@ -265,7 +247,6 @@ def test_clip_weights_with_code_are_refused(tmp_path):
     torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
     (clip / "model.safetensors").unlink()
     refuse_every_payload(clip / "pytorch_model.bin", lambda: load_foundation(str(clip)), match="cannot be loaded")
-    load_foundation(str(clip))
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -318,13 +299,12 @@ def test_store_with_pickled_arrays_is_refused(folder, tokenizer):
 
 # ---------------------------------------------------------------- names that could lead elsewhere
 
-OPENED = []  # every file that this process opens while `watching`
-WATCHING = []
+WATCHERS = []  # lists of the real paths of files that this process opens
 
 
 def _audit(event, arguments):
-    if WATCHING and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        OPENED.append(os.path.realpath(os.fsdecode(arguments[0])))
+    if WATCHERS and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        WATCHERS[-1].append(os.path.realpath(os.fsdecode(arguments[0])))
 
 
 sys.addaudithook(_audit)
@@ -333,17 +313,11 @@ sys.addaudithook(_audit)
 @contextlib.contextmanager
 def watching():
     """Note the real paths of all files that are opened meanwhile."""
-    OPENED.clear()
-    WATCHING.append(True)
+    WATCHERS.append(opened := [])
     try:
-        yield OPENED
+        yield opened
     finally:
-        WATCHING.pop()
-
-
-def with_raw_id(folder, raw_id):
-    raw_ids = {**{item: f"B{item:03d}" for item in range(1, 5)}, 5: raw_id}
-    (folder / "shop_item2id_final.pickle").write_bytes(pickle.dumps(raw_ids))
+        WATCHERS.pop()
 
 
 LEADING_AWAY = ["../secret", "..\\secret", "/etc/passwd", "a/../../secret", "./B005", "\\\\host\\share", "C:\\x", "B005\0", "\0"]
@@ -355,7 +329,7 @@ def test_raw_ids_stay_inside_their_folder(folder, raw_id, tokenizer):
     images = folder / "shop_images"
     shutil.copy(images / "B005.jpg", folder / "secret.jpg")
     (images / "B005.jpg").rename(images / (f"{raw_id}.jpg" if raw_id in ODD else image_file_name(raw_id)))
-    with_raw_id(folder, raw_id)
+    (folder / "shop_item2id_final.pickle").write_bytes(pickle.dumps(dict(enumerate([*RAW_IDS[:4], raw_id], 1))))
     with watching() as opened:
         dataset = read_dataset(folder, "shop")
         open_store(dataset, tokenizer)
@@ -385,16 +359,15 @@ def test_scripts_refuse_such_a_name(folder, name, tiny_dataset, tiny_clip):
             run_script(["--dataset", name, "--train_dir", folder / "inner"], script.main)
 
 
-def test_image_that_another_program_would_draw_is_not_handed_to_it(folder, monkeypatch):
+@mock.patch.object(subprocess, "Popen")
+@mock.patch.object(subprocess, "check_call")
+def test_image_that_another_program_would_draw_is_not_handed_to_it(check_call, popen, folder):
     """Pillow passes PostScript to Ghostscript, which has run commands from images."""
-    handed = []
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: handed.append(args))
-    monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: handed.append(args))
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
-    (folder / "shop_images" / "B001.jpg").write_bytes(postscript)
+    image = folder / "shop_images" / "B001.jpg"
+    image.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
     with pytest.raises(OSError, match="not an image of a kind"):
-        read_image(folder / "shop_images" / "B001.jpg", CLIPImageProcessor())
-    assert handed == []
+        read_image(image, CLIPImageProcessor())
+    assert not check_call.called and not popen.called
 
 
 # ---------------------------------------------------------------- the network
@@ -405,17 +378,14 @@ def no_network(monkeypatch):
     """Every way out of this process raises, and is noted."""
     tried = []
 
-    def refuse(name):
-        def refused(*arguments, **_):
-            tried.append((name, arguments))
-            raise OSError(f"{name} in a test that must not reach the network")
-
-        return refused
+    def refuse(name, *arguments, **_):
+        tried.append((name, arguments))
+        raise OSError(f"{name} in a test that must not reach the network")
 
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse(name))
+        monkeypatch.setattr(socket.socket, name, partial(refuse, name))
     for name in ("getaddrinfo", "gethostbyname", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse(name))
+        monkeypatch.setattr(socket, name, partial(refuse, name))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # nothing but the code keeps it inside
     return tried
 

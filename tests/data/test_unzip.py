@@ -1,8 +1,10 @@
 """unzip_data.py: every file arrives byte for byte, hostile or damaged archives change nothing, a killed run continues."""
 import errno
 import io
+import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -12,8 +14,8 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +23,8 @@ import unzip_data
 from tests.conftest import exit_code
 from tests.run_files import tree
 from tests.zygote import ROOT
-from utils.common.errors import PerPEFTError
 from utils.data import archives
-from utils.data.table1 import PAPER_TABLE1, count_dataset, dataset_table
+from utils.data.table1 import PAPER_TABLE1, dataset_table
 
 NOISE = random.Random(0)
 LINES = b"1 1\n1 2\n1 3\n2 2\n2 5\n"
@@ -49,12 +50,6 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def no_fsync(monkeypatch):
-    """Spare the disk: only a power cut shows the difference, and test_everything_is_fsynced looks after that."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def download(work, names, folder="", inner_folder="{}_images/", method=zipfile.ZIP_STORED):
     """Write mmrec_datasets.zip into work; return (the files it ends as, the files that --keep leaves in dataset)."""
     packed, final = {}, {}
@@ -72,6 +67,12 @@ def download(work, names, folder="", inner_folder="{}_images/", method=zipfile.Z
 def unzip(*options):
     """Run the script in this process; returns its exit code."""
     return exit_code(options, unzip_data.main)
+
+
+def write_tree(folder, files):
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
 
 
 def in_dataset(files):
@@ -139,43 +140,29 @@ def test_folders_in_the_archive(work, members, left):
     assert tree(work / "dataset") == left
 
 
-@pytest.mark.parametrize("folder, options", [("dataset", []), (".", ["--archive", "arts_images.zip"])])
+KEEP_INNER = ["--archive", "dataset/arts_images.zip", "--keep"]
+
+
+@pytest.mark.parametrize("folder, options", [("dataset", []), (".", ["--archive", "arts_images.zip"]), ("dataset", KEEP_INNER)])
 def test_images_archive_alone(work, capsys, folder, options):
     shots = images("arts")
-    (work / folder).mkdir(exist_ok=True)
-    (work / folder / "arts_images.zip").write_bytes(zip_bytes(shots))
+    write_tree(work / folder, {"arts_images.zip": zip_bytes(shots)})
+    kept = tree(work) if "--keep" in options else {}
     assert unzip(*options) == 0
-    assert tree(work) == {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
+    assert tree(work) == kept | {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
     assert capsys.readouterr().out.count("verified on disk") == 1
 
 
 def test_without_an_archive(work, capsys):
-    sentence = refused(work, capsys)
-    assert "mmrec_datasets.zip" in sentence and "README's section Data" in sentence
+    assert re.search("mmrec_datasets.zip .* README's section Data", refused(work, capsys))
     command = [sys.executable, "-c", "import sys, unzip_data; sys.exit('torch' in sys.modules)"]
     subprocess.run(command, cwd=ROOT, check=True)  # it starts quickly, and before torch is installed
-    (work / "dataset").mkdir()
-    (work / "dataset/arts_final.txt").write_text("7 1\n")
+    write_tree(work, {"dataset/arts_final.txt": b"7 1\n"})
     assert unzip() == 0
     assert "arts      " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- refused before anything is written
-
-AWAY = [
-    "../evil.txt", "a/../../evil.txt", "/etc/evil.txt", "..\\evil.txt", "\\evil.txt", "a\\..\\..\\evil.txt", "\\\\host\\evil.txt",
-    "C:\\evil.txt", "C:/evil.txt", "C:evil.txt", "a/D:/evil.txt", "..", ".", "evil\n.txt", ".unpacking/x", "//host/evil.txt",
-]  # fmt: skip
-
-
-def test_names_that_leave_the_target_or_meet_in_an_inner_archive(work, capsys):
-    inner = work / "dataset/arts_images.zip"
-    inner.parent.mkdir()
-    inner.write_bytes(zip_bytes({"a.jpg": b"1", "../../evil.jpg": b"2"}))
-    assert "arts_images.zip is refused" in refused(work, capsys)
-    inner.write_bytes(zip_bytes({"one/a.jpg": b"1", "two/a.jpg": b"2"}))
-    assert "both belong at arts_images/a.jpg" in refused(work, capsys)
-
 
 def special(kind):
     """An archive with a link, a device, or (None) a folder with content."""
@@ -193,6 +180,10 @@ def lie(archive, field, value):
     return bytes(data)
 
 
+AWAY = [
+    "../evil.txt", "a/../../evil.txt", "/etc/evil.txt", "..\\evil.txt", "\\evil.txt", "a\\..\\..\\evil.txt", "\\\\host\\evil.txt",
+    "C:\\evil.txt", "C:/evil.txt", "C:evil.txt", "a/D:/evil.txt", "..", ".", "evil\n.txt", ".unpacking/x", "//host/evil.txt",
+]  # fmt: skip
 ONE_PLACE = [
     ("a_final.txt", "a_final.txt"), ("b_final.txt", "x/b_final.txt"), ("x/a", "x/./a"), ("x/a", "x\\a"), ("b/a", "b/a/c"),
 ]  # fmt: skip
@@ -222,10 +213,17 @@ def test_archive_is_refused_before_anything_is_written(work, capsys, what):
     assert all(part in sentence for part in words)
 
 
+def test_inner_archive_is_refused_alike(work, capsys):
+    write_tree(work, {"dataset/arts_images.zip": zip_bytes({"a.jpg": b"1", "../../evil.jpg": b"2"})})
+    assert "arts_images.zip is refused" in refused(work, capsys)
+    write_tree(work, {"dataset/arts_images.zip": zip_bytes({"one/a.jpg": b"1", "two/a.jpg": b"2"})})
+    assert "both belong at arts_images/a.jpg" in refused(work, capsys)
+
+
 def test_no_more_is_written_than_a_member_declares(work):
     bomb = lie(zip_bytes({"arts_final.txt": bytes(30 << 20)}, method=zipfile.ZIP_DEFLATED), "size", 1000)
     (work / "mmrec_datasets.zip").write_bytes(lie(bomb, "crc", zlib.crc32(bytes(1000))))
-    archives.unpack("mmrec_datasets.zip", "dataset")
+    archives.unpack_all(Path("mmrec_datasets.zip"), Path("dataset"))
     assert tree(work) == {"dataset/arts_final.txt": bytes(1000)}
 
 
@@ -235,11 +233,9 @@ def test_too_little_disk(work, capsys, monkeypatch, leftover):
     files = {"arts_preX.pt": NOISE.randbytes(80_000), "toys_preX.pt": NOISE.randbytes(8192)}
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
     if leftover:
-        temp = work / "dataset/.unpacking/mmrec_datasets.zip"
-        temp.mkdir(parents=True)
-        (temp / "arts_preX.pt").write_bytes(files["arts_preX.pt"])
-    usage, free = namedtuple("usage", "total used free"), 8191
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
+        write_tree(work / "dataset/.unpacking/mmrec_datasets.zip", {"arts_preX.pt": files["arts_preX.pt"]})
+    free = 8191
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     assert "make room" in refused(work, capsys)
     free = 8192 if leftover else 90_112  # whole blocks of 4096
     assert unzip() == 0
@@ -248,15 +244,11 @@ def test_too_little_disk(work, capsys, monkeypatch, leftover):
 
 def test_files_of_the_users_are_not_overwritten(work, capsys):
     archive = zip_bytes({"arts_images/a.jpg": b"1", "arts_final.txt": b"1 1\n"})
-    (work / "dataset").write_text("mine")
-    assert "is a file" in refused(work, capsys, archive)
-    (work / "dataset").unlink()
-    (work / "dataset").mkdir()
-    (work / "dataset/arts_images").write_text("mine")
-    assert "in the way" in refused(work, capsys)
-    (work / "dataset/arts_images").unlink()
-    (work / "dataset/arts_final.txt").write_text("9 9\n")
-    assert "arts_final.txt exists already and differs" in refused(work, capsys)
+    places = {"dataset": "is a file", "dataset/arts_images": "in the way", "dataset/arts_final.txt": "exists already and differs"}
+    for place, words in places.items():
+        write_tree(work, {place: b"mine"})
+        assert words in refused(work, capsys, archive)
+        (work / place).unlink()
 
 
 # ---------------------------------------------------------------- damaged archives
@@ -268,8 +260,7 @@ def test_flipped_byte(work, capsys, method, target_exists):
     archive = bytearray(zip_bytes({"arts_final.txt": b"1 1\n", "arts_preX.pt": NOISE.randbytes(5000)}, method=method))
     archive[archive.index(b"arts_preX.pt") + 2500] ^= 4
     if target_exists:
-        (work / "dataset").mkdir()
-        (work / "dataset/toys_final.txt").write_text("1 1\n")
+        write_tree(work, {"dataset/toys_final.txt": b"1 1\n"})
     assert "damaged" in refused(work, capsys, bytes(archive))
 
 
@@ -297,27 +288,6 @@ def test_not_one_whole_zip(work, capsys):
     assert "holds no files" in refused(work, capsys, zip_bytes({"dataset/": b""}))
     assert unzip("--debug") == 2
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_random_damage_never_brings_anything_but_the_true_files_or_a_sentence(work, no_fsync):
-    files = {"arts_final.txt": b"1 1\n" * 30, "dataset/arts_texts_final.pickle": NOISE.randbytes(100), "arts_images/a.jpg": b"p"}
-    honest = zip_bytes(files, method=zipfile.ZIP_DEFLATED)
-    refusals = 0
-    for _ in range(120):
-        damaged = bytearray(honest)
-        for _ in range(NOISE.choice([1, 1, 3])):
-            damaged[NOISE.randrange(len(damaged))] = NOISE.randrange(256)
-        (work / "mmrec_datasets.zip").write_bytes(damaged)
-        try:
-            archives.unpack("mmrec_datasets.zip", "dataset")
-            # damaged content cannot pass, nor be left out; a damaged name can
-            assert set(tree(work / "dataset").values()) == set(files.values())
-            shutil.rmtree(work / "dataset")
-        except PerPEFTError as error:
-            refusals += 1
-            assert "\n" not in str(error)
-            assert tree(work) == {"mmrec_datasets.zip": bytes(damaged)} and not (work / "dataset").exists()
-    assert refusals > 40
 
 
 def test_failing_disk(work, capsys, monkeypatch):
@@ -367,71 +337,53 @@ def test_everything_is_fsynced_before_it_is_renamed_and_before_the_archive_goes(
 
 # ---------------------------------------------------------------- interrupted runs
 
-# Forks a child for every n; child n works in the folder str(n) and kills itself before its n-th step: an audit event
-# that touches the disk, or the reading of one chunk out of an archive. Stops at the first n that runs to its end.
-DRIVER = """
-import itertools, os, shutil, sys
-sys.path.insert(0, sys.argv[1])
-import zipfile
-import unzip_data
-from utils.common.console import run_main
-from utils.data import archives
-archives.CHUNK = 10_000  # the member of 20,000 bytes is then cut off in its middle too
-os.fsync = lambda descriptor: None
-number, every = int(sys.argv[2]), int(sys.argv[3])
 
-def child(last):
-    steps = 0
+def stopped_before(last, number):
+    """Run the script in a copy of this process that kills itself before that step; returns its exit code.
+
+    A step is an audit event that touches the disk, or the reading of one chunk out of an archive.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    steps = itertools.count(1)
+
     def step():
-        nonlocal steps
-        steps += 1
-        if steps == last:
+        if next(steps) == last:
             os.kill(os.getpid(), number)
+
     def hook(event, arguments):
         place = str(arguments[0]) if arguments else ""
-        if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir") or (
-                event == "open" and place.startswith(("dataset", "mmrec_datasets.zip"))):
+        changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        if changes or (event == "open" and place.startswith(("dataset", "mmrec_datasets.zip"))):
             step()
-    read = zipfile.ZipExtFile.read
-    def counted_read(*arguments):
-        step()
-        return read(*arguments)
-    zipfile.ZipExtFile.read = counted_read
-    sys.addaudithook(hook)
-    sys.argv = ["unzip_data.py"]
-    try:
-        run_main(unzip_data.main)
-    except SystemExit as end:
-        return end.code
-    return 0
 
-for n in itertools.count(1, every):
-    shutil.copytree("start", str(n))
-    child_id = os.fork()
-    if child_id == 0:
-        os.chdir(str(n))
-        os._exit(child(n))
-    status = os.waitstatus_to_exitcode(os.waitpid(child_id, 0)[1])
-    print(n, status)
-    if status == 0:
-        break
-"""
+    try:
+        archives.CHUNK = 10_000  # the member of 20,000 bytes is then cut off in its middle too
+        read = zipfile.ZipExtFile.read
+        zipfile.ZipExtFile.read = lambda *arguments: step() or read(*arguments)
+        sys.addaudithook(hook)
+        os._exit(unzip())
+    finally:
+        os._exit(1)
 
 
 @pytest.mark.parametrize("number, every, exit_code", [(signal.SIGKILL, 2, -signal.SIGKILL), (signal.SIGINT, 6, 130)])
-def test_stopped_before_any_step_and_continued(work, monkeypatch, no_fsync, number, every, exit_code):
-    (work / "start").mkdir()
-    final, kept = download(work / "start", ["arts"], "dataset/", method=zipfile.ZIP_DEFLATED)
-    archive = (work / "start/mmrec_datasets.zip").read_bytes()
-    command = [sys.executable, "-c", DRIVER, str(ROOT), str(int(number)), str(every)]
-    run = subprocess.run(command, cwd=work, text=True, capture_output=True, check=True)
-    pairs = [line.split() for line in run.stdout.splitlines() if line[0].isdigit()]
-    assert pairs[-1][1] == "0" and len(pairs) > 40 / every and {int(status) for _, status in pairs[:-1]} == {exit_code}
-    if number == signal.SIGINT:
-        assert run.stderr.count("the same command continues where this one stopped") == len(pairs) - 1
-        assert "Traceback" not in run.stderr
+def test_stopped_before_any_step_and_continued(work, monkeypatch, capfd, number, every, exit_code):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # spares the disk
+    final, kept = download(work, ["arts"], "dataset/", method=zipfile.ZIP_DEFLATED)
+    archive = (work / "mmrec_datasets.zip").read_bytes()
     shots, states = {path for path in final if "_images/" in path}, set()
-    for folder in [work / name for name, _ in pairs[:-1]]:
+    for last in itertools.count(1, every):
+        folder = work / str(last)
+        folder.mkdir()
+        shutil.copy(work / "mmrec_datasets.zip", folder)
+        monkeypatch.chdir(folder)
+        code, err = stopped_before(last, number), capfd.readouterr().err
+        if code == 0:
+            break
+        assert code == exit_code and "Traceback" not in err
+        assert ("the same command continues where this one stopped" in err) == (number == signal.SIGINT)
         # true files only, image folders complete, no archive gone too early
         found = {path: data for path, data in tree(folder / "dataset").items() if not path.startswith(".unpacking/")}
         assert found.items() <= kept.items()
@@ -444,11 +396,10 @@ def test_stopped_before_any_step_and_continued(work, monkeypatch, no_fsync, numb
         else:
             assert "arts_final.txt" in found
         states.add(frozenset(found))
-        monkeypatch.chdir(folder)
         assert unzip() == 0
         assert tree(folder) == in_dataset(final)
         assert set(os.listdir(folder / "dataset")) == {path.split("/")[0] for path in final}  # .unpacking is gone
-    assert len(states) > 6 / every  # the stops did come at different points
+    assert last > 40 and len(states) > 6 / every  # the stops did come at different points
 
 
 def test_what_an_earlier_run_left_whole_is_used_and_the_rest_is_not(work):
@@ -456,10 +407,9 @@ def test_what_an_earlier_run_left_whole_is_used_and_the_rest_is_not(work):
     names = sorted(shots)
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes(shots, "arts_images/"))
     temp, place = work / "dataset/.unpacking/mmrec_datasets.zip/arts_images", work / "dataset/arts_images"
-    temp.mkdir(parents=True)
-    (temp / names[0]).write_bytes(shots[names[0]])
-    (temp / names[1]).write_bytes(shots[names[1]][:100])  # cut off
-    (temp / names[2]).write_bytes(bytes([shots[names[2]][0] ^ 1]) + shots[names[2]][1:])  # right size, wrong content
+    whole, long, flipped = (shots[name] for name in names[:3])
+    cut, wrong = long[:100], bytes([flipped[0] ^ 1]) + flipped[1:]
+    write_tree(temp, dict(zip(names, (whole, cut, wrong))))
     os.utime(temp / names[0], ns=(1, 1))
     assert unzip() == 0
     assert tree(work) == {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
@@ -468,13 +418,8 @@ def test_what_an_earlier_run_left_whole_is_used_and_the_rest_is_not(work):
 
 def test_leftovers_of_another_archive_or_in_place_by_now_are_not_placed(work):
     (work / "mmrec_datasets.zip").write_bytes(zip_bytes({"arts_images/a.jpg": b"aaa", "arts_images/b.jpg": b"bbb"}))
-    temp = work / "dataset/.unpacking/mmrec_datasets.zip/arts_images"
-    temp.mkdir(parents=True)
-    (temp / "a.jpg").write_bytes(b"a")
-    (temp / "stranger.jpg").write_bytes(b"s")
-    (work / "dataset/arts_images").mkdir()
-    (work / "dataset/arts_images/a.jpg").write_bytes(b"aaa")
-    (work / "dataset/arts_images/mine.jpg").write_bytes(b"mine")
+    write_tree(work / "dataset/.unpacking/mmrec_datasets.zip/arts_images", {"a.jpg": b"a", "stranger.jpg": b"s"})
+    write_tree(work / "dataset/arts_images", {"a.jpg": b"aaa", "mine.jpg": b"mine"})
     assert unzip() == 0
     assert tree(work / "dataset/arts_images") == {"a.jpg": b"aaa", "b.jpg": b"bbb", "mine.jpg": b"mine"}
 
@@ -483,11 +428,8 @@ def test_leftovers_of_another_archive_or_in_place_by_now_are_not_placed(work):
 
 
 def test_table_sets_counts_beside_the_papers(work):
-    (work / "arts_final.txt").write_text("1 4\n1 5\n3 4\n")
-    (work / "arts_images").mkdir()
-    for name in ("x.jpg", "notes.txt"):
-        (work / "arts_images" / name).touch()
-    (work / "broken_final.txt").write_text("1 2\n3 x\n")
+    files = {"arts_final.txt": b"1 4\n1 5\n3 4\n", "arts_images/x.jpg": b"", "arts_images/notes.txt": b""}
+    write_tree(work, files | {"broken_final.txt": b"1 2\n3 x\n"})
     (work / "toys_games_images").mkdir()
     lines = dataset_table(work).splitlines()
     assert [line.split() for line in lines[1:4]] == [
@@ -499,4 +441,4 @@ def test_table_sets_counts_beside_the_papers(work):
     assert lines[4:6] == ["arts: 2 users, but 24,511 in the paper", "arts: 2 items, but 18,884 in the paper"]
     assert [counts[2] for counts in PAPER_TABLE1.values()] == [192736, 162349, 433879, 231207]
     (work / "shop_final.txt").write_text("".join(f"{i // 7 + 1} {i % 9973 + 1}\n" for i in range(300_000)))
-    assert count_dataset(work, "shop") == {"users": 42_858, "items": 9973, "interactions": 300_000, "images": "missing"}
+    assert dataset_table(work).splitlines()[3].split() == ["shop", "42,858", "-", "9,973", "-", "300,000", "-", "missing"]

@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
 
 from utils.common.errors import PerPEFTError, first_line, is_out_of_memory
 
@@ -51,17 +50,10 @@ SHARED_OPTIONS = {  # of several scripts
 
 def script_parser(description: str, *shared: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """A script's parser, with --debug and those of SHARED_OPTIONS that it names; options cannot be abbreviated."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=HelpFormatter, allow_abbrev=False, epilog=epilog
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False, epilog=epilog)
     for name in (*shared, "--debug"):
         parser.add_argument(name, **SHARED_OPTIONS[name])
     return parser
-
-
-def launched_rank() -> int:
-    """This process's rank; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0")) if launched_ranks() > 1 else 0
 
 
 def launched_ranks() -> int:
@@ -94,15 +86,6 @@ def describe_error(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
-def _exit(code: int) -> NoReturn:
-    """End this process; one of several at once, since its teardown may wait for the others or abort."""
-    if launched_ranks() == 1:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`; it ends with one sentence at an error of the user or the machine, with a traceback at any other.
 
@@ -110,7 +93,8 @@ def run_main(main: Callable[[], None]) -> None:
     `--debug` shows the traceback of every error. Of several ranks, rank 0 alone writes to the terminal; another rank's error is
     shown only if rank 0 has not ended meanwhile.
     """
-    stderr, rank = sys.stderr, launched_rank()
+    stderr, alone = sys.stderr, launched_ranks() == 1
+    rank = 0 if alone else int(os.environ.get("RANK", "0"))
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
     signal.signal(signal.SIGTERM, _interrupt)
@@ -118,7 +102,7 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         known = describe_error(error)
-        if not rank and (isinstance(error, SystemExit) or (known is None and launched_ranks() == 1)):
+        if not rank and (isinstance(error, SystemExit) or (known is None and alone)):
             raise  # argparse has reported it, or Python will
         code, sentence = known or (1, "".join(traceback.format_exception(error)).rstrip())
         # The launcher may send SIGTERM now that one rank ends: rank 0 reports first, another rank ends at once.
@@ -130,4 +114,8 @@ def run_main(main: Callable[[], None]) -> None:
         elif not isinstance(error, KeyboardInterrupt):
             time.sleep(ERROR_GRACE_SECONDS)
             print(f"rank {rank}: {sentence}", file=stderr, flush=True)
-        _exit(code)
+        if alone:
+            sys.exit(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at once, since the teardown of one of several may wait for the others or abort

@@ -10,7 +10,6 @@ import torch
 from utils.common.console import launched_ranks
 from utils.common.errors import PerPEFTError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}  # what autocast computes in
 
 
@@ -36,10 +35,8 @@ def choose_device(name: str | None) -> str:
             raise RuntimeError
     except RuntimeError:
         raise PerPEFTError(f"--device {name} is not one of cuda:N, cpu and mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PerPEFTError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu or a CUDA build"
-        )
+    if device.type == "cuda" and (device.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise PerPEFTError(f"--device {name}: torch sees {gpus} CUDA devices here; use --device cpu or a CUDA build")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise PerPEFTError("--device mps: torch sees no Apple GPU here; use --device cpu")
     if device.type == "cpu":
@@ -48,16 +45,15 @@ def choose_device(name: str | None) -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones; other C libraries are left as they are.
+    """Let glibc keep the memory of freed tensors for the next ones, which it would otherwise return to the system above 32 MB.
 
-    By default it returns every tensor above 32 MB to the system, whose pages must then be claimed and zeroed anew in each
-    step: over a quarter of the time of a LoRA step on images of 224 pixels.
+    Claiming and zeroing the pages anew in each step takes over a quarter of a LoRA step's time on images of 224 pixels.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):
             libc = ctypes.CDLL(None)
-            libc.mallopt(M_MMAP_MAX, 0)  # no tensor gets a mapping of its own
-            libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -69,10 +65,5 @@ def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed torch's generators, on every device; numpy's are made from seeds where they are used.
-
-    Args:
-        seed: of the run or its stage.
-        rank: of the process, so that each of several draws its own dropout masks.
-    """
+    """Seed torch's generators, on every device; each rank draws its own dropout masks. numpy's are seeded where they are used."""
     torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) if rank else seed)

@@ -42,10 +42,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary path beside `path`, sync the file and rename it into place.
-
-    `path` holds either its old content or all of the new. Only one process at a time may write a path, see `build_once`.
-    """
+    """Call `write` with a temporary path beside `path`, and rename it into place; one process at a time, see `build_once`."""
     path = Path(path)
     temporary = _hidden(path, TEMPORARY)
     with _naming(path):
@@ -88,10 +85,7 @@ def save_tensors(value: Any, path: str | Path) -> None:
 
 @contextlib.contextmanager
 def folder_written_atomically(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; when the block ends well, it takes the place of `folder`.
-
-    Only one process at a time may write a folder, see `build_once`.
-    """
+    """Yield a temporary folder, which takes the place of `folder` if all goes well; one process at a time, see `build_once`."""
     folder = Path(folder)
     temporary, old = _hidden(folder, TEMPORARY), _hidden(folder, OLD)
     with _naming(folder):

@@ -96,18 +96,15 @@ def refuse_damaged_tensors(path: str | Path) -> None:
     """
     with open(path, "rb") as file:
         if file.read(len(OLD_TORCH_FILE)) == OLD_TORCH_FILE:
-            raise PerPEFTError(
-                "it is in torch's format before version 1.6; convert it by "
-                f"python3 -c \"import torch; p = '{path}'; torch.save(torch.load(p, weights_only=True), p)\""
-            )
+            command = f"python3 -c \"import torch; p = '{path}'; torch.save(torch.load(p, weights_only=True), p)\""
+            raise PerPEFTError(f"it is in torch's format before version 1.6; convert it by {command}")
     with zipfile.ZipFile(path) as zipped:
         members = zipped.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise PerPEFTError("it is compressed, which torch.save never does")
         if sum(member.file_size for member in members) > Path(path).stat().st_size:
             raise PerPEFTError("its parts are larger than the whole")
-        damaged = zipped.testzip()
-        if damaged is not None:
+        if (damaged := zipped.testzip()) is not None:
             raise PerPEFTError(f"its part {damaged} is damaged")
         for member in members:
             if member.filename.endswith("data.pkl"):

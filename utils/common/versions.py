@@ -24,9 +24,7 @@ def check_versions() -> None:
     torch = installed_version("torch")
     if torch == (0, 0):  # unzip_data.py runs before it is installed
         return
-    too_new = [
-        name for (name, major), least in NEEDS_TORCH.items() if torch < least and installed_version(name)[0] >= major
-    ]
+    too_new = [name for (name, major), least in NEEDS_TORCH.items() if torch < least and installed_version(name)[0] >= major]
     if too_new:
         found = " and ".join(f"{name} {metadata.version(name)}" for name in too_new)
         raise PerPEFTError(

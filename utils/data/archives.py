@@ -11,7 +11,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,16 +23,14 @@ from utils.data.table1 import dataset_names
 
 TEMP = ".unpacking"  # inside the target, so that renaming out of it never crosses a file system
 CHUNK = 1 << 20
-BLOCK = 4096  # a file takes whole blocks on disk, which adds up over tens of thousands of images
 JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}
 LAYOUT = re.compile(r".+(_final\.txt|_item2id_final\.pickle|_texts_final\.pickle|_preX\.pt|_images\.zip)")
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, ValueError, NotImplementedError, RuntimeError)
-
 Members = dict[str, zipfile.ZipInfo]  # by their path below the target
 
 
-def unpack_all(archive: str | Path, target: str | Path, keep: bool = False) -> list[Path]:
+def unpack_all(archive: Path, target: Path, keep: bool = False) -> list[Path]:
     """Unpack the archive into target, then every {name}_images.zip in target.
 
     Args:
@@ -42,45 +40,32 @@ def unpack_all(archive: str | Path, target: str | Path, keep: bool = False) -> l
     Returns:
         The unpacked archives, in order.
     Raises:
-        PerPEFTError: an archive is refused or damaged or does not fit, or there is nothing to unpack and no data set.
+        PerPEFTError: there is nothing to unpack and no data set, or an archive is refused, damaged, does not fit or contradicts
+            files in place; that archive and the target are then as they were.
     """
-    archive, target = Path(archive), Path(target)
     if target.exists() and not target.is_dir():
         raise PerPEFTError(f"{target} is a file, but the data sets need a folder of that name; move it away or use --target")
     done = []
     if archive.exists():
-        unpack(archive, target, keep)
+        _unpack(archive, target, keep)
         done.append(archive)
     for inner in sorted(target.glob("*_images.zip")):
         if archive not in done or inner.resolve() != archive.resolve():
-            unpack(inner, target, keep)
+            _unpack(inner, target, keep)
             done.append(inner)
     if not done and not dataset_names(target):
-        raise PerPEFTError(
-            f"{archive} is not here and {target} holds no data set: download mmrec_datasets.zip from the link in README's "
-            f"section Data, put it at {archive.absolute()} and start again"
-        )
+        raise PerPEFTError(f"{archive} is not here and {target} holds no data set: download mmrec_datasets.zip from the link in "
+                           f"README's section Data, put it at {archive.absolute()} and start again")
     shutil.rmtree(target / TEMP, ignore_errors=True)
     return done
 
 
-def unpack(archive: str | Path, target: str | Path, keep: bool = False) -> None:
-    """Unpack one archive into target and delete it once all of it is verified there.
-
-    Args:
-        archive: a zip; one called {name}_images.zip goes to the folder {name}_images, any other to the documented layout.
-        target: the folder of the data sets, created if missing.
-        keep: do not delete the archive.
-    Raises:
-        PerPEFTError: the archive is refused, damaged, does not fit, or contradicts files in place. Archive and target
-            are then as they were.
-    """
-    archive, target = Path(archive), Path(target)
+def _unpack(archive: Path, target: Path, keep: bool) -> None:
+    """Unpack one archive into target and delete it once all of it is verified there."""
     temp, new_target = target / TEMP / archive.name, not target.exists()
     try:
         with zipfile.ZipFile(archive) as zipped:
-            missing = _not_in_place(_read_members(zipped, archive, target), target, archive)
-            _check_space(missing, temp, target, archive)
+            missing = _find_missing(_read_members(zipped, archive, target), temp, target, archive)
             if missing:
                 try:
                     _extract(zipped, missing, temp, archive)
@@ -104,17 +89,22 @@ def unpack(archive: str | Path, target: str | Path, keep: bool = False) -> None:
 
 def _read_members(zipped: zipfile.ZipFile, archive: Path, target: Path) -> Members:
     """Check an archive by its table of contents and find out where its files go."""
-    _refuse_cut_off(zipped)
-    by_hand = f"unpack it with 7-Zip (7z x {archive} -o{target}), delete the archive and start again"
+    first = min((info.header_offset for info in zipped.infolist()), default=0)
+    zipped.fp.seek(-zipfile.sizeEndCentDir - len(zipped.comment), os.SEEK_END)
+    end = zipped.fp.read(zipfile.sizeEndCentDir)
+    entries = int.from_bytes(end[10:12], "little")  # 65535: too many for two bytes
+    # zipfile would take an archive that is cut off within an inner zip for that one, and does not count the entries
+    if first != 0 or end[:4] != zipfile.stringEndArchive or entries not in (0xFFFF, len(zipped.infolist()) & 0xFFFF):
+        raise zipfile.BadZipFile("its table of contents is cut off or damaged")
     files = []
     for info in zipped.infolist():
         name = info.orig_filename.replace("\\", "/")  # not cut at a NUL byte; Windows programs may write backslashes
-        problem = _problem(name, info, by_hand)
-        if problem:
-            raise PerPEFTError(f"{archive} is refused: its member {info.orig_filename!r} {problem}. Nothing was unpacked.")
+        _check_member(name, info, archive, target)
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if not name.endswith("/") and "__MACOSX" not in parts and parts[-1] not in JUNK:
             files.append((parts, info))
+    if not files:
+        raise PerPEFTError(f"{archive} holds no files; download it again")
     members: Members = {}
     shared = len(os.path.commonprefix([parts[:-1] for parts, _ in files]))  # folders around all files
     for parts, info in files:
@@ -123,45 +113,28 @@ def _read_members(zipped: zipfile.ZipFile, archive: Path, target: Path) -> Membe
             both = f"{members[path].filename!r} and {info.filename!r}"
             raise PerPEFTError(f"{archive} is refused: its members {both} both belong at {path}. Nothing was unpacked.")
         members[path] = info
-    if not members:
-        raise PerPEFTError(f"{archive} holds no files; download it again")
     for folder in _folders(members) & members.keys():
         raise PerPEFTError(f"{archive} is refused: {folder} is a file and a folder in it. Nothing was unpacked.")
     return members
 
 
-def _problem(name: str, info: zipfile.ZipInfo, by_hand: str) -> str | None:
-    """What is wrong with a member, given its name with slashes and how to unpack the archive without Python."""
-    kind, is_folder = stat.S_IFMT(info.external_attr >> 16), name.endswith("/")
-    parts = name.split("/")
-    if not name or any(ord(character) < 32 for character in name):
-        return "has no name, or a control character in it"
-    if name.startswith("/") or ".." in parts or any(re.match(r"[A-Za-z]:", part) for part in parts):
-        return "would be written outside the target folder"
-    if TEMP in parts or not (is_folder or set(parts) - {"", "."}):
-        return "has a name that cannot be used"
-    if kind not in (0, stat.S_IFDIR if is_folder else stat.S_IFREG) or (is_folder and info.file_size):
-        return "is neither a plain file nor a folder (a link or device?)"
-    if info.flag_bits & 0x1:
-        return f"is encrypted; {by_hand}"
-    if info.compress_type not in METHODS:
-        method = zipfile.compressor_names.get(info.compress_type, "unknown")
-        return f"is compressed by method {info.compress_type} ({method}), which Python cannot unpack; {by_hand}"
-    return None
-
-
-def _refuse_cut_off(zipped: zipfile.ZipFile) -> None:
-    """Refuse an archive that is more or less than one whole zip, which zipfile would accept.
-
-    In a download that broke off within its last kilobytes, zipfile may find the table of contents of an inner zip and take
-    that one for the whole; and it does not count the entries, of which damage can hide some.
-    """
-    first = min((info.header_offset for info in zipped.infolist()), default=0)
-    zipped.fp.seek(-zipfile.sizeEndCentDir - len(zipped.comment), os.SEEK_END)
-    end = zipped.fp.read(zipfile.sizeEndCentDir)
-    entries = int.from_bytes(end[10:12], "little")  # 65535: too many for two bytes
-    if first != 0 or end[:4] != zipfile.stringEndArchive or entries not in (0xFFFF, len(zipped.infolist()) & 0xFFFF):
-        raise zipfile.BadZipFile("its table of contents is cut off or damaged")
+def _check_member(name: str, info: zipfile.ZipInfo, archive: Path, target: Path) -> None:
+    """Refuse a member that cannot be unpacked, or not safely; `name` has slashes."""
+    kind, is_folder, method = stat.S_IFMT(info.external_attr >> 16), name.endswith("/"), info.compress_type
+    parts, method_name = name.split("/"), zipfile.compressor_names.get(method, "unknown")
+    outside = name.startswith("/") or ".." in parts or any(re.match(r"[A-Za-z]:", part) for part in parts)
+    special = kind not in (0, stat.S_IFDIR if is_folder else stat.S_IFREG) or (is_folder and info.file_size)
+    by_hand = f"unpack it with 7-Zip (7z x {archive} -o{target}), delete the archive and start again"
+    problems = {
+        "has no name, or a control character in it": not name or any(ord(character) < 32 for character in name),
+        "would be written outside the target folder": outside,
+        "has a name that cannot be used": TEMP in parts or not (is_folder or set(parts) - {"", "."}),
+        "is neither a plain file nor a folder (a link or device?)": special,
+        f"is encrypted; {by_hand}": info.flag_bits & 0x1,
+        f"is compressed by method {method} ({method_name}), which Python cannot unpack; {by_hand}": method not in METHODS,
+    }
+    for problem in filter(problems.get, problems):
+        raise PerPEFTError(f"{archive} is refused: its member {info.orig_filename!r} {problem}. Nothing was unpacked.")
 
 
 def _destination(parts: list[str], shared: int, archive_name: str) -> str:
@@ -171,18 +144,16 @@ def _destination(parts: list[str], shared: int, archive_name: str) -> str:
     for folder in parts[:-1]:
         if re.fullmatch(".+_images", folder):
             return f"{folder}/{parts[-1]}"
-    if LAYOUT.fullmatch(parts[-1]):
-        return parts[-1]
-    return "/".join(parts[shared:])  # a README or licence, say
+    return parts[-1] if LAYOUT.fullmatch(parts[-1]) else "/".join(parts[shared:])  # the latter a README or licence, say
 
 
-def _folders(paths: Collection[str]) -> set[str]:
+def _folders(paths: Iterable[str]) -> set[str]:
     """Every folder around the paths, below the target."""
     return {parent.as_posix() for path in paths for parent in Path(path).parents} - {"."}
 
 
-def _not_in_place(members: Members, target: Path, archive: Path) -> Members:
-    """The members that are not in place yet; a file there that differs is the user's, so it is refused."""
+def _find_missing(members: Members, temp: Path, target: Path, archive: Path) -> Members:
+    """The members that are not in place yet; refuses a file there that differs, which is the user's, and too little space."""
     for folder in _folders(members):
         if os.path.lexists(target / folder) and not (target / folder).is_dir():
             raise PerPEFTError(f"{target / folder} is in the way of a folder from {archive}; move it away and start again")
@@ -191,20 +162,16 @@ def _not_in_place(members: Members, target: Path, archive: Path) -> Members:
         if not _holds(target / path, info):
             raise PerPEFTError(f"{target / path} exists already and differs from the one in {archive}; "
                                "move it away or delete it, then start again")
-    return {path: info for path, info in members.items() if path not in there}
-
-
-def _check_space(missing: Members, temp: Path, target: Path, archive: Path) -> None:
-    """Refuse what would not fit on the disk, minus what an earlier run has written to temp."""
-    need = 0
+    missing, need = {path: info for path, info in members.items() if path not in there}, 0
     for path, info in missing.items():
-        written = (temp / path).stat().st_size if (temp / path).is_file() else 0
-        need += -(-max(info.file_size - written, 0) // BLOCK) * BLOCK
+        written = (temp / path).stat().st_size if (temp / path).is_file() else 0  # by an earlier run
+        need += -(-max(info.file_size - written, 0) // 4096) * 4096  # whole blocks, which add up over many images
     disk = next(folder for folder in [target.absolute(), *target.absolute().parents] if folder.exists())
     free = shutil.disk_usage(disk).free
     if need > free:
         raise PerPEFTError(f"{archive} needs {need / 1e9:.2f} GB on the disk of {target}, where {free / 1e9:.2f} GB are "
                            "free; make room or choose another --target. Nothing was unpacked.")
+    return missing
 
 
 def _extract(zipped: zipfile.ZipFile, missing: Members, temp: Path, archive: Path) -> None:
@@ -212,15 +179,13 @@ def _extract(zipped: zipfile.ZipFile, missing: Members, temp: Path, archive: Pat
     expected = {*missing, *_folders(missing)}
     if any(path.relative_to(temp).as_posix() not in expected for path in temp.rglob("*")):
         shutil.rmtree(temp)  # left by another archive of that name, or in place by now
-    for folder in {temp, *(temp / folder for folder in _folders(missing))}:
-        folder.mkdir(parents=True, exist_ok=True)
     size = sum(info.file_size for info in missing.values())
     with tqdm(total=size, desc=f"{archive.name}: unpacking", unit="B", unit_scale=True, disable=None) as bar:
         for path, info in missing.items():
             if not _holds(temp / path, info):
+                (temp / path).parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(info) as packed, (temp / path).open("wb") as file:
-                    while data := packed.read(CHUNK):  # at most the declared size; zipfile compares the CRC at the end
-                        file.write(data)
+                    shutil.copyfileobj(packed, file, CHUNK)  # at most the declared size; zipfile compares the CRC at the end
                 if not _holds(temp / path, info):
                     raise PerPEFTError(f"{path} is not on disk as {archive} declares it: the archive is damaged (download it "
                                        f"again) or the disk of {temp} is. Nothing was unpacked.")

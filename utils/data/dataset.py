@@ -15,8 +15,6 @@ from utils.data.parsing import MISSING_TITLE, find_images, read_pairs, read_raw_
 from utils.data.problems import BLANK_IMAGES, UNREADABLE_IMAGES, Problems, format_image_problem
 from utils.data.table1 import PAPER_TABLE1
 
-DOWNLOAD = "Download mmrec_datasets.zip by the link in README's section Data, then run python3 unzip_data.py."
-OTHER = "Write its files as docs/your_data.md describes, or choose another by --dataset or --train_dir."
 PAPER_GROUPS = 8  # C
 
 
@@ -30,14 +28,10 @@ class Dataset:
     """One data set; list position i belongs to item i + 1, history row u to user `user_ids[u]`.
 
     Attributes:
-        name: as on the command line.
-        folder: of its files.
         user_ids: the users' numbers in the file, [users].
-        histories: interactions in time order.
         raw_ids: the items' ids in the shop.
         titles: MISSING_TITLE for items without one.
         image_paths: image files, not opened yet and possibly missing.
-        missing_titles: how many titles were missing.
     """
 
     name: str
@@ -64,40 +58,29 @@ class Dataset:
         return {"users": self.num_users, "items": self.num_items, "interactions": len(self.histories.items)}
 
 
-def available_datasets(train_dir: Path) -> list[str]:
-    """Names of the data sets whose `{name}_final.txt` is in `train_dir`."""
-    return sorted(path.name.removesuffix("_final.txt") for path in Path(train_dir).glob("*_final.txt"))
-
-
 def is_dataset_name(name: str) -> bool:
     """Whether a name can begin a file name, and cannot lead into another folder."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def require_dataset(train_dir: str | Path, name: str) -> None:
-    """Check that a data set exists.
-
-    Raises:
-        PerPEFTError: it does not, with how to get it; or the name could lead into another folder.
-    """
+    """Raise a PerPEFTError if there is no such data set, with how to get it, or its name could lead into another folder."""
     if not is_dataset_name(name):
         raise PerPEFTError(f"data set '{name}': expected a name, not a path; pass its folder as --train_dir")
     if not (Path(train_dir) / f"{name}_final.txt").is_file():
-        found = ", ".join(available_datasets(train_dir)) or "none"
-        raise PerPEFTError(
-            f"data set '{name}' is not in {train_dir}: {name}_final.txt is missing (data sets there: {found}). "
-            + (DOWNLOAD if name in PAPER_TABLE1 else OTHER)
-        )
+        found = ", ".join(sorted(path.name.removesuffix("_final.txt") for path in Path(train_dir).glob("*_final.txt"))) or "none"
+        advice = "Write its files as docs/your_data.md describes, or choose another by --dataset or --train_dir."
+        if name in PAPER_TABLE1:
+            advice = "Download mmrec_datasets.zip by the link in README's section Data, then run python3 unzip_data.py."
+        missing = f"{name}_final.txt is missing (data sets there: {found})"
+        raise PerPEFTError(f"data set '{name}' is not in {train_dir}: {missing}. {advice}")
 
 
 @dataclass
 class Inspection:
-    """A data set, and what is wrong with it.
+    """A data set, fit for training only if there are no problems, and remarks: what is worth knowing, such as missing titles.
 
     Attributes:
-        dataset: what could be read; fit for training only if there are no problems.
-        problems: what must be fixed.
-        remarks: what is worth knowing, such as missing titles.
         present: the image files that are there, by item number.
     """
 
@@ -107,13 +90,7 @@ class Inspection:
     present: dict[int, Path]
 
     def try_images(self, missing_images: str = "error") -> list[int]:
-        """Decode every image file, on all cores, and note the unreadable ones.
-
-        Args:
-            missing_images: "error" makes an unreadable image a problem, "blank" a remark.
-        Returns:
-            the items whose images are unreadable
-        """
+        """Decode every image file, on all cores; note the unreadable ones, as remarks for "blank", and return their items."""
         paths = list(self.present.values())
         outcomes = tqdm(on_all_cores(try_image, paths), "checking images", len(paths), unit="image", disable=None)
         errors = {item: error for item, error in zip(self.present, outcomes) if error is not None}
@@ -125,34 +102,17 @@ class Inspection:
         return list(errors)
 
 
-def _note_users(user_ids: np.ndarray, histories: Histories, num_items: int, problems: Problems, remarks: Problems) -> None:
-    """Note what is wrong with the users' histories."""
-    if histories.num_users and histories.lengths.max() < FEWEST_INTERACTIONS:
-        kind = f"no user with the {FEWEST_INTERACTIONS} interactions that evaluation needs; most interactions of one user"
-        problems.add(kind, [histories.lengths.max()])
-    if problems:
-        return
-    remarks.add(
-        "users with every item in their training history: without possible negatives, they are left out of training "
-        "but still evaluated",
-        [f"user {user}" for user in user_ids[leave_last_out(histories).train.has_every_item(num_items)]],
-    )
-
-
 def inspect_dataset(
     train_dir: str | Path, name: str, contents: bool = True, missing_images: str = "error", num_groups: int = 1
 ) -> Inspection:
-    """Read a data set's files and collect what is wrong with them; images are looked up but not opened.
+    """Read a data set's files as `read_dataset` does and collect what is wrong with them; images are not opened.
 
-    Args:
-        train_dir, name, contents, missing_images, num_groups: as in `read_dataset`.
     Raises:
         PerPEFTError: there is no such data set.
     """
-    folder = Path(train_dir)
+    require_dataset(train_dir, name)
+    folder, problems, remarks = Path(train_dir), Problems(), Problems()
     final = folder / f"{name}_final.txt"
-    require_dataset(folder, name)
-    problems, remarks = Problems(), Problems()
     try:
         pairs = read_pairs(final, problems)
     except OSError as error:
@@ -169,18 +129,18 @@ def inspect_dataset(
     histories = Histories(pairs[order, 1], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
     if 0 < len(counts) < num_groups:
         problems.add(f"fewer users than the {num_groups} groups of --C", [f"{len(counts)} users"])
-    _note_users(user_ids, histories, len(raw_ids), problems, remarks)
+    if 0 < counts.max(initial=0) < FEWEST_INTERACTIONS:
+        kind = f"no user with the {FEWEST_INTERACTIONS} interactions that evaluation needs; most interactions of one user"
+        problems.add(kind, [counts.max()])
+    if not problems:
+        every = leave_last_out(histories).train.has_every_item(len(raw_ids))
+        kind = ("users with every item in their training history: without possible negatives, they are left out of training "
+                "but still evaluated")
+        remarks.add(kind, [f"user {user}" for user in user_ids[every]])
 
-    dataset = Dataset(
-        name=name,
-        folder=folder,
-        user_ids=user_ids,
-        histories=histories,
-        raw_ids=list(raw_ids.values()),
-        titles=titles,
-        image_paths=[present.get(item) or images / image_file_name(raw_id) for item, raw_id in raw_ids.items()],
-        missing_titles=titles.count(MISSING_TITLE) if contents else 0,
-    )
+    image_paths = [present.get(item) or images / image_file_name(raw_id) for item, raw_id in raw_ids.items()]
+    missing_titles = titles.count(MISSING_TITLE) if contents else 0
+    dataset = Dataset(name, folder, user_ids, histories, list(raw_ids.values()), titles, image_paths, missing_titles)
     return Inspection(dataset, problems, remarks, present)
 
 

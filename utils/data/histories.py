@@ -45,8 +45,7 @@ class Histories:
 
     def shortened(self, lengths: np.ndarray) -> "Histories":
         """The first `lengths[u]` items of every user, lengths [users]."""
-        position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths)
-        keep = position < np.repeat(lengths, self.lengths)
+        keep = np.arange(len(self.items)) < np.repeat(self.offsets[:-1] + lengths, self.lengths)
         return Histories(self.items[keep], np.concatenate([[0], np.cumsum(lengths)]))
 
     def last(self, users: np.ndarray, count: int) -> np.ndarray:
@@ -66,8 +65,8 @@ class Histories:
     def of_lists(cls, lists: Iterable[Iterable[int]]) -> "Histories":
         """Histories from one list of items per user."""
         arrays = [np.asarray(list(items), dtype=np.int64) for items in lists]
-        offsets = np.concatenate([[0], np.cumsum([len(items) for items in arrays])]).astype(np.int64)
-        return cls(np.concatenate(arrays) if arrays else np.empty(0, np.int64), offsets)
+        offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+        return cls(np.concatenate([np.empty(0, np.int64), *arrays]), offsets)
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,7 @@ def leave_last_out(histories: Histories) -> Split:
     """Split every history with 3 or more interactions into train, valid (last but one) and test (last)."""
     lengths = histories.lengths
     held_out = lengths >= FEWEST_INTERACTIONS
-    valid = np.zeros(len(lengths), dtype=np.int64)
-    test = np.zeros(len(lengths), dtype=np.int64)
+    valid, test = np.zeros((2, len(lengths)), dtype=np.int64)
     ends = histories.offsets[1:][held_out]
-    valid[held_out] = histories.items[ends - 2]
-    test[held_out] = histories.items[ends - 1]
-    return Split(
-        train=histories.shortened(lengths - 2 * held_out),
-        train_and_valid=histories.shortened(lengths - held_out),
-        valid=valid,
-        test=test,
-    )
+    valid[held_out], test[held_out] = histories.items[ends - 2], histories.items[ends - 1]
+    return Split(histories.shortened(lengths - 2 * held_out), histories.shortened(lengths - held_out), valid, test)

@@ -8,10 +8,11 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Mapping
+from functools import partial
 from urllib.parse import quote
 
 RAW_ID_RULE = "a non-empty text without a line break"
-ENCODED, HASHED = "id%", "id%="  # percent-encoding leaves no "="
+ENCODED = "id%"
 MAX_BYTES = 251  # with .jpg, the longest name that file systems take
 UNSAFE = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]|[. ]$')
 # devices on Windows, whatever follows the first dot
@@ -20,8 +21,8 @@ RESERVED = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|CLOCK\$|(COM|LPT)[0-9Â
 
 def is_raw_id(value: object) -> bool:
     """Whether a value can be an item's raw id: see RAW_ID_RULE. Lists of ids are written with one id per line."""
-    halves = re.compile("[\ud800-\udfff]")  # half of a surrogate pair cannot be written to a file
-    return isinstance(value, str) and value.splitlines() == [value] and not halves.search(value)
+    # half of a surrogate pair cannot be written to a file
+    return isinstance(value, str) and value.splitlines() == [value] and not re.search("[\ud800-\udfff]", value)
 
 
 def image_file_name(raw_id: str) -> str:
@@ -35,7 +36,7 @@ def image_file_name(raw_id: str) -> str:
         return f"{raw_id}.jpg"
     encoded = ENCODED + quote(raw_id, safe="")
     if len(encoded) > MAX_BYTES:
-        encoded = HASHED + hashlib.sha256(raw_id.encode()).hexdigest()
+        encoded = f"{ENCODED}={hashlib.sha256(raw_id.encode()).hexdigest()}"  # percent-encoding leaves no "="
     return f"{encoded}.jpg"
 
 
@@ -54,11 +55,10 @@ def find_image_files(names: set[str], raw_ids: Mapping[int, str]) -> dict[int, s
     expected = {item: image_file_name(raw_id) for item, raw_id in raw_ids.items()}
     found = {item: name for item, name in expected.items() if name in names}
     if len(found) < len(expected):
-        free = {unicodedata.normalize("NFC", name): name for name in sorted(names.difference(expected.values()))}
+        composed = partial(unicodedata.normalize, "NFC")
+        free = {composed(name): name for name in sorted(names.difference(expected.values()))}
         for item in [item for item in expected if item not in found]:
-            for name in (expected[item], f"{raw_ids[item]}.jpg"):
-                other = free.pop(unicodedata.normalize("NFC", name), None)
-                if other is not None:
-                    found[item] = other
-                    break
+            other = free.pop(composed(expected[item]), None) or free.pop(composed(f"{raw_ids[item]}.jpg"), None)
+            if other:
+                found[item] = other
     return found

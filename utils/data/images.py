@@ -1,6 +1,5 @@
 """The one image decoder: only kinds that run no other program, only whole images, only of bounded size, always 8-bit RGB."""
 import contextlib
-import functools
 import io
 import os
 import threading
@@ -15,7 +14,6 @@ from PIL import Image, UnidentifiedImageError
 DECODING = "white background, deep images scaled"  # part of what a cache of pixels depends on: another text, another cache
 BOMB_PIXELS = 2**27  # 134 million: an image that asks for more memory than this is no product photograph
 LARGE_PIXELS = 2**24  # decoded one at a time, so that memory stays bounded however many cores there are
-CLIP_EDGE = 224  # what CLIP resizes an image's shortest edge to
 # What shops have. Pillow reads more, but hands some kinds to other programs (EPS to Ghostscript).
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 # The largest value of deep images by mode: Pillow reads 16-bit PNG and PGM as I;16 or I, 32-bit TIFF as I or F.
@@ -23,12 +21,6 @@ DEEP_RANGES = {"I": (65535, 2**31 - 1), "F": (1, 255, 65535)}
 
 Result = TypeVar("Result")
 _one_large_image = threading.Lock()
-
-
-@functools.cache
-def _readable_kinds() -> list[str]:
-    Image.init()
-    return [kind for kind in KINDS if kind in Image.OPEN]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -52,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def decoded_image(path: str | Path | io.BytesIO, edge: int = CLIP_EDGE) -> Iterator[Image.Image]:
+def decoded_image(path: str | Path | io.BytesIO, edge: int = 224) -> Iterator[Image.Image]:
     """Decode one image to RGB, see `to_rgb`.
 
     Args:
@@ -64,9 +56,11 @@ def decoded_image(path: str | Path | io.BytesIO, edge: int = CLIP_EDGE) -> Itera
         OSError: the file is missing, or not a whole image of a kind that is read.
         ValueError: its pixels would fill the memory, or it is damaged.
     """
+    Image.init()
+    kinds = [kind for kind in KINDS if kind in Image.OPEN]
     with contextlib.ExitStack() as held:
         try:
-            with Image.open(path, formats=_readable_kinds()) as opened:
+            with Image.open(path, formats=kinds) as opened:
                 width, height = opened.size
                 longest_edge = max(width, height) / max(1, min(width, height)) * edge
                 if width * height > BOMB_PIXELS or longest_edge * edge > BOMB_PIXELS:
@@ -103,10 +97,6 @@ def on_all_cores(read: Callable[[Path], Result], paths: list[Path]) -> Iterable[
 
 
 def try_image(path: Path) -> None:
-    """Decode an image and discard it.
-
-    Raises:
-        OSError, ValueError: as in `decoded_image`.
-    """
+    """Decode an image and discard it; raises as `decoded_image`."""
     with decoded_image(path):
         pass

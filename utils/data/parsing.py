@@ -30,17 +30,16 @@ def read_pairs(path: Path, problems: Problems) -> np.ndarray:
     pairs, malformed, below_one = [], [], []
     with path.open(encoding="utf-8-sig", errors="backslashreplace") as file:
         for number, line in enumerate(file, 1):
-            fields = line.split()
+            fields = line.split(maxsplit=2)
             if not fields:
                 continue
-            integers = len(fields) == 2 and all(re.fullmatch("[-+]?[0-9]{1,30}", field) for field in fields)
-            user, item = map(int, fields) if integers else (0, 0)
-            if not integers or max(user, item) > LARGEST_NUMBER:
+            integers = [int(field) for field in fields if re.fullmatch("[-+]?[0-9]{1,30}", field)]
+            if (len(fields), len(integers)) != (2, 2) or max(integers) > LARGEST_NUMBER:
                 malformed.append(f"line {number} {line.strip()[:60]!r}")
-            elif min(user, item) < 1:
+            elif min(integers) < 1:
                 below_one.append(f"line {number} {line.strip()[:60]!r}")
             else:
-                pairs.append((user, item))
+                pairs.append(integers)
     problems.add(f"lines of {path.name} that are not two integers", malformed)
     problems.add(f"lines of {path.name} with a number below 1", below_one)
     if not pairs and not problems:
@@ -66,37 +65,32 @@ def read_raw_ids(path: Path, items: np.ndarray, problems: Problems) -> dict[int,
     if not table:
         problems.add("empty file", [path.name] if table == {} else [])
         return {}
-    usable = {}
-    wrong = []
-    for item, raw_id in table.items():
-        if type(item) is int and 0 <= item <= LARGEST_NUMBER and is_raw_id(raw_id):
-            usable[item] = raw_id
-        else:
-            wrong.append(f"{format_value(item)}: {format_value(raw_id)}")
+    usable = {
+        item: raw_id for item, raw_id in table.items() if type(item) is int and 0 <= item <= LARGEST_NUMBER and is_raw_id(raw_id)
+    }
+    wrong = [f"{format_value(item)}: {format_value(raw_id)}" for item, raw_id in table.items() if item not in usable]
     problems.add(f"entries of {path.name} that are not item number: raw id ({RAW_ID_RULE})", wrong)
     usable.pop(0, None)  # some files name the padding item
     usable = dict(sorted(usable.items()))
     num_items = max(usable, default=0)
     # One stray huge number must not make a huge table: no more gaps are listed than are shown.
-    gaps = (item for item in itertools.count(1) if item not in usable)
-    num_gaps = num_items - len(usable)
-    shown_gaps = itertools.islice(gaps, min(num_gaps, SHOWN_PROBLEMS))
-    problems.add(f"gaps in the item numbers of {path.name}, which go up to {num_items}", shown_gaps, num_gaps)
+    gaps = itertools.islice((item for item in range(1, num_items) if item not in usable), SHOWN_PROBLEMS)
+    problems.add(f"gaps in the item numbers of {path.name}, which go up to {num_items}", gaps, num_items - len(usable))
     problems.add(f"items of users without raw id in {path.name}", np.setdiff1d(items, np.fromiter(usable, np.int64, len(usable))))
     seen: dict[str, int] = {}
-    problems.add(
-        f"duplicate raw ids in {path.name}",
-        [f"{name} (items {seen[name]} and {item})" for item, name in usable.items() if seen.setdefault(name, item) != item],
-    )
+    twice = [f"{name} (items {seen[name]} and {item})" for item, name in usable.items() if seen.setdefault(name, item) != item]
+    problems.add(f"duplicate raw ids in {path.name}", twice)
     return usable
 
 
 def read_titles(path: Path, raw_ids: list[str], problems: Problems, remarks: Problems) -> list[str]:
     """One title per item, MISSING_TITLE if it has none."""
     texts = _read_dict(path, problems)
+    if texts is None:
+        return [MISSING_TITLE] * len(raw_ids)
     titles, missing, no_text = [], [], []
     for raw_id in raw_ids:
-        title = None if texts is None else texts.get(raw_id)
+        title = texts.get(raw_id)
         if isinstance(title, str) and title.strip():
             # half of a surrogate pair, left by careless truncation, could not be written to any file
             titles.append(title.encode(errors="replace").decode())
@@ -106,9 +100,8 @@ def read_titles(path: Path, raw_ids: list[str], problems: Problems, remarks: Pro
             missing.append(raw_id)
         else:
             no_text.append(f"{raw_id}: {format_value(title)}")
-    if texts is not None:
-        remarks.add(f"items without a title, replaced by '{MISSING_TITLE}'", missing)
-        remarks.add(f"items whose title is not text, replaced by '{MISSING_TITLE}'", no_text)
+    remarks.add(f"items without a title, replaced by '{MISSING_TITLE}'", missing)
+    remarks.add(f"items whose title is not text, replaced by '{MISSING_TITLE}'", no_text)
     return titles
 
 

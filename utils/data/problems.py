@@ -28,16 +28,10 @@ class Problems:
     """Problems of several kinds, each with its first ten examples and its count."""
 
     def __init__(self):
-        self._kinds: dict[str, tuple[list[str], int]] = {}  # the first few examples, and how many there are
+        self._kinds: dict[str, tuple[list[str], int]] = {}  # by kind
 
     def add(self, kind: str, examples: Iterable[object], count: int | None = None) -> None:
-        """Note one kind of problem; without examples there is none.
-
-        Args:
-            kind: what is wrong.
-            examples: where, in few words each; the first ten are shown.
-            count: how often it occurs, if that is not the number of examples.
-        """
+        """Note one kind of problem, if there are examples; `count` is how often it occurs, by default their number."""
         examples = list(examples)
         if examples:
             shown, before = self._kinds.get(kind, ([], 0))

@@ -16,35 +16,34 @@ PAPER_TABLE1 = {  # interactions: users times the average length of a history
 }
 
 
-def dataset_names(target: str | Path) -> list[str]:
+def dataset_names(target: Path) -> list[str]:
     """Names of the data sets of which a folder has interactions or images; the folder may be missing."""
-    target = Path(target)
     names = {path.name.removesuffix("_final.txt") for path in target.glob("?*_final.txt")}
     names |= {path.name.removesuffix("_images") for path in target.glob("?*_images") if path.is_dir()}
     return sorted(names)
 
 
-def count_dataset(target: str | Path, name: str) -> dict[str, int | str]:
+def _count_dataset(target: Path, name: str) -> dict[str, str]:
     """Users, items, interactions and images of one data set: numbers, or "missing" or "unreadable"."""
-    interactions, images = Path(target) / f"{name}_final.txt", Path(target) / f"{name}_images"
-    counts: dict[str, int | str] = dict.fromkeys((*COUNTS, "images"), "missing")
+    interactions, images = target / f"{name}_final.txt", target / f"{name}_images"
+    counts = dict.fromkeys((*COUNTS, "images"), "missing")
     if interactions.is_file():
         problems = Problems()  # check_data reports them in full
         pairs = read_pairs(interactions, problems)
-        users, items = (len(np.unique(column)) for column in pairs.T)
-        counts |= dict(zip(COUNTS, ("unreadable",) * 3 if problems else (users, items, len(pairs))))
+        numbers = (*(len(np.unique(column)) for column in pairs.T), len(pairs))
+        counts |= {count: "unreadable" if problems else f"{number:,}" for count, number in zip(COUNTS, numbers)}
     if images.is_dir():
-        counts["images"] = sum(entry.name.endswith(".jpg") for entry in os.scandir(images))
+        counts["images"] = f"{sum(entry.name.endswith('.jpg') for entry in os.scandir(images)):,}"
     return counts
 
 
-def dataset_table(target: str | Path) -> str:
+def dataset_table(target: Path) -> str:
     """The counts of every data set in a folder beside the paper's, and a line for each count that differs."""
     row = "{:<20}" + "{:>14}{:>10}" * 3 + "{:>14}"
     lines = [row.format("data set", "users", "paper", "items", "paper", "interactions", "paper", "images")]
     differences = []
     for name in dataset_names(target):
-        found = {count: f"{value:,}" if isinstance(value, int) else value for count, value in count_dataset(target, name).items()}
+        found = _count_dataset(target, name)
         paper = {count: f"{value:,}" for count, value in zip(COUNTS, PAPER_TABLE1.get(name, ()))}
         cells = [cell for count in COUNTS for cell in (found[count], paper.get(count, "-"))]
         lines.append(row.format(name, *cells, found["images"]))
