@@ -87,7 +87,7 @@ def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:
     for size in tqdm(SIZES, "sizes", unit="size", disable=None):
         ranking[f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
         ranking[f"{size}_items"] = benchmark.ranking_costs(64, size, device)
-        sampling[f"{size}_users_and_items"] = largest = benchmark.sampling_costs(size, size, repeats=50)
+        sampling[f"{size}_users_and_items"] = largest = benchmark.sampling_costs(size)
         if size <= MOST_USERS_TO_GROUP:
             grouping[f"{size}_users"] = benchmark.grouping_costs(size)
         item_table[f"{size}_items"] = benchmark.item_table_costs(size, device, repeats)

@@ -8,8 +8,8 @@ import torch
 
 from scripts import explain_item, export_vectors, recommend, report
 from tests.analysis.pages import check_page, classes
-from tests.conftest import NUM_ITEMS, trained
-from tests.plain import ITEMS, naive_rank, plain_model, plain_state
+from tests.conftest import NUM_ITEMS
+from tests.plain import ITEMS, plain_model, plain_state
 from tests.run_files import change_json, groups_of, ranks_of, tree
 from utils.analysis.recommendation import best_items, choose_groups
 from utils.common.errors import PerPEFTError
@@ -83,6 +83,7 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
     assert "training and validation interactions" in output and f"recommend_{user}.json" in output
     page = check_page(copied_run.folder / "figures" / f"recommend_{user}.html")
     assert len(classes(page, "row")) == 4 and first["title"] in page.text
+    assert len(classes(page, "marked")) == sum(ranking["rank_of_test_item"] <= 7 for ranking in result["recommendations"])
 
 
 def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_the_farthest(
@@ -117,18 +118,6 @@ def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain, recommended
         recommended(8, "--user", 8, "--other_group", own)
 
 
-def test_test_item_is_marked_where_it_is_recommended(copied_run, tiny_dataset, analyse):
-    ranks, by_global = (ranks_of(copied_run.folder, stage) for stage in ("personalized", "global"))
-    found = next(user for user in ranks if ranks[user] < 5)
-    missed = next(user for user in ranks if ranks[user] >= 5 and by_global[user] >= 5)
-    for user, top_k in ((found, 5), (missed, 1)):
-        path = copied_run.folder / "pages" / f"{user}.html"
-        analyse(recommend, copied_run.folder, "--top_k", top_k, "--user", user, "--output", path)
-        rows = json.loads(path.with_suffix(".json").read_text())["recommendations"]
-        shown = [item["item"] for row in rows for item in row["items"]].count(tiny_dataset.histories[user][-1])
-        assert len(classes(check_page(path), "marked")) == shown and (shown > 0) == (user == found)
-
-
 def test_user_with_too_few_interactions_has_no_test_item(tiny_dataset, plain, recommended):
     result = recommended(6, "--user", 6)  # with one interaction
     assert result["test_item"] is None and len(result["history"]) == 1 and "fewer than 3" in result["history_is"]
@@ -136,7 +125,7 @@ def test_user_with_too_few_interactions_has_no_test_item(tiny_dataset, plain, re
 
 
 def test_run_without_groups_recommends_by_its_one_model(tiny_global_run, tiny_dataset, plain_global, analyse, tmp_path):
-    path = tmp_path / "page.html"
+    path = tmp_path / "pages" / "page.html"
     analyse(recommend, tiny_global_run, "--user", 8, "--output", path)
     (only,) = json.loads(path.with_suffix(".json").read_text())["recommendations"]
     assert_ranked(only, plain_top(plain_global, tiny_dataset.histories[8][:-1]))
@@ -162,32 +151,23 @@ def test_groups_without_users_are_never_chosen():
 # ---------------------------------------------------------------- exported vectors
 
 
-def test_exported_vectors_reproduce_the_ranks_that_training_wrote(tiny_run, tiny_dataset, analyse, tmp_path):
+@pytest.mark.parametrize("histories", ["all", "train_and_valid"])
+def test_exported_vectors_are_those_of_plain_models(tiny_run, tiny_dataset, plain, analyse, tmp_path, histories):
     before, out = tree(tiny_run.folder), tmp_path / "out"
-    analyse(export_vectors, tiny_run.folder, "--output", out, "--histories", "train_and_valid")
-    users, groups = np.load(out / "users.npy"), np.load(out / "user_groups.npy")
-    tables = [np.load(out / f"items_group_{group}.npy") for group in range(3)]
-    assert users.dtype == np.float32 and users.shape == (40, 32)
-    assert all(table.dtype == np.float32 and table.shape == (30, 32) for table in tables)
+    analyse(export_vectors, tiny_run.folder, "--output", out, "--histories", histories)
+    assert tree(tiny_run.folder) == before
+    for name, model in (("global", plain["global"]), *((f"group_{group}", plain[group]) for group in range(3))):
+        items = np.load(out / f"items_{name}.npy")
+        np.testing.assert_allclose(items, model.e[1:].detach(), atol=2e-5)
+        assert items.dtype == np.float32
     assert (out / "item_ids.txt").read_text().split("\n") == [*(f"B{item:03d}" for item in ITEMS), ""]
     ids = [int(line) for line in (out / "user_ids.txt").read_text().splitlines()]
-    assert dict(zip(ids, groups.tolist())) == groups_of(tiny_run.folder)
-    ranks = {}
-    for row, user in enumerate(ids):
-        *history, target = tiny_dataset.histories[user]
-        if len(history) >= 2:
-            ranks[user] = naive_rank([0.0, *(tables[groups[row]] @ users[row])], target, history)
-    assert ranks == ranks_of(tiny_run.folder, "personalized")
-    assert tree(tiny_run.folder) == before
-
-
-def test_exported_vectors_are_those_of_plain_models_over_all_interactions(tiny_run, tiny_dataset, plain, analyse, tmp_path):
-    analyse(export_vectors, tiny_run.folder, "--output", tmp_path / "out")
-    for name, model in (("global", plain["global"]), *((f"group_{group}", plain[group]) for group in range(3))):
-        np.testing.assert_allclose(np.load(tmp_path / "out" / f"items_{name}.npy"), model.e[1:].detach(), atol=2e-5)
-    users, groups = np.load(tmp_path / "out" / "users.npy"), groups_of(tiny_run.folder)
-    for row, user in enumerate(sorted(tiny_dataset.histories)):
-        np.testing.assert_allclose(users[row], plain_state(plain[groups[user]], tiny_dataset.histories[user]), atol=2e-5)
+    users, groups = np.load(out / "users.npy"), np.load(out / "user_groups.npy").tolist()
+    assert dict(zip(ids, groups)) == groups_of(tiny_run.folder) and users.dtype == np.float32
+    for user, group, vector in zip(ids, groups, users, strict=True):
+        items = tiny_dataset.histories[user]
+        known = items if histories == "all" or len(items) < 3 else items[:-1]
+        np.testing.assert_allclose(vector, plain_state(plain[group], known), atol=2e-5)
 
 
 def test_run_without_groups_exports_its_one_model(tiny_global_run, tiny_dataset, plain_global, analyse, tmp_path):
@@ -255,8 +235,8 @@ def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_da
     assert run.dataset.num_items == NUM_ITEMS
 
 
-def test_random_groups_have_no_nearest_centre(tiny_dataset, tiny_clip, analyse, tmp_path):
-    folder = trained(tiny_dataset, tiny_clip, tmp_path, grouping="random", global_epochs=1, num_epochs=1)
+def test_random_groups_have_no_nearest_centre(copied_run, analyse):
+    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(grouping="random"))
     with pytest.raises(PerPEFTError, match="groups are random"):
-        analyse(recommend, folder, "--history", "B001")
-    analyse(recommend, folder, "--user", 8)
+        analyse(recommend, copied_run.folder, "--history", "B001")
+    analyse(recommend, copied_run.folder, "--user", 8)

@@ -11,7 +11,7 @@ from scripts import reproduce_tables
 from tests.conftest import RUN, run_script, tiny_arguments
 from tests.run_files import change_json, read_csv, summary_of
 from utils.analysis.reproduction import ADAPTERS, estimated_seconds, format_plan, plan_runs
-from utils.analysis.tables import blocks_of, finished_blocks, markdown, paper_figures, write_tables
+from utils.analysis.tables import blocks_of, finished_blocks, paper_figures, write_tables
 from utils.common.errors import PerPEFTError
 from utils.run.reports import write_ranks
 from utils.run.run import Run
@@ -236,16 +236,3 @@ def test_the_papers_figures():
     assert paper_figures(2, "iisan", "w/o MM", "arts")["HR@20"] == 3.91
     assert paper_figures(3, "lora", "PerPEFT", "sports_outdoors")["HR@20"] == 4.82
     assert paper_figures(3, "ia3", "Random grouping", "arts") == {} == paper_figures(2, "lora", "PerPEFT", "mine")
-
-
-def test_nothing_finished_makes_no_table(plan):
-    assert blocks_of(plan(1), "arts") == []
-    assert "arts" in markdown("arts", [], 1)
-
-
-def test_a_damaged_summary_is_one_clear_sentence(plan):
-    run = plan(1)[0]
-    run.folder.mkdir()
-    (run.folder / "summary.json").write_text("{}")
-    with pytest.raises(PerPEFTError, match="is damaged"):
-        blocks_of([run], "arts")

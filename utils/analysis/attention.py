@@ -123,12 +123,10 @@ def _adapter_folders(options: argparse.Namespace, folder: Path) -> dict[str, Pat
 
 
 def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, items: Sequence[int]) -> list[Explanation]:
-    """Attention to some items under each adapter of a finished run whose adapters are peft's; nothing is written.
+    """Attention to some items, by number, under each adapter of a finished run whose adapters are peft's.
 
     Args:
         options, dataset: from `finished_options` and `finished_dataset`.
-        folder: the run folder.
-        items: item numbers.
     Raises:
         PerPEFTError: an adapter cannot be read, or the model returns no attention.
     """

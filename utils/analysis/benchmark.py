@@ -133,10 +133,8 @@ def step_costs(
 
     Args:
         encoder: with one adapter; it is trained on.
-        dataset: whose histories are sampled.
         num_groups: 1 for stage 1, more for stage 3.
         batch_size: users a batch.
-        repeats: as in `compare`.
     """
     model = _model(encoder, dataset.num_items, device)
     model.clone_groups(num_groups)
@@ -212,17 +210,17 @@ def ranking_costs(num_users: int, num_items: int, device: torch.device, plain_us
     return found
 
 
-def sampling_costs(num_users: int, num_items: int, repeats: int) -> dict[str, float]:
-    """Milliseconds of sampling one batch at some size, in stage 1 and in stage 3, and seconds to set the sampler up."""
-    histories = _random_histories(num_users, num_items)
+def sampling_costs(size: int) -> dict[str, float]:
+    """Milliseconds of sampling one batch of so many users and items, in stages 1 and 3, and seconds to set the sampler up."""
+    histories = _random_histories(size, size)
     found = {}
     for name, num_groups in (("global", 1), ("personalized", PAPER_GROUPS)):
-        stage = _stage(histories, num_items, num_groups)
+        stage = _stage(histories, size, num_groups)
         start = time.perf_counter()
-        sampler = Sampler(histories, num_items, *stage, 16, MAXLEN, seed=(0,))
+        sampler = Sampler(histories, size, *stage, 16, MAXLEN, seed=(0,))
         sampler.plan(1)
         found[f"{name}_setup_s"] = time.perf_counter() - start
-        times = [timed(partial(sampler.batch, 1, step % sampler.num_batches), CPU) for step in range(repeats)]
+        times = [timed(partial(sampler.batch, 1, step % sampler.num_batches), CPU) for step in range(50)]
         found[f"{name}_ms"] = float(np.median(times))
     return found
 

@@ -178,11 +178,9 @@ def _attention_items(parts: Sequence[RunPart], page: Page, number: int) -> list[
 def write_report(
     folders: Sequence[Path], path: Path, train_dir: str, device: str | None, models: Models, users: int, items: int
 ) -> None:
-    """Write a page that shows finished runs.
+    """Write a page that shows finished runs of one data set.
 
     Args:
-        folders: run folders of one data set, one or more.
-        path: the HTML file.
         train_dir, device, models: as in `finished_options`.
         users, items: how many users' recommendations and how many items' attention to show.
     Raises:

@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from models.peft_configs import PEFT_TYPES
 from utils.common.errors import PerPEFTError
 from utils.run.folder import fixed_options, read_summary, run_name, settings_of
 from utils.run.options import parse_options
-from utils.run.reports import read_ranks
 
 PERPEFT = "PerPEFT"
 # The paper's kinds of adapter: the script that trains each, and the kinds that this script takes.
@@ -101,10 +98,6 @@ class PlannedRun:
         if differences:
             raise OtherSettings(f"{self.folder} holds a run with {differences}; use the same options, or another --output_dir")
         return summary
-
-    def test_ranks(self) -> np.ndarray:
-        """Each evaluated user's rank of the test item at the best epoch, from 0, [users]."""
-        return read_ranks(self.folder / f"{self.method.stage}_ranks.csv")["test"]
 
 
 def _arguments_for(peft_type: str, method: Method, arguments: list[str]) -> list[str]:

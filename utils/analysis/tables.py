@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 from utils.analysis.reproduction import ADAPTERS, PERPEFT, TABLES, Method, OtherSettings, PlannedRun, methods_of, plan_runs
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
+from utils.run.reports import read_ranks
 from utils.training.evaluation import user_values
 
 SHOWN = ("HR@20", "HR@30", "NDCG@20", "NDCG@30")
@@ -91,13 +92,14 @@ def _row(method: Method, found: dict[PlannedRun, dict[str, Any]], paper: dict[st
     """A row of finished runs of one method and their summaries."""
     stages = [summary[method.stage] for summary in found.values()]
     values = {metric: np.array([100 * stage["test"][metric] for stage in stages]) for metric in SHOWN}
+    ranks = {run.trial: read_ranks(run.folder / f"{method.stage}_ranks.csv")["test"] for run in found}
     return Row(
         method.name,
         {metric: float(each.mean()) for metric, each in values.items()},
         {metric: float(each.std(ddof=1)) if len(each) > 1 else float("nan") for metric, each in values.items()},
         paper,
         float(np.mean([stage["valid"]["NDCG@20"] for stage in stages])),
-        {run.trial: user_values("NDCG@20", run.test_ranks()) for run in found},
+        {trial: user_values("NDCG@20", each) for trial, each in ranks.items()},
     )
 
 
