@@ -46,6 +46,8 @@ def test_json_holds_the_promised_ratios(tiny_dataset, tiny_clip, tmp_path, monke
     for peft_type in ("lora", "ia3", "iisan"):
         for name in ("step_over_bare_encoder", "encode_over_bare_encoder", "personalized_step_over_bare_encoder", "sampling_ms"):
             assert figures[peft_type][name] > 0
+        assert 8 <= figures[peft_type]["items"] <= 30
     for name in ("ranking_over_plain_loop", "sampling_ms_at_1m_users", "store_over_decoding_every_step", "peak_memory_mib"):
         assert figures[name] > 0
+    assert figures["ranking"]["beside_plain_loop"]["plain_ms_per_user"] > 0
     assert set(figures["item_table"]) == {"40_items", "80_items"}

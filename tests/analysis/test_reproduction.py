@@ -159,7 +159,7 @@ def test_what_the_rows_set_cannot_be_passed_on(flag):
 def arts_blocks(plan):
     """Table 2 on `arts`: three trials of PerPEFT, two of Global PEFT, one of Frozen MM, none of w/o MM; one run of IISAN."""
     runs = plan(3, "lora", "iisan")
-    for name, shares in {"PerPEFT": (0.5, 0.6, 0.7), "Global PEFT": (0.3, 0.5), "Frozen MM": (0.4,)}.items():
+    for name, shares in {"PerPEFT": (0.5, 0.6, 0.7), "Global PEFT": (0.4, 0.5), "Frozen MM": (0.4,)}.items():
         for run, share in zip(runs_of(runs, name), shares):
             finish(run, share, valid=0.9 if name == "Frozen MM" else None)
     finish(runs_of(runs, "PerPEFT", "iisan")[0], 0.2)
@@ -170,7 +170,7 @@ def test_mean_and_sample_deviation_over_trials(arts_blocks):
     block, iisan = arts_blocks
     frozen, glob, ours = block.rows
     assert (ours.mean["HR@20"], ours.deviation["HR@20"]) == pytest.approx((60, 10))
-    assert (glob.mean["HR@20"], glob.deviation["HR@20"]) == pytest.approx((40, math.sqrt(200)))
+    assert (glob.mean["HR@20"], glob.deviation["HR@20"]) == pytest.approx((45, math.sqrt(50)))
     assert frozen.mean["HR@20"] == pytest.approx(40) and math.isnan(frozen.deviation["HR@20"])
     assert [row.trials for row in block.rows] == [1, 2, 3]
     assert [row.method for row in iisan.rows] == ["Frozen MM", "PerPEFT"]  # another adapter's runs stay out
@@ -179,7 +179,7 @@ def test_mean_and_sample_deviation_over_trials(arts_blocks):
 
 def test_the_strongest_is_chosen_by_validation_and_tested_over_users_in_common_trials(arts_blocks):
     compared = arts_blocks[0].comparison()
-    assert compared.strongest == "Frozen MM"  # whose test figures are no better than the global's, but its validation's are
+    assert compared.strongest == "Frozen MM"  # whose test figures are worse than the global's, but its validation's are better
     assert (compared.users, compared.trials) == (40, 1)  # only trial 0 is there of both
     difference = np.array([0.0] * 16 + [1] * 4 + [0] * 20)  # hits of 20 users against 16
     p = 2 * stats.t.sf(difference.mean() / (difference.std(ddof=1) / math.sqrt(40)), 39)
@@ -221,10 +221,10 @@ def test_markdown_csv_and_latex_of_the_same_figures(arts_blocks, tmp_path):
     text = (tmp_path / "tables" / "arts.md").read_text()
     assert "| method | HR@20 | paper | HR@30 | paper | NDCG@20 | paper | NDCG@30 | paper |" in text
     assert "| PerPEFT | **60.00 (10.00)** | 6.62 |" in text  # the paper's figure beside ours
-    assert "| Global PEFT [2 of 3 trials] | 40.00 (14.14) | 6.01 |" in text
+    assert "| Global PEFT [2 of 3 trials] | 45.00 (7.07) | 6.01 |" in text
     assert "| Frozen MM [1 of 3 trials] | 40.00 | 4.87 |" in text
     tex = (tmp_path / "tables" / "arts.tex").read_text()
-    assert r"PerPEFT & \textbf{60.00 (10.00)} & 6.62 &" in tex and r"Global PEFT [2 of 3 trials] & 40.00 (14.14) & 6.01" in tex
+    assert r"PerPEFT & \textbf{60.00 (10.00)} & 6.62 &" in tex and r"Global PEFT [2 of 3 trials] & 45.00 (7.07) & 6.01" in tex
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2 and "% PerPEFT against Frozen MM" in tex
     rows = read_csv(tmp_path / "tables" / "arts.csv")
     assert rows[2]["HR@20"] == "60.0000" and rows[2]["HR@20_sd"] == "10.0000"

@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ def _format_comparison(block: Block) -> str:
     return str(block.comparison() or "No test yet: PerPEFT and the strongest other row have no finished trial in common.")
 
 
-def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+def markdown_table(columns: list[str], rows: Iterable[list[str]]) -> str:
     """A table as Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
 
