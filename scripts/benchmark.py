@@ -3,6 +3,7 @@ import argparse
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     for peft_type in tqdm(options.peft, "adapters", unit="adapter", disable=None):
         figures[peft_type] = measure_adapter(peft_type, foundation(), dataset, device, options.batch_size, options.repeats)
     if not options.steps_only:
-        figures["store"] = benchmark.store_costs(foundation(), dataset, options.batch_size)
-        figures["store_over_decoding_every_step"] = figures["store"]["store_over_decoding_every_step"]
+        store = benchmark.store_costs(foundation(), dataset, options.batch_size)
+        figures |= {"store": store, "store_over_decoding_every_step": store["store_over_decoding_every_step"]}
         figures |= measure_scale(device, options.repeats)
     figures["peak_memory_mib"] = benchmark.peak_memory_mib()
     return figures
@@ -65,10 +66,8 @@ def measure_adapter(
     peft_type: str, foundation: Foundation, dataset: Dataset, device: torch.device, batch_size: int, repeats: int
 ) -> dict[str, float]:
     """Encoding, and steps of stages 1 and 3, with one kind of adapter on as many items as this CLIP encodes in short time."""
-    number_of_items = benchmark.items_worth_measuring(foundation, dataset, device)
     with tempfile.TemporaryDirectory() as folder:
-        if number_of_items < dataset.num_items:
-            dataset = benchmark.first_items(dataset, number_of_items, Path(folder))
+        dataset = benchmark.worth_measuring(foundation, dataset, device, Path(folder))
         source = foundation.store(dataset)
         if peft_type == "iisan":
             source = HiddenStateStore(*foundation.hidden_states(source, device))
@@ -76,7 +75,7 @@ def measure_adapter(
         else:
             kind = argparse.Namespace(peft_type=peft_type, rank=PAPER_RANK, peft_config=None, modality="both")
             encoder = peft_encoder(kind, foundation)
-        found = {"items": number_of_items, **benchmark.encoding_costs(encoder.to(device), source, device, repeats)}
+        found = {"items": dataset.num_items, **benchmark.encoding_costs(encoder.to(device), source, device, repeats)}
         found |= benchmark.step_costs(encoder, source, dataset, device, 1, batch_size, repeats)
         personalized = benchmark.step_costs(encoder, source, dataset, device, PAPER_GROUPS, batch_size, repeats)
     return found | {f"personalized_{name}": value for name, value in personalized.items()}
@@ -84,43 +83,41 @@ def measure_adapter(
 
 def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:
     """How sampling, grouping, ranking and the item table grow at 1x, 4x and 16x, up to a million users and items."""
-    figures: dict[str, Any] = {"ranking": {}, "sampling": {}, "grouping": {}, "item_table": {}}
+    ranking, sampling, grouping, item_table = {}, {}, {}, {}
     for size in tqdm(SIZES, "sizes", unit="size", disable=None):
-        figures["ranking"][f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
-        figures["ranking"][f"{size}_items"] = benchmark.ranking_costs(64, size, device)
-        figures["sampling"][f"{size}_users_and_items"] = benchmark.sampling_costs(size, size, repeats=50)
+        ranking[f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
+        ranking[f"{size}_items"] = benchmark.ranking_costs(64, size, device)
+        sampling[f"{size}_users_and_items"] = largest = benchmark.sampling_costs(size)
         if size <= MOST_USERS_TO_GROUP:
-            figures["grouping"][f"{size}_users"] = benchmark.grouping_costs(size)
-        figures["item_table"][f"{size}_items"] = benchmark.item_table_costs(size, device, repeats)
-    plain = benchmark.ranking_costs(2048, CATALOGUE_ITEMS, device, plain_users=24)
-    sampling = figures["sampling"][f"{SIZES[-1]}_users_and_items"]
-    figures["ranking"]["beside_plain_loop"] = plain
-    figures["ranking_over_plain_loop"] = plain["over_plain_loop"]
-    figures["sampling_ms_at_1m_users"] = max(sampling["global_ms"], sampling["personalized_ms"])
-    return figures
+            grouping[f"{size}_users"] = benchmark.grouping_costs(size)
+        item_table[f"{size}_items"] = benchmark.item_table_costs(size, device, repeats)
+    ranking["beside_plain_loop"] = plain = benchmark.ranking_costs(2048, CATALOGUE_ITEMS, device, plain_users=24)
+    return {
+        "ranking": ranking, "sampling": sampling, "grouping": grouping, "item_table": item_table,
+        "ranking_over_plain_loop": plain["over_plain_loop"],
+        "sampling_ms_at_1m_users": max(largest["global_ms"], largest["personalized_ms"]),
+    }  # fmt: skip
 
 
-def rows_of(figures: dict[str, Any], prefix: str = "") -> list[list[str]]:
+def rows_of(figures: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
     """Figures as the rows of a table: name and value."""
-    rows = []
     for name, value in figures.items():
         if isinstance(value, dict):
-            rows += rows_of(value, f"{prefix}{name}: ")
+            yield from rows_of(value, f"{prefix}{name}: ")
         else:
-            rows.append([f"{prefix}{name}", f"{value:,.3f}" if isinstance(value, float) else str(value)])
-    return rows
+            yield [f"{prefix}{name}", f"{value:,.3f}" if isinstance(value, float) else str(value)]
 
 
 def main() -> None:
     """Parse, measure, print."""
     parser = script_parser(__doc__, "--train_dir", "--device")
     parser.add_argument("--dataset", default="demo", help="whose images, titles and histories")
-    parser.add_argument("--clip_model", default=None, help=f"folder, hub name or {RANDOM_CLIP} (default; the demo: its own)")
+    parser.add_argument("--clip_model", help=f"folder, hub name or {RANDOM_CLIP} (default; the demo: its own)")
     parser.add_argument("--peft", nargs="+", choices=("lora", "ia3", "iisan"), default=["lora", "ia3", "iisan"])
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="users a batch")
     parser.add_argument("--repeats", type=number(int, 1), default=15, help="each figure is a median over at most so many")
     parser.add_argument("--steps_only", action="store_true", help="leave out the store and the large sizes")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures there")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
     figures = measure(options, torch.device(choose_device(options.device)))
     print(markdown_table(["figure", "value"], rows_of(figures)))

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from utils.analysis.command_line import moved_models, run_folder_parser
-from utils.analysis.export import HISTORIES, export_vectors
+from utils.analysis.export import export_vectors
 from utils.common.console import run_main
 from utils.run.finished import open_finished
 
@@ -11,12 +11,8 @@ def main() -> None:
     """Parse, encode, write, print."""
     parser = run_folder_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument(
-        "--histories",
-        choices=HISTORIES,
-        default="all",
-        help="the histories behind user vectors: all interactions, or those that the test metrics were computed from",
-    )
+    histories_help = "the histories behind user vectors: all interactions, or those that the test metrics were computed from"
+    parser.add_argument("--histories", choices=("all", "train_and_valid"), default="all", help=histories_help)
     options = parser.parse_args()
     run = open_finished(options.run_folder, options.device, options.train_dir, moved_models(options))
     shapes = export_vectors(run, options.output, options.histories)

@@ -16,7 +16,7 @@ def main() -> None:
     """Parse, compute, print."""
     parser = script_parser(__doc__, "--dataset", "--train_dir", "--device", "--missing_images")
     add_model_options(parser)
-    parser.add_argument("--modality", choices=tuple(MODALITIES), default=None, help="default: both; text without an image model")
+    parser.add_argument("--modality", choices=tuple(MODALITIES), help="default: both; text without an image model")
     parser.add_argument("--restart", action="store_true", help="compute them again if they exist")
     options = parser.parse_args()
     options.modality = options.modality or ("text" if options.text_model and not options.image_model else "both")

@@ -11,15 +11,12 @@ def main() -> None:
     """Parse, rank, write, print."""
     parser = run_folder_parser(__doc__)
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--user", type=number(int, 1, 2**63 - 1), default=None, help="the user's number in {name}_final.txt")
-    who.add_argument(
-        "--history", type=raw_id, nargs="+", metavar="RAW_ID", default=None, help="raw ids of a new user's history, in time order"
-    )
+    who.add_argument("--user", type=number(int, 1, 2**63 - 1), help="the user's number in {name}_final.txt")
+    history_help = "raw ids of a new user's history, in time order"
+    who.add_argument("--history", type=raw_id, nargs="+", metavar="RAW_ID", help=history_help)
     parser.add_argument("--top_k", type=number(int, 1, 100), default=10, help="items to recommend")
-    parser.add_argument("--other_group", type=number(int, 0), default=None, help="group to compare with (default: the farthest)")
-    parser.add_argument(
-        "--output", type=html_path, default=None, help="page to write (default: recommend_{user}.html in the run's figures/)"
-    )
+    parser.add_argument("--other_group", type=number(int, 0), help="group to compare with (default: the farthest)")
+    parser.add_argument("--output", type=html_path, help="page to write (default: recommend_{user}.html in the run's figures/)")
     options = parse_raw_ids(parser, "--history")
     run = open_finished(options.run_folder, options.device, options.train_dir, moved_models(options))
     person = new_user(run.dataset, options.history) if options.user is None else known_user(run, options.user)

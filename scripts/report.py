@@ -11,12 +11,8 @@ def main() -> None:
     parser = run_folder_parser(__doc__, several=True)
     parser.add_argument("--users", type=number(int, 0, 1000), default=30, help="users whose recommendations are shown")
     parser.add_argument("--items", type=number(int, 0, 1000), default=30, help="items whose attention is shown (LoRA and IA3)")
-    parser.add_argument(
-        "--output",
-        type=html_path,
-        default=None,
-        help="page to write (default: report.html in the run folder; of several runs, beside the first one's folder)",
-    )
+    default = "report.html in the run folder; of several runs, beside the first one's folder"
+    parser.add_argument("--output", type=html_path, help=f"page to write (default: {default})")
     options = parser.parse_args()
     start, folders = time.monotonic(), options.run_folders
     path = options.output or (folders[0] if len(folders) == 1 else folders[0].resolve().parent) / "report.html"

@@ -10,9 +10,8 @@ def main() -> None:
     parser = script_parser(__doc__, "--train_dir")
     parser.add_argument("run_folder", type=Path, help="folder of a finished PerPEFT run, as in ./runs")
     parser.add_argument("other_folder", type=Path, help="folder of the finished run that it is compared with")
-    parser.add_argument(
-        "--vectors", type=Path, nargs="+", default=[], help="folders of scripts.export_vectors with --histories train_and_valid"
-    )
+    vectors_help = "folders of scripts.export_vectors with --histories train_and_valid"
+    parser.add_argument("--vectors", type=Path, nargs="+", default=[], help=vectors_help)
     options = parser.parse_args()
     print(compare(options.run_folder, options.other_folder, options.train_dir, options.vectors))
 

@@ -10,15 +10,13 @@ class Parsed(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.texts, self.headings, self._open = [], [], [], []
+        self.elements, self.texts, self._open = [], [], []
         self.feed(text)
         self.close()
         assert not self._open, f"never closed: {self._open}"
 
     def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if re.fullmatch("h[1-6]", tag):
-            self.headings.append(int(tag[1]))
+        self.handle_startendtag(tag, attributes)
         if tag not in VOID:
             self._open.append(tag)
 
@@ -38,6 +36,10 @@ class Parsed(HTMLParser):
     def all(self, *tags):
         return [attributes for tag, attributes in self.elements if tag in tags]
 
+    def cards(self, kind):
+        """The ids of the cards of users or items."""
+        return [attributes["id"] for attributes in self.all("article") if attributes["id"].startswith(f"{kind}-")]
+
 
 def check_page(path):
     """What holds for every page; returns it parsed."""
@@ -47,28 +49,21 @@ def check_page(path):
     for tag, attributes in page.elements:
         assert tag not in ("script", "link", "iframe", "object", "base")
         assert not [name for name in attributes if name.startswith("on")]
-        for name in ("href", "src", "xlink:href", "aria-labelledby"):
-            target = attributes.get(name)
-            if target is None:
-                continue
-            if name == "aria-labelledby":
-                assert target in ids
-            elif target.startswith("#"):
-                assert target[1:] in ids, f"{target} leads nowhere"
-            else:
-                assert target.startswith(("data:image/jpeg;base64,", "data:image/png;base64,"))
+        for target in [attributes[name] for name in ("href", "src", "xlink:href") if name in attributes]:
+            own = target.startswith("#") and target[1:] in ids
+            assert own or target.startswith(("data:image/jpeg;base64,", "data:image/png;base64,")), f"{target} leads nowhere"
         for reference in re.findall(r"url\(([^)]*)\)", attributes.get("style", "") + attributes.get("clip-path", "")):
             assert reference.lstrip("#") in ids
+        assert attributes.get("aria-labelledby", ids[0]) in ids
         if tag == "svg":
             assert attributes.get("aria-hidden") == "true" or (attributes["role"] == "img" and attributes["aria-label"])
-        if tag == "img":
-            assert attributes["alt"]
         if tag == "th":
             assert attributes["scope"] in ("row", "col")
     (style,) = [text for text in page.texts if "prefers-color-scheme" in text]
     assert "url(" not in style and "@import" not in style
-    assert page.headings[0] == 1 and page.headings.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:]))  # no level is left out
+    headings = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(headings, headings[1:]))  # no level is left out
     assert len(page.all("caption")) == len(page.all("table"))
     assert page.all("html")[0]["lang"] == "en"
     return page

@@ -26,19 +26,12 @@ def test_plain_ranking_loop_computes_the_same_ranks():
 
 def test_plain_iisan_computes_the_same_from_the_same_weights():
     torch.manual_seed(0)
-    ours, plain = IISAN(image_dim=6, text_dim=5, num_states=3, bottleneck=4), PlainIISAN(6, 5, 3, bottleneck=4)
-    ours, plain = ours.double(), plain.double()
+    ours, plain = (kind(6, 5, 3, bottleneck=4).double() for kind in (IISAN, PlainIISAN))
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.normal_()
-    names = {"weight_scalar": "gates", "ImgBlocks": "image", "TextBlocks": "text", "InterBlocks": "inter", "CombProj": "combine"}
-    weights = {}
-    for name, value in ours.state_dict().items():
-        head, _, rest = name.partition(".")
-        if head == "CombProj":
-            rest = rest.replace(".0.", ".")  # there each layer is wrapped
-        weights[f"{names[head]}.{rest}".rstrip(".")] = value
-    plain.load_state_dict(weights)
+        for weight, copied in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):  # in the same order
+            copied.copy_(weight)
     image_states, text_states = torch.randn(7, 3, 6).double(), torch.randn(7, 3, 5).double()
     torch.testing.assert_close(plain(image_states, text_states), ours(image_states, text_states))
 
@@ -53,6 +46,8 @@ def test_json_holds_the_promised_ratios(tiny_dataset, tiny_clip, tmp_path, monke
     for peft_type in ("lora", "ia3", "iisan"):
         for name in ("step_over_bare_encoder", "encode_over_bare_encoder", "personalized_step_over_bare_encoder", "sampling_ms"):
             assert figures[peft_type][name] > 0
+        assert 8 <= figures[peft_type]["items"] <= 30
     for name in ("ranking_over_plain_loop", "sampling_ms_at_1m_users", "store_over_decoding_every_step", "peak_memory_mib"):
         assert figures[name] > 0
+    assert figures["ranking"]["beside_plain_loop"]["plain_ms_per_user"] > 0
     assert set(figures["item_table"]) == {"40_items", "80_items"}

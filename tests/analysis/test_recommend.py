@@ -8,8 +8,8 @@ import torch
 
 from scripts import explain_item, export_vectors, recommend, report
 from tests.analysis.pages import check_page, classes
-from tests.conftest import NUM_ITEMS, run_on_folder, trained
-from tests.plain import ITEMS, naive_rank, plain_model, plain_state
+from tests.conftest import NUM_ITEMS
+from tests.plain import ITEMS, plain_model, plain_state
 from tests.run_files import change_json, groups_of, ranks_of, tree
 from utils.analysis.recommendation import best_items, choose_groups
 from utils.common.errors import PerPEFTError
@@ -17,7 +17,7 @@ from utils.run.finished import open_finished
 
 
 @torch.no_grad()
-def plain_top(model, history, top_k):
+def plain_top(model, history, top_k=10):
     """The best items and their scores, by a loop."""
     state = plain_state(model, history)
     scored = [(float(state @ model.e[item]), item) for item in ITEMS if item not in history]
@@ -35,33 +35,45 @@ def plain(tiny_run, tiny_dataset, tiny_clip):
     return models
 
 
-def read_result(folder, name):
-    return json.loads((folder / "figures" / f"recommend_{name}.json").read_text())
+@pytest.fixture(scope="module")
+def plain_global(tiny_global_run, tiny_dataset, tiny_clip):
+    """The plain model of the run without groups."""
+    return plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
 
 
-def assert_recommended(recommended, expected):
-    assert [item["item"] for item in recommended["items"]] == [item for _, item in expected]
-    assert [item["score"] for item in recommended["items"]] == pytest.approx([score for score, _ in expected], abs=1e-4)
-    assert [item["rank"] for item in recommended["items"]] == list(range(1, len(expected) + 1))
+@pytest.fixture
+def recommended(copied_run, analyse):
+    """Recommend by the copied run; returns what recommend_{name}.json holds."""
+
+    def result(name, *arguments):
+        analyse(recommend, copied_run.folder, *arguments)
+        return json.loads((copied_run.folder / "figures" / f"recommend_{name}.json").read_text())
+
+    return result
+
+
+def assert_ranked(ranking, expected):
+    items = ranking["items"]
+    assert [(item["item"], item["rank"]) for item in items] == [(item, rank) for rank, (_, item) in enumerate(expected, 1)]
+    assert [item["score"] for item in items] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
 # ---------------------------------------------------------------- recommendations
 
 
 @pytest.mark.parametrize("user", [2, 8, 50])
-def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dataset, plain, user, capsys):
-    train_dir = tiny_dataset.train_dir
-    run_on_folder(recommend, copied_run.folder, "--train_dir", train_dir, "--user", user, "--top_k", 7)
-    result, history = read_result(copied_run.folder, user), tiny_dataset.histories[user][:-1]
+def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dataset, plain, recommended, user, capsys):
+    result = recommended(user, "--user", user, "--top_k", 7)
+    *history, test_item = tiny_dataset.histories[user]
     own, by_global, other = result["recommendations"]
     group = groups_of(copied_run.folder)[user]
     assert (own["adapter"], own["group"]) == ("own group", group)
     assert (by_global["adapter"], by_global["group"]) == ("global", None)
     assert other["adapter"] == "other group" and other["group"] in {0, 1, 2} - {group}
-    for recommended, model in ((own, plain[group]), (by_global, plain["global"]), (other, plain[other["group"]])):
-        assert_recommended(recommended, plain_top(model, history, 7))
+    for ranking, model in ((own, plain[group]), (by_global, plain["global"]), (other, plain[other["group"]])):
+        assert_ranked(ranking, plain_top(model, history, 7))
     assert result["user"] == user and [item["item"] for item in result["history"]] == history
-    assert result["test_item"]["item"] == tiny_dataset.histories[user][-1]
+    assert result["test_item"]["item"] == test_item
     assert own["rank_of_test_item"] == ranks_of(copied_run.folder, "personalized")[user] + 1
     assert by_global["rank_of_test_item"] == ranks_of(copied_run.folder, "global")[user] + 1
     first = own["items"][0]
@@ -71,83 +83,61 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
     assert "training and validation interactions" in output and f"recommend_{user}.json" in output
     page = check_page(copied_run.folder / "figures" / f"recommend_{user}.html")
     assert len(classes(page, "row")) == 4 and first["title"] in page.text
+    assert len(classes(page, "marked")) == sum(ranking["rank_of_test_item"] <= 7 for ranking in result["recommendations"])
 
 
-def centres_by_loop(tiny_dataset, plain, groups):
-    """Each group's mean vector by the global model, over train and valid interactions."""
+def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_the_farthest(
+    copied_run, tiny_dataset, plain, recommended
+):
     members = {group: [] for group in range(3)}
-    for user, items in tiny_dataset.histories.items():
-        members[groups[user]].append(plain_state(plain["global"], items[:-1] if len(items) >= 3 else items))
-    return {group: torch.stack(states).mean(0) for group, states in members.items()}
-
-
-def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_the_farthest(copied_run, tiny_dataset, plain):
-    groups = groups_of(copied_run.folder)
-    centres = centres_by_loop(tiny_dataset, plain, groups)
+    for user, group in groups_of(copied_run.folder).items():
+        items = tiny_dataset.histories[user]
+        members[group].append(plain_state(plain["global"], items[:-1] if len(items) >= 3 else items))
+    centres = {group: torch.stack(states).mean(0) for group, states in members.items()}
     assigned = set()
     for history in ([3, 14, 25], [21, 24, 28, 22], [11, 13, 17], [1]):
-        raw_ids = [f"B{item:03d}" for item in history]
-        run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--history", *raw_ids)
-        result = read_result(copied_run.folder, "new")
+        result = recommended("new", "--history", *(f"B{item:03d}" for item in history))
         own, by_global, other = result["recommendations"]
         vector = plain_state(plain["global"], history)
         distances = {group: float((vector - centre).norm()) for group, centre in centres.items()}
         assert own["group"] == min(distances, key=distances.get) and other["group"] == max(distances, key=distances.get)
-        assert_recommended(own, plain_top(plain[own["group"]], history, 10))
-        assert_recommended(by_global, plain_top(plain["global"], history, 10))
+        assert_ranked(own, plain_top(plain[own["group"]], history))
+        assert_ranked(by_global, plain_top(plain["global"], history))
         assert result["user"] is None and result["test_item"] is None and own["rank_of_test_item"] is None
         assigned.add(own["group"])
     assert len(assigned) > 1  # otherwise this test shows little
 
 
-def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain):
-    group = groups_of(copied_run.folder)[8]
-    for other in {0, 1, 2} - {group}:
-        arguments = ("--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", other, "--top_k", 3)
-        run_on_folder(recommend, copied_run.folder, *arguments)
-        found = read_result(copied_run.folder, 8)["recommendations"][2]
+def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain, recommended):
+    own = groups_of(copied_run.folder)[8]
+    for other in {0, 1, 2} - {own}:
+        found = recommended(8, "--user", 8, "--other_group", other, "--top_k", 3)["recommendations"][2]
         assert found["group"] == other
-        assert_recommended(found, plain_top(plain[other], tiny_dataset.histories[8][:-1], 3))
+        assert_ranked(found, plain_top(plain[other], tiny_dataset.histories[8][:-1], 3))
+    with pytest.raises(PerPEFTError, match=f"the user's own group is {own}"):
+        recommended(8, "--user", 8, "--other_group", own)
 
 
-def test_test_item_is_marked_where_it_is_recommended(copied_run, tiny_dataset):
-    ranks = ranks_of(copied_run.folder, "personalized")
-    by_global = ranks_of(copied_run.folder, "global")
-    found = next(user for user in ranks if ranks[user] < 5)
-    missed = next(user for user in ranks if ranks[user] >= 5 and by_global[user] >= 5)
-    for user, top_k in ((found, 5), (missed, 1)):
-        path = copied_run.folder / "pages" / f"{user}.html"
-        arguments = ("--train_dir", tiny_dataset.train_dir, "--top_k", top_k, "--user", user, "--output", path)
-        run_on_folder(recommend, copied_run.folder, *arguments)
-        rows = json.loads(path.with_suffix(".json").read_text())["recommendations"]
-        shown = [item["item"] for row in rows for item in row["items"]].count(tiny_dataset.histories[user][-1])
-        assert len(classes(check_page(path), "marked")) == shown and (shown > 0) == (user == found)
-
-
-def test_user_with_too_few_interactions_has_no_test_item(copied_run, tiny_dataset, plain):
-    user = 6  # with one interaction
-    run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--user", user)
-    result = read_result(copied_run.folder, user)
+def test_user_with_too_few_interactions_has_no_test_item(tiny_dataset, plain, recommended):
+    result = recommended(6, "--user", 6)  # with one interaction
     assert result["test_item"] is None and len(result["history"]) == 1 and "fewer than 3" in result["history_is"]
-    assert_recommended(result["recommendations"][1], plain_top(plain["global"], tiny_dataset.histories[user], 10))
+    assert_ranked(result["recommendations"][1], plain_top(plain["global"], tiny_dataset.histories[6]))
 
 
-def test_run_without_groups_recommends_by_its_one_model(tiny_global_run, tiny_dataset, tiny_clip, tmp_path):
-    path = tmp_path / "page.html"
-    run_on_folder(recommend, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--output", path)
+def test_run_without_groups_recommends_by_its_one_model(tiny_global_run, tiny_dataset, plain_global, analyse, tmp_path):
+    path = tmp_path / "pages" / "page.html"
+    analyse(recommend, tiny_global_run, "--user", 8, "--output", path)
     (only,) = json.loads(path.with_suffix(".json").read_text())["recommendations"]
-    model = plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
-    assert_recommended(only, plain_top(model, tiny_dataset.histories[8][:-1], 10))
+    assert_ranked(only, plain_top(plain_global, tiny_dataset.histories[8][:-1]))
     with pytest.raises(PerPEFTError, match="has no groups"):
-        run_on_folder(recommend, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", 1)
+        analyse(recommend, tiny_global_run, "--user", 8, "--other_group", 1)
     assert not (tiny_global_run / "figures").exists()
 
 
 def test_best_items_leaves_out_the_history_and_breaks_ties_by_number():
     table = torch.tensor([[9.0], [1.0], [3.0], [2.0], [3.0], [0.0]])  # row 0 is the padding item
-    items, scores = best_items(torch.tensor([1.0]), table, np.array([3]), 3)
-    assert items.tolist() == [2, 4, 1] and scores.tolist() == [3, 3, 1]
-    assert best_items(torch.tensor([1.0]), table, np.arange(1, 6), 3)[0].tolist() == []
+    assert best_items(torch.tensor([1.0]), table, np.array([3]), 3) == [(2, 3), (4, 3), (1, 1)]
+    assert best_items(torch.tensor([1.0]), table, np.arange(1, 6), 3) == []
 
 
 def test_groups_without_users_are_never_chosen():
@@ -161,59 +151,44 @@ def test_groups_without_users_are_never_chosen():
 # ---------------------------------------------------------------- exported vectors
 
 
-def test_exported_vectors_reproduce_the_ranks_that_training_wrote(tiny_run, tiny_dataset, tmp_path):
-    before = tree(tiny_run.folder)
-    arguments = ("--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out", "--histories", "train_and_valid")
-    run_on_folder(export_vectors, tiny_run.folder, *arguments)
-    out = tmp_path / "out"
-    users, groups = np.load(out / "users.npy"), np.load(out / "user_groups.npy")
-    tables = [np.load(out / f"items_group_{group}.npy") for group in range(3)]
-    assert users.dtype == np.float32 and users.shape == (40, 32)
-    assert all(table.dtype == np.float32 and table.shape == (30, 32) for table in tables)
+@pytest.mark.parametrize("histories", ["all", "train_and_valid"])
+def test_exported_vectors_are_those_of_plain_models(tiny_run, tiny_dataset, plain, analyse, tmp_path, histories):
+    before, out = tree(tiny_run.folder), tmp_path / "out"
+    analyse(export_vectors, tiny_run.folder, "--output", out, "--histories", histories)
+    assert tree(tiny_run.folder) == before
+    for name, model in (("global", plain["global"]), *((f"group_{group}", plain[group]) for group in range(3))):
+        items = np.load(out / f"items_{name}.npy")
+        np.testing.assert_allclose(items, model.e[1:].detach(), atol=2e-5)
+        assert items.dtype == np.float32
     assert (out / "item_ids.txt").read_text().split("\n") == [*(f"B{item:03d}" for item in ITEMS), ""]
     ids = [int(line) for line in (out / "user_ids.txt").read_text().splitlines()]
-    assert dict(zip(ids, groups.tolist())) == groups_of(tiny_run.folder)
-    ranks = {}
-    for row, user in enumerate(ids):
-        *history, target = tiny_dataset.histories[user]
-        if len(history) >= 2:
-            scores = tables[groups[row]] @ users[row]
-            ranks[user] = naive_rank([0.0, *scores], target, history)
-    assert ranks == ranks_of(tiny_run.folder, "personalized")
-    assert tree(tiny_run.folder) == before
+    users, groups = np.load(out / "users.npy"), np.load(out / "user_groups.npy").tolist()
+    assert dict(zip(ids, groups)) == groups_of(tiny_run.folder) and users.dtype == np.float32
+    for user, group, vector in zip(ids, groups, users, strict=True):
+        items = tiny_dataset.histories[user]
+        known = items if histories == "all" or len(items) < 3 else items[:-1]
+        np.testing.assert_allclose(vector, plain_state(plain[group], known), atol=2e-5)
 
 
-def test_exported_vectors_are_those_of_plain_models_over_all_interactions(tiny_run, tiny_dataset, plain, tmp_path):
-    run_on_folder(export_vectors, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out")
-    out = tmp_path / "out"
-    for name, model in (("global", plain["global"]), *((f"group_{group}", plain[group]) for group in range(3))):
-        np.testing.assert_allclose(np.load(out / f"items_{name}.npy"), model.e[1:].detach(), atol=2e-5)
-    users, groups = np.load(out / "users.npy"), groups_of(tiny_run.folder)
-    for row, user in enumerate(sorted(tiny_dataset.histories)):
-        expected = plain_state(plain[groups[user]], tiny_dataset.histories[user])
-        np.testing.assert_allclose(users[row], expected, atol=2e-5)
-
-
-def test_run_without_groups_exports_its_one_model(tiny_global_run, tiny_dataset, tiny_clip, tmp_path):
-    run_on_folder(export_vectors, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out")
+def test_run_without_groups_exports_its_one_model(tiny_global_run, tiny_dataset, plain_global, analyse, tmp_path):
+    analyse(export_vectors, tiny_global_run, "--output", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"items_global.npy", "users.npy", "item_ids.txt", "user_ids.txt"}
-    model = plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
-    expected = plain_state(model, tiny_dataset.histories[8])
+    expected = plain_state(plain_global, tiny_dataset.histories[8])
     np.testing.assert_allclose(np.load(tmp_path / "out" / "users.npy")[3], expected, atol=2e-5)
 
 
-def test_folder_that_is_there_already_is_left_alone(tiny_run, tiny_dataset, tmp_path):
+def test_folder_that_is_there_already_is_left_alone(tiny_run, analyse, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(PerPEFTError, match="exists; remove it"):
-        run_on_folder(export_vectors, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path)
-    assert (tmp_path / "mine.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+        analyse(export_vectors, tiny_run.folder, "--output", tmp_path)
+    assert tree(tmp_path) == {"mine.txt": b"mine"}
 
 
-def test_damaged_weights_leave_no_folder_behind(copied_run, tiny_dataset, tmp_path):
+def test_damaged_weights_leave_no_folder_behind(copied_run, analyse, tmp_path):
     (copied_run.folder / "personalized" / "group_1" / "projector.pth").write_bytes(b"none")
     with pytest.raises(PerPEFTError, match="projector.pth cannot be read"):
-        run_on_folder(export_vectors, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "out")
+        analyse(export_vectors, copied_run.folder, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -228,33 +203,26 @@ def test_damaged_weights_leave_no_folder_behind(copied_run, tiny_dataset, tmp_pa
         (["--user", 8, "--other_group", 3], "--other_group 3: the run has groups 0 to 2; name another"),
     ],
 )
-def test_unknown_users_items_and_groups_are_refused(copied_run, tiny_dataset, arguments, message):
+def test_unknown_users_items_and_groups_are_refused(copied_run, analyse, arguments, message):
     before = tree(copied_run.folder)
-    with pytest.raises(PerPEFTError, match=re.escape(message)) as raised:
-        run_on_folder(recommend, copied_run.folder, "--train_dir", tiny_dataset.train_dir, *arguments)
-    assert len(str(raised.value).splitlines()) == 1
+    with pytest.raises(PerPEFTError, match=f"^{re.escape(message)}$"):
+        analyse(recommend, copied_run.folder, *arguments)
     assert tree(copied_run.folder) == before
 
 
-def test_own_group_is_no_other_group(tiny_run, tiny_dataset):
-    own = groups_of(tiny_run.folder)[8]
-    with pytest.raises(PerPEFTError, match=f"the user's own group is {own}"):
-        run_on_folder(recommend, tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--user", 8, "--other_group", own)
-
-
-def test_page_needs_a_name_that_ends_in_html(tiny_run, tiny_dataset, capsys):
+def test_page_needs_a_name_that_ends_in_html(tiny_run, analyse, capsys):
     with pytest.raises(SystemExit):
-        run_on_folder(recommend, tiny_run.folder, "--user", 8, "--output", "page.png")
+        analyse(recommend, tiny_run.folder, "--user", 8, "--output", "page.png")
     assert "argument --output: 'page.png': expected a name that ends in .html" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [report, recommend, export_vectors, explain_item])
-def test_unfinished_run_is_refused(copied_run, tiny_dataset, tmp_path, script):
+def test_unfinished_run_is_refused(copied_run, analyse, tmp_path, script):
     (copied_run.folder / "summary.json").unlink()
     more = {recommend: ("--user", 8), export_vectors: ("--output", tmp_path / "out"), explain_item: ("--item", 1)}.get(script, ())
     for folder, message in ((copied_run.folder, "holds no finished run"), (tmp_path / "nowhere", "is not there")):
         with pytest.raises(PerPEFTError, match=message) as raised:
-            run_on_folder(script, folder, "--train_dir", tiny_dataset.train_dir, *more)
+            analyse(script, folder, *more)
         assert len(str(raised.value).splitlines()) == 1
     assert not (tmp_path / "nowhere").exists()
 
@@ -267,8 +235,8 @@ def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_da
     assert run.dataset.num_items == NUM_ITEMS
 
 
-def test_random_groups_have_no_nearest_centre(tiny_dataset, tiny_clip, tmp_path):
-    folder = trained(tiny_dataset, tiny_clip, tmp_path, grouping="random", global_epochs=1, num_epochs=1)
+def test_random_groups_have_no_nearest_centre(copied_run, analyse):
+    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(grouping="random"))
     with pytest.raises(PerPEFTError, match="groups are random"):
-        run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--history", "B001")
-    run_on_folder(recommend, folder, "--train_dir", tiny_dataset.train_dir, "--user", 8)
+        analyse(recommend, copied_run.folder, "--history", "B001")
+    analyse(recommend, copied_run.folder, "--user", 8)

@@ -1,4 +1,6 @@
 """The report: its numbers against hand-computed ones, and the page as a parser of HTML sees it."""
+import base64
+import io
 import math
 import re
 from types import SimpleNamespace
@@ -14,51 +16,46 @@ from tests.run_files import change_json, groups_of, ranks_of, summary_of, tree
 from utils.analysis.figures import group_colours, inline_svg, plot_users
 from utils.analysis.groups import intervals_by_group, mean_interval, typical_items
 from utils.analysis.page import thumbnail
-from utils.analysis.report import choose_users, write_report
+from utils.analysis.report import choose_users
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
 
 
 @pytest.fixture(scope="module")
-def tiny_page(tiny_run, tiny_dataset, tmp_path_factory):
+def tiny_page(tiny_run, analyse, tmp_path_factory):
     """The report of the tiny run."""
     path = tmp_path_factory.mktemp("report") / "page.html"
-    arguments = ("--train_dir", tiny_dataset.train_dir, "--users", 9, "--items", 4, "--output", path)
-    run_on_folder(report, tiny_run.folder, *arguments)
-    return SimpleNamespace(path=path, page=check_page(path))
+    analyse(report, tiny_run.folder, "--users", 9, "--items", 4, "--output", path)
+    return check_page(path)
 
 
 def test_page_shows_what_the_run_found(tiny_page, tiny_run):
-    page, text = tiny_page.page, tiny_page.page.text
-    summary = summary_of(tiny_run.folder)
+    text, summary = tiny_page.text, summary_of(tiny_run.folder)
     for stage in ("global", "personalized"):
         for split in ("valid", "test"):
             for metric, value in summary[stage][split].items():
                 assert f"{100 * value:.2f}" in text, (stage, split, metric)
     for group, size in enumerate(summary["group_sizes"]):
         assert f"Group {group} {size} users" in text or f"Group {group} {size} (" in text
-    assert len([attributes for attributes in page.all("article") if attributes["id"].startswith("user-")]) == 9
-    assert len(classes(page, "views")) == 4
-    assert len(page.all("figure")) == 4  # loss, NDCG, map, gains
+    assert len(tiny_page.cards("user")) == 9
+    assert len(classes(tiny_page, "views")) == 4
+    assert len(tiny_page.all("figure")) == 4  # loss, NDCG, map, gains
     assert "1e-05" in text or "1e-06" in text  # settings
 
 
 def test_every_item_in_a_list_leads_to_its_card_and_back(tiny_page):
-    page = tiny_page.page
-    shown = {attributes["href"] for attributes in page.all("a") if attributes["href"].startswith("#item-")}
-    cards = {f"#{attributes['id']}" for attributes in page.all("article") if attributes["id"].startswith("item-")}
-    assert shown == cards and len(shown) > 4
-    users = [attributes["href"] for attributes in page.all("a") if attributes["href"].startswith("#user-")]
+    links = [attributes["href"][1:] for attributes in tiny_page.all("a")]
+    shown = {link for link in links if link.startswith("item-")}
+    assert shown == set(tiny_page.cards("item")) and len(shown) > 4
+    users = [link for link in links if link.startswith("user-")]
     assert len(users) > len(set(users)) == 9  # from the list of users and from items
 
 
-def test_marked_items_are_test_items(tiny_page, tiny_run, tiny_dataset):
+def test_marked_items_are_test_items(tiny_page, tiny_run):
     """As often as the ranks say that a shown user's test item is among the ten best."""
-    users = [int(attributes["id"][5:]) for attributes in tiny_page.page.all("article") if attributes["id"].startswith("user-")]
-    ranks = {stage: ranks_of(tiny_run.folder, stage) for stage in ("global", "personalized")}
-    found = sum(ranks[stage][user] < 10 for stage in ranks for user in users)
-    assert found <= len(classes(tiny_page.page, "marked")) <= found + len(users)  # and the farthest group's, which no file holds
-    assert found > 0
+    users = [int(name.removeprefix("user-")) for name in tiny_page.cards("user")]
+    found = sum(ranks_of(tiny_run.folder, stage)[user] < 10 for stage in ("global", "personalized") for user in users)
+    assert 0 < found <= len(classes(tiny_page, "marked")) <= found + len(users)  # and the farthest group's, which no file holds
 
 
 def test_titles_and_ids_stay_text(tiny_dataset, tiny_clip, tmp_path):
@@ -79,27 +76,24 @@ def test_runs_of_one_data_set_side_by_side(tiny_run, tiny_global_run, tiny_datas
     arguments = (tiny_run.folder, "--train_dir", tiny_dataset.train_dir, "--users", 3, "--items", 2, "--output", path)
     run_on_folder(report, tiny_global_run, *arguments)
     page = check_page(path)
-    assert "B − A" in page.text and "A: global" in page.text and "B: own group" in page.text
+    assert "A: global" in page.text and "B: own group" in page.text
     assert "Run A" in page.text and "Run B" in page.text  # attention
     assert len(classes(page, "differ")) >= 3  # method, epochs
-    before, after = (
-        summary_of(folder)[stage]["test"]["NDCG@20"]
-        for folder, stage in ((tiny_global_run, "global"), (tiny_run.folder, "personalized"))
-    )
-    assert f"{100 * (after - before):+.2f}" in page.text
+    before, after = summary_of(tiny_global_run)["global"], summary_of(tiny_run.folder)["personalized"]
+    gains = [f"{100 * (value - before['test'][metric]):+.2f}" for metric, value in after["test"].items()]
+    assert re.findall(r"([-+][\d.]+) \[", page.text.partition("B − A")[2])[:6] == gains
     assert "both.html" in capsys.readouterr().out
 
 
-def test_run_without_groups_has_a_report(tiny_global_run, tiny_dataset, tmp_path):
-    path = tmp_path / "page.html"
-    run_on_folder(report, tiny_global_run, "--train_dir", tiny_dataset.train_dir, "--users", 2, "--items", 1, "--output", path)
-    page = check_page(path)
-    assert "Drawn at random" in page.text and "Largest gain" not in page.text and "Gain by group" not in page.text
+def test_run_without_groups_has_a_report(tiny_global_run, analyse, tmp_path):
+    analyse(report, tiny_global_run, "--users", 2, "--items", 1, "--output", tmp_path / "page.html")
+    text = check_page(tmp_path / "page.html").text
+    assert "Drawn at random" in text and "Largest gain" not in text and "Gain by group" not in text
 
 
-def test_report_lies_in_the_run_folder(copied_run, tiny_dataset):
+def test_report_lies_in_the_run_folder(copied_run, analyse):
     before = tree(copied_run.folder)
-    run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir, "--users", 1, "--items", 0)
+    analyse(report, copied_run.folder, "--users", 1, "--items", 0)
     assert set(tree(copied_run.folder)) - set(before) == {"report.html"}
 
 
@@ -111,38 +105,40 @@ def test_report_lies_in_the_run_folder(copied_run, tiny_dataset):
         ("summary.json", '{"config": {"method": "perpeft"}}', "summary.json is damaged"),
     ],
 )
-def test_damaged_files_are_refused(copied_run, tiny_dataset, name, content, message):
+def test_damaged_files_are_refused(copied_run, analyse, name, content, message):
     (copied_run.folder / name).write_text(content)
     with pytest.raises(PerPEFTError, match=message):
-        run_on_folder(report, copied_run.folder, "--train_dir", tiny_dataset.train_dir)
+        analyse(report, copied_run.folder)
 
 
 def test_runs_that_cannot_be_compared_are_refused_before_any_is_opened(copied_run, tiny_run, monkeypatch):
     monkeypatch.delattr("utils.analysis.report.open_finished")
-    path = copied_run.folder / "summary.json"
-    change_json(path, lambda summary: summary.update(dataset_fingerprint="other"))
+    change_json(copied_run.folder / "summary.json", lambda summary: summary.update(dataset_fingerprint="other"))
     with pytest.raises(PerPEFTError, match="the runs are of different data sets"):
-        write_report([copied_run.folder, tiny_run.folder], path)
+        run_on_folder(report, copied_run.folder, tiny_run.folder)
     with pytest.raises(PerPEFTError, match="27 runs are more than the 26"):
-        write_report([tiny_run.folder] * 27, path)
+        run_on_folder(report, *[tiny_run.folder] * 27)
 
 
 def test_users_of_the_gallery_are_the_ones_that_gained_and_lost_most():
     ids = np.arange(10, 22)
     before = np.array([0, 1, 5, 30, 30, 2, 3, 9, 50, 40, 7, 8])
     after = np.array([0, 4, 0, 0, 25, 2, 60, 9, 50, 0, 7, 8])
-    chosen = choose_users(ids, before, after, 6, seed=1)
-    kinds = {kind: [choice.user for choice in chosen if choice.kind == kind] for kind in ("Largest gain", "Largest loss")}
-    assert kinds == {"Largest gain": [19, 13], "Largest loss": [16, 11]}  # to rank 0 from beyond 20, the farther one first
-    drawn = [choice.user for choice in chosen if choice.kind == "Drawn at random"]
-    assert len(drawn) == 2 and len({choice.user for choice in chosen}) == 6 and set(drawn) <= set(ids.tolist())
-    assert chosen[0].gain == "+1.00" and chosen == choose_users(ids, before, after, 6, seed=1)
-    assert len(choose_users(ids, None, after, 30)) == 12
+    chosen = choose_users(ids, [before, after], 6)
+    # to rank 0 from beyond 20, the farther one first
+    assert [choice[:2] for choice in chosen[:4]] == [
+        (19, "Largest gain"), (13, "Largest gain"), (16, "Largest loss"), (11, "Largest loss")
+    ]  # fmt: skip
+    assert [kind for _, kind, _ in chosen[4:]] == ["Drawn at random"] * 2
+    assert len({user for user, _, _ in chosen} & set(ids.tolist())) == 6
+    assert chosen[0][2] == "+1.00" and chosen == choose_users(ids, [before, after], 6)
+    assert {choice[1:] for choice in choose_users(ids, [after], 30)} == {("Drawn at random", "")}
+    assert len(choose_users(ids, [after], 30)) == 12
 
 
-@pytest.mark.parametrize("num_groups", [1, 12, 25])
-def test_map_has_as_many_colours_as_groups(num_groups):
-    vectors = np.random.default_rng(0).normal(size=(80, 5))
+@pytest.mark.parametrize(("num_groups", "width"), [(1, 5), (12, 5), (25, 5), (3, 1)])
+def test_map_has_as_many_colours_as_groups(num_groups, width):
+    vectors = np.random.default_rng(0).normal(size=(80, width))
     svg = inline_svg("map", "users", plot_users, vectors, np.arange(80) % num_groups, num_groups)
     assert len(set(group_colours(num_groups))) == num_groups
     assert all(colour in svg for colour in group_colours(num_groups))
@@ -161,29 +157,21 @@ def test_figures_take_the_pages_colours_and_refer_to_nothing_else():
     assert ids and all(name.startswith("one-") for name in ids)
 
 
-def test_vectors_one_number_wide_make_a_map():
-    vectors = np.linspace(0, 1, 12)[:, None].astype(np.float32)
-    assert "<path" in inline_svg("line", "users", plot_users, vectors, np.arange(12) % 3, 3)
-
-
-def decoded(uri, tmp_path):
-    import base64
-
-    (tmp_path / "thumb").write_bytes(base64.b64decode(uri.partition("base64,")[2]))
-    return np.asarray(Image.open(tmp_path / "thumb").convert("RGB")).astype(int)
+def decoded(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2]))).convert("RGB")).astype(int)
 
 
 def test_thumbnails_keep_the_whole_image_or_the_centre_that_clip_sees(tmp_path):
     image = Image.new("RGB", (300, 100), (255, 0, 0))
     image.paste((0, 0, 255), (100, 0, 200, 100))
     image.save(tmp_path / "wide.png")
-    whole = decoded(thumbnail(tmp_path / "wide.png", 60), tmp_path)
+    whole = decoded(thumbnail(tmp_path / "wide.png", 60))
     assert whole.shape == (20, 60, 3) and whole[10, 3, 0] > 200 and whole[10, 30, 2] > 200
-    centre = decoded(thumbnail(tmp_path / "wide.png", 60, crop=1.0), tmp_path)
+    centre = decoded(thumbnail(tmp_path / "wide.png", 60, crop=1.0))
     assert centre.shape == (60, 60, 3) and centre[30, 3:57, 2].min() > 200
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     for name in ("broken.jpg", "missing.jpg"):
-        assert np.ptp(decoded(thumbnail(tmp_path / name), tmp_path)) <= 2  # grey
+        assert np.ptp(decoded(thumbnail(tmp_path / name))) <= 2  # grey
 
 
 # ---------------------------------------------------------------- what is typical of a group
@@ -194,18 +182,18 @@ def test_typical_items_agree_with_the_formula_by_a_loop():
     lists = [random.choice(np.arange(1, 13), size=6, p=np.arange(1, 13) / 78).tolist() for _ in range(30)]
     groups = np.arange(30) % 3
     found = typical_items(Histories.of_lists(lists), groups, 1, 12, top=4)
-    ours = [sum(items.count(item) for items, group in zip(lists, groups) if group == 1) for item in range(1, 13)]
-    theirs = [sum(items.count(item) for items, group in zip(lists, groups) if group != 1) for item in range(1, 13)]
-    prior = [12 * (a + b) / 180 for a, b in zip(ours, theirs)]
-    scores = {}
-    for item, (y, z, a) in enumerate(zip(ours, theirs, prior), 1):
+    ours, theirs, scores = {}, {}, {}
+    for item in range(1, 13):
+        y = ours[item] = sum(items.count(item) for items in lists[1::3])
+        z = theirs[item] = sum(items.count(item) for items in lists) - y
+        a = 12 * (y + z) / 180  # of the prior
         if y + z:
-            difference = math.log((y + a) / (sum(ours) + 12 - y - a)) - math.log((z + a) / (sum(theirs) + 12 - z - a))
+            difference = math.log((y + a) / (60 + 12 - y - a)) - math.log((z + a) / (120 + 12 - z - a))
             scores[item] = difference / math.sqrt(1 / (y + a) + 1 / (z + a))
     best = [item for item in sorted(scores, key=lambda item: -scores[item]) if scores[item] > 0][:4]
     assert found.items.tolist() == best and len(best) > 1
-    assert found.counts.tolist() == [ours[item - 1] for item in best]
-    lifts = [ours[item - 1] / 60 / (theirs[item - 1] / 120) if theirs[item - 1] else math.inf for item in best]
+    assert found.counts.tolist() == [ours[item] for item in best]
+    lifts = [ours[item] / 60 / (theirs[item] / 120) if theirs[item] else math.inf for item in best]
     assert found.lifts.tolist() == pytest.approx(lifts)
 
 
@@ -218,7 +206,7 @@ def test_item_with_one_chance_interaction_is_less_typical_than_a_frequent_one():
 
 
 def test_group_without_users_has_no_typical_items():
-    assert typical_items(Histories.of_lists([[1, 2], [2]]), np.array([0, 0]), 1, 3).items.tolist() == []
+    assert typical_items(Histories.of_lists([[1, 2], [2]]), np.array([0, 0]), 1, 2).items.tolist() == []
     assert typical_items(Histories.of_lists([[], []]), np.array([0, 1]), 1, 3).items.tolist() == []
 
 
@@ -226,32 +214,26 @@ def test_group_without_users_has_no_typical_items():
 
 
 def test_interval_agrees_with_one_computed_by_hand():
-    mean, low, high, _ = mean_interval(np.array([1.0, 2.0, 3.0, 4.0]))
     half = 3.182446 * 1.290994 / 2  # t of 3 degrees of freedom at 97.5 %, times s / sqrt(n)
-    assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=1e-5)
-    assert mean_interval(np.array([0.5]))[0] == 0.5 and np.isnan(mean_interval(np.array([0.5]))[1:3]).all()
-    assert np.isnan(mean_interval(np.array([]))[:3]).all()
-
-
-def ndcg(rank):
-    return 1 / math.log2(rank + 2) if rank < 20 else 0.0
+    assert mean_interval(np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx((2.5, 2.5 - half, 2.5 + half, 4), abs=1e-5)
+    assert mean_interval(np.array([0.5])) == pytest.approx((0.5, np.nan, np.nan, 1), nan_ok=True)
+    assert mean_interval(np.array([])) == pytest.approx((np.nan, np.nan, np.nan, 0), nan_ok=True)
 
 
 def test_gains_by_group_follow_from_the_ranks_and_their_total_from_the_summary(tiny_run, tiny_page):
+    def ndcg(rank):
+        return 1 / math.log2(rank + 2) if rank < 20 else 0.0
+
     groups = groups_of(tiny_run.folder)
     before, after = ranks_of(tiny_run.folder, "global"), ranks_of(tiny_run.folder, "personalized")
-    users = np.array(list(after))
-    differences = np.array([ndcg(after[user]) - ndcg(before[user]) for user in users])
-    found = intervals_by_group(differences, np.array([groups[user] for user in users]), 3)
-    for group in range(3):
-        own = [value for user, value in zip(users, differences) if groups[user] == group]
-        assert found[group].users == len(own) and found[group].mean == pytest.approx(np.mean(own), abs=1e-12)
-        if len(own) < 2:  # which groups there are depends on the installed versions
-            assert f"group {group}" in tiny_page.page.text
-            continue
-        assert found[group].low < found[group].mean < found[group].high
-        text = f"{100 * found[group].mean:+.2f} [{100 * found[group].low:+.2f}, {100 * found[group].high:+.2f}]"
-        assert text in tiny_page.page.text
+    differences = np.array([ndcg(after[user]) - ndcg(before[user]) for user in after])
+    found = intervals_by_group(differences, np.array([groups[user] for user in after]), 3)
+    for group, gain in enumerate(found[:3]):
+        own = [value for user, value in zip(after, differences) if groups[user] == group]
+        assert gain.users == len(own) and gain.mean == pytest.approx(np.mean(own), abs=1e-12)
+        if len(own) > 1:  # which groups there are depends on the installed versions
+            assert gain.low < gain.mean < gain.high
+            assert f"{100 * gain.mean:+.2f} [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]" in tiny_page.text
     summary = summary_of(tiny_run.folder)
     total = summary["personalized"]["test"]["NDCG@20"] - summary["global"]["test"]["NDCG@20"]
     assert found[3].mean == pytest.approx(total, abs=1e-12) and found[3].users == len(after)

@@ -50,14 +50,14 @@ def test_ranks_and_share_by_hand(tmp_path):
 
 def test_a_run_against_one_without_groups(tiny_run, tiny_global_run, tiny_dataset, tmp_path, capsys):
     run = open_finished(tiny_run.folder, "cpu", tiny_dataset.train_dir)
-    export_vectors(run, tmp_path / "vectors", "train_and_valid")
-    found = rank_in_groups(tmp_path / "vectors", run.dataset.histories, np.load(tmp_path / "vectors" / "user_groups.npy"))
-    ranks = list(ranks_of(tiny_run.folder, "personalized").values())
+    export_vectors(run, tmp_path / "exported", "train_and_valid")
+    found = rank_in_groups(tmp_path / "exported", run.dataset.histories, np.load(tmp_path / "exported" / "user_groups.npy"))
+    ranks = np.array(list(ranks_of(tiny_run.folder, "personalized").values()))
     np.testing.assert_array_equal(found.among_all, ranks)
     more = [tiny_global_run, "--train_dir", tiny_dataset.train_dir]
-    run_script([tiny_run.folder, *more, "--vectors", tmp_path / "vectors"], script.main)
+    run_script([tiny_run.folder, *more, "--vectors", tmp_path / "exported"], script.main)
     text = capsys.readouterr().out
-    assert row(text, "HR@10")[2] == f"{100 * np.mean([rank < 10 for rank in ranks]):.2f}"
-    assert row(text, "vectors") and f"{100 * found.share.mean():.1f} %" in text
+    assert row(text, "HR@10")[2] == f"{100 * (ranks < 10).mean():.2f}"
+    assert row(text, "exported")[1] == f"{100 * found.share.mean():.1f} %"
     with pytest.raises(PerPEFTError, match="has no groups"):
         run_script([tiny_global_run, *more], script.main)

@@ -7,7 +7,7 @@ from utils.data.histories import Histories
 
 
 class PlainIISAN(nn.Module):
-    """IISAN written out layer by layer, without batching: the baseline that the project's own is held against."""
+    """IISAN written out layer by layer, without batching; arguments and shapes as in `IISAN`."""
 
     def __init__(self, image_dim: int, text_dim: int, num_states: int, bottleneck: int = 32):
         super().__init__()
@@ -22,7 +22,7 @@ class PlainIISAN(nn.Module):
         self.combine = nn.ModuleList(nn.Linear(image_dim, text_dim) for _ in range(num_states))
 
     def forward(self, image_states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
-        """Shapes as in `IISAN.forward`."""
+        """The plain forward pass."""
         w = torch.sigmoid(self.gates)
         for i in range(len(self.image)):
             t, v = text_states[:, i], image_states[:, i]  # [items, width]
@@ -38,13 +38,12 @@ class PlainIISAN(nn.Module):
 def plain_ranking_loop(
     states: torch.Tensor, inputs: torch.Tensor, targets: np.ndarray, excluded: Histories, users: np.ndarray
 ) -> np.ndarray:
-    """The plain way of ranking, kept as the baseline: a user at a time, candidates listed, scored and sorted."""
-    num_items = inputs.shape[0] - 1
+    """`rank_targets` a user at a time: candidates listed, then scored."""
     ranks = []
     for place, user in enumerate(users):
-        seen = set(excluded[user].tolist())
-        candidates = [int(targets[place])]
-        candidates += [item for item in range(1, num_items + 1) if item not in seen and item != targets[place]]
+        target = int(targets[place])
+        seen = {target, *excluded[user].tolist()}
+        candidates = [target, *(item for item in range(1, len(inputs)) if item not in seen)]
         scores = inputs[torch.tensor(candidates)] @ states[place]  # [candidates]
         ranks.append(int((scores[1:] >= scores[0]).sum()))
     return np.array(ranks)

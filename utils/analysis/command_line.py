@@ -13,7 +13,7 @@ def run_folder_parser(description: str, several: bool = False) -> argparse.Argum
     name, more = ("run_folders", {"nargs": "+", "metavar": "run_folder"}) if several else ("run_folder", {})
     parser.add_argument(name, type=Path, help="folder of a finished run, as in ./runs", **more)
     for option in MODEL_OPTIONS:
-        parser.add_argument(f"--{option}", default=None, help=f"folder of the run's --{option}, if it was moved since training")
+        parser.add_argument(f"--{option}", help=f"folder of the run's --{option}, if it was moved since training")
     return parser
 
 

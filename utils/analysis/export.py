@@ -10,14 +10,12 @@ from utils.run.build import has_groups
 from utils.run.run import Run
 from utils.training.evaluation import last_states
 
-HISTORIES = ("all", "train_and_valid")
-
 
 def _save_items(path: Path, table: torch.Tensor) -> None:
     np.save(path, table[1:].cpu().numpy().astype(np.float32))  # without the padding item: row i is item i + 1
 
 
-def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, tuple[int, ...]]:
+def export_vectors(run: Run, folder: Path, histories: str) -> dict[str, tuple[int, ...]]:
     """Write item vectors by every group's and the global model, and user vectors by each user's own group.
 
     `items_global.npy` and, for every group, `items_group_{g}.npy`, [num_items, hidden]; `users.npy` [users, hidden];
@@ -26,8 +24,6 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
     in `items_global.npy` in runs without groups.
 
     Args:
-        run: from `open_finished`.
-        folder: a new folder.
         histories: "all", or "train_and_valid" for those that the test metrics were computed from.
     Returns:
         each array's shape by its file's name
@@ -56,4 +52,3 @@ def export_vectors(run: Run, folder: Path, histories: str = "all") -> dict[str, 
         for name, ids in (("item_ids.txt", dataset.raw_ids), ("user_ids.txt", dataset.user_ids.tolist())):
             (temporary / name).write_text("".join(f"{each}\n" for each in ids), encoding="utf-8")
     return {path.name: np.load(path, mmap_mode="r").shape for path in sorted(folder.glob("*.npy"))}
-

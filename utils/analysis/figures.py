@@ -14,10 +14,7 @@ from sklearn.decomposition import PCA
 
 from utils.analysis.groups import Interval
 
-WIDTH = 6.6  # inches
-MOST_POINTS = 2_000  # users on the map; more would only hide each other
 INK, RULE = "#010203", "#040506"  # stand for the page's colours of text and of lines, which differ in light and dark
-PAGE_COLOURS = {INK: "currentColor", RULE: "var(--rule)"}
 STYLE = {
     "svg.fonttype": "none", "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.edgecolor": RULE, "grid.color": RULE, "axes.facecolor": "none", "figure.facecolor": "none",
@@ -32,27 +29,24 @@ def inline_svg(name: str, description: str, plot: Callable[..., None], *argument
     Args:
         name: prefix of the ids inside, different for every figure of a page.
         description: what a screen reader says instead of it.
-        plot: `plot(axes, *arguments)` draws it.
+        plot: called with axes and `arguments`.
         height: inches.
     """
     text = io.StringIO()
     with rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(6.6, height), layout="constrained")
         plot(figure.subplots(), *arguments)
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     box = re.search(r'viewBox="([^"]+)"', svg).group(1)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
-    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', body))
-    used = {first or second for first, second in used}
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
     body = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", body)
     body = re.sub(r'href="#|url\(#', lambda found: f"{found[0]}{name}-", body)
-    for stand_in, colour in PAGE_COLOURS.items():
-        body = body.replace(stand_in, colour)
-    width = float(box.split()[2])
-    opening = f'<svg role="img" aria-label="{escape(description)}" viewBox="{box}" style="max-width:{1.35 * width:.0f}px">'
-    return Markup(opening + body)
+    body = body.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+    width = 1.35 * float(box.split()[2])
+    return Markup(f'<svg role="img" aria-label="{escape(description)}" viewBox="{box}" style="max-width:{width:.0f}px">{body}')
 
 
 def group_colours(num_groups: int) -> list[str]:
@@ -64,19 +58,13 @@ def group_colours(num_groups: int) -> list[str]:
     return [to_hex(colour) for colour in colours]
 
 
-def plot_users(axes: Axes, vectors: np.ndarray, groups: np.ndarray, num_groups: int, seed: int = 0) -> None:
-    """Users in the plane of most variance, coloured by group.
-
-    Args:
-        vectors: what users were grouped by, [users, hidden].
-        groups: [users]
-        num_groups: C.
-        seed: of the users that are shown where they are too many.
-    """
+def plot_users(axes: Axes, vectors: np.ndarray, groups: np.ndarray, num_groups: int) -> None:
+    """Users in the plane of most variance, coloured by group; `vectors` are those that they were grouped by, [users, hidden]."""
     if vectors.shape[1] == 1:  # of a recommender one number wide; the plane then is a line
         vectors = np.pad(vectors, ((0, 0), (0, 1)))
-    pca = PCA(2, random_state=seed).fit(vectors)
-    shown = np.random.default_rng(seed).permutation(len(vectors))[:MOST_POINTS]  # in no order, so that no group lies on top
+    pca = PCA(2, random_state=0).fit(vectors)
+    # in no order, so that no group lies on top; more would only hide each other
+    shown = np.random.default_rng(0).permutation(len(vectors))[:2_000]
     points, colours = pca.transform(vectors[shown]), group_colours(num_groups)
     size = float(np.clip(9000 / len(shown), 5, 30))
     axes.scatter(*points.T, s=size, c=[colours[group] for group in groups[shown]], alpha=0.6, linewidths=0)

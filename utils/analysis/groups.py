@@ -1,5 +1,4 @@
 """What sets the user groups apart: the items typical of each, and what each gained, with intervals over users."""
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -7,12 +6,8 @@ from scipy import stats
 
 from utils.data.histories import Histories
 
-TYPICAL_ITEMS = 6
-CONFIDENCE = 0.95
 
-
-@dataclass(frozen=True)
-class Typical:
+class Typical(NamedTuple):
     """Items more frequent in a group than elsewhere: interactions, and share in the group over share elsewhere, [items]."""
 
     items: np.ndarray
@@ -20,7 +15,7 @@ class Typical:
     lifts: np.ndarray
 
 
-def typical_items(histories: Histories, groups: np.ndarray, group: int, num_items: int, top: int = TYPICAL_ITEMS) -> Typical:
+def typical_items(histories: Histories, groups: np.ndarray, group: int, num_items: int, top: int = 6) -> Typical:
     """The items that set a group's interactions apart from all other users', the most distinctive first.
 
     Measured by the log-odds ratio with an informative Dirichlet prior, in standard errors (Monroe, Colaresi and Quinn, 2008):
@@ -28,30 +23,18 @@ def typical_items(histories: Histories, groups: np.ndarray, group: int, num_item
     of each item, worth one interaction an item on average.
 
     Args:
-        histories: interactions.
         groups: each user row's group, [users].
-        group: which.
-        num_items: items are 1..num_items.
         top: how many at most; items no more frequent in the group than elsewhere are left out.
     """
     inside = groups[histories.users] == group  # [interactions]
-    ours = np.bincount(histories.items[inside], minlength=num_items + 1)[1:]  # [items]
-    theirs = np.bincount(histories.items[~inside], minlength=num_items + 1)[1:]  # [items]
-    prior = num_items * (ours + theirs) / max(1, len(histories.items))  # [items]
-    occurring = ours + theirs > 0
-    scores = np.full(num_items, -np.inf)
-    scores[occurring] = _log_odds_z(ours, theirs, prior)[occurring] if len(histories.items) else 0
-    best = [row for row in np.argsort(-scores, kind="stable")[:top] if scores[row] > 0 and ours[row] > 0]
-    share, other_share = ours[best] / max(1, ours.sum()), theirs[best] / max(1, theirs.sum())
-    with np.errstate(divide="ignore"):
-        return Typical(np.array(best, dtype=np.int64) + 1, ours[best], share / other_share)
-
-
-def _log_odds_z(ours: np.ndarray, theirs: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    a, b = ours + prior, theirs + prior  # [items]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        difference = np.log(a / (a.sum() - a)) - np.log(b / (b.sum() - b))
-        return difference / np.sqrt(1 / a + 1 / b)
+    ours, theirs = (np.bincount(histories.items[rows], minlength=num_items + 1)[1:] for rows in (inside, ~inside))  # [items]
+    prior = num_items * (ours + theirs) / max(1, len(histories.items))
+    a, b = ours + prior, theirs + prior
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN for items without interactions
+        scores = (np.log(a / (a.sum() - a)) - np.log(b / (b.sum() - b))) / np.sqrt(1 / a + 1 / b)
+        best = [row for row in np.argsort(-scores, kind="stable")[:top] if scores[row] > 0 and ours[row] > 0]
+        lifts = ours[best] / max(1, ours.sum()) / (theirs[best] / max(1, theirs.sum()))
+    return Typical(np.array(best, dtype=np.int64) + 1, ours[best], lifts)
 
 
 class Interval(NamedTuple):
@@ -64,13 +47,11 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: np.ndarray) -> Interval:
-    """The mean of one value a user and its interval by Student's t, [users]."""
-    number = len(values)
-    mean = float(values.mean()) if number else np.nan
-    if number < 2:
-        return Interval(mean, np.nan, np.nan, number)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1) * values.std(ddof=1) / np.sqrt(number))
-    return Interval(mean, mean - half, mean + half, number)
+    """The mean of one value a user, [users], and its interval."""
+    users = len(values)
+    mean = float(values.mean()) if users else np.nan
+    half = float(stats.t.ppf(0.975, users - 1) * values.std(ddof=1) / np.sqrt(users)) if users > 1 else np.nan
+    return Interval(mean, mean - half, mean + half, users)
 
 
 def intervals_by_group(differences: np.ndarray, groups: np.ndarray, num_groups: int) -> list[Interval]:

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -19,13 +19,10 @@ from utils.data.images import decoded_image
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-THUMBNAIL, SEEN = 112, 144  # pixels of an image's longer edge, and of the square that CLIP sees
-JPEG_QUALITY = 80
 DARKEST = 0.2  # brightness of a patch without attention
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """An item in a list: a note below its title, and whether it is marked as the test item."""
 
     item: int
@@ -33,8 +30,7 @@ class Tile:
     marked: bool
 
 
-@dataclass(frozen=True)
-class TileRow:
+class TileRow(NamedTuple):
     """Items side by side, with a label and a note; `empty` is said where there are none."""
 
     label: str
@@ -43,8 +39,7 @@ class TileRow:
     empty: str = ""
 
 
-@dataclass(frozen=True)
-class UserCard:
+class UserCard(NamedTuple):
     """A user's history and recommendations; why they are shown, and what they gained, are empty where there is nothing to say."""
 
     anchor: str
@@ -75,13 +70,10 @@ def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def thumbnail(path: Path, edge: int = THUMBNAIL, crop: float | None = None) -> str:
+def thumbnail(path: Path, edge: int = 112, crop: float | None = None) -> str:
     """An image as JPEG in a data URI, its longer edge `edge` pixels; a grey square where it cannot be read.
 
-    Args:
-        path: of the image.
-        edge: pixels.
-        crop: show only a central square, this share of the shorter edge wide.
+    With `crop`, it is only a central square, this share of the shorter edge wide.
     """
     try:
         with decoded_image(path, edge) as image:
@@ -89,7 +81,7 @@ def thumbnail(path: Path, edge: int = THUMBNAIL, crop: float | None = None) -> s
                 side = round(crop * min(image.size))
                 image = ImageOps.fit(ImageOps.fit(image, (min(image.size),) * 2), (side, side))
             image.thumbnail((edge, edge))
-            return _data_uri(image, "JPEG", quality=JPEG_QUALITY, optimize=True)
+            return _data_uri(image, "JPEG", quality=80, optimize=True)
     except (OSError, ValueError):
         return _data_uri(Image.new("RGB", (8, 8), "lightgray"), "JPEG")
 
@@ -97,9 +89,7 @@ def thumbnail(path: Path, edge: int = THUMBNAIL, crop: float | None = None) -> s
 def shadow(patches: np.ndarray, brightest: float) -> str:
     """An overlay that darkens an image where there is little attention, a pixel a patch, as PNG in a data URI.
 
-    Args:
-        patches: shares of attention, [rows, columns].
-        brightest: the share that is not darkened.
+    `patches` are shares of attention, [rows, columns]; the share `brightest` is not darkened.
     """
     darkness = Image.fromarray(np.uint8(255 * (1 - DARKEST) * (1 - np.clip(patches / brightest, 0, 1))))
     return _data_uri(Image.merge("LA", (Image.new("L", darkness.size), darkness)), "PNG", optimize=True)
@@ -109,25 +99,19 @@ TEMPLATES.globals.update(zip=zip, shadow=shadow)
 
 
 class Page:
-    """What a page shows; every item in any list gets one card, to which all lists link.
-
-    Args:
-        dataset: whose items and users.
-        heading: of the page.
-    """
+    """What a page shows; every item in any list gets one card, to which all lists link."""
 
     def __init__(self, dataset: Dataset, heading: str):
-        self.dataset = dataset
-        self.heading = heading
+        self.dataset, self.heading = dataset, heading
         self.items: dict[int, ItemCard] = {}
         self.users: list[UserCard] = []
 
     def card(self, item: int) -> ItemCard:
-        """The card of an item."""
+        """The card of an item, made when first asked for."""
         if item not in self.items:
-            dataset, place = self.dataset, item - 1
-            image = thumbnail(dataset.image_paths[place])
-            self.items[item] = ItemCard(item, dataset.raw_ids[place], dataset.titles[place], image)
+            dataset = self.dataset
+            image = thumbnail(dataset.image_paths[item - 1])
+            self.items[item] = ItemCard(item, dataset.raw_ids[item - 1], dataset.titles[item - 1], image)
         return self.items[item]
 
     def tile(self, item: int, anchor: str, label: str, note: str = "", marked: bool = False) -> Tile:
@@ -138,12 +122,10 @@ class Page:
     def add_user(
         self, person: Person, rankings: Sequence[tuple[str, Ranking]], top_k: int, kind: str = "", gain: str = ""
     ) -> None:
-        """Add a user's card.
+        """Add a user's card: the last `top_k` items of the history, and what each adapter recommends.
 
         Args:
-            person: who.
-            rankings: what each adapter recommends, under the name of its run or "".
-            top_k: how many of the latest items of the history are shown.
+            rankings: each with the name of its run, or "".
             kind, gain: why the user is shown, and their gain in NDCG@20.
         """
         anchor = person.name.replace(" ", "-")
@@ -153,15 +135,16 @@ class Page:
         for run_name, ranking in rankings:
             label = f"{run_name}: {ranking.label}" if run_name else ranking.label.capitalize()
             note = "" if ranking.test_rank is None else f"test item at rank {ranking.test_rank:,}"
-            scored = zip(ranking.items.tolist(), ranking.scores.tolist())
-            tiles = [self.tile(item, anchor, person.name, f"{score:.2f}", item == person.test_item) for item, score in scored]
+            tiles = [
+                self.tile(item, anchor, person.name, f"{score:.2f}", item == person.test_item) for item, score in ranking.best
+            ]
             rows.append(TileRow(label, note, tiles, "Every item is in the history already."))
         self.users.append(UserCard(anchor, person.name.capitalize(), kind, gain, person.history_note, rows))
 
     def add_attention(self, explanation: Explanation, run_name: str = "") -> None:
-        """Add the attention to an item in one run to its card."""
+        """Add the attention to an item in one run to the item's card."""
         card = self.card(explanation.item)
-        card.seen = card.seen or thumbnail(self.dataset.image_paths[explanation.item - 1], SEEN, explanation.crop)
+        card.seen = card.seen or thumbnail(self.dataset.image_paths[explanation.item - 1], 144, explanation.crop)
         card.attention.append((run_name, explanation))
 
     def write(self, path: Path, **sections: Any) -> None:

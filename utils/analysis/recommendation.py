@@ -1,7 +1,6 @@
 """What a finished run recommends to a user under their own group's adapter, the global one, and another group's."""
 import copy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +15,13 @@ from utils.run.run import Run
 from utils.training.evaluation import last_states, rank_targets
 
 
-@dataclass(frozen=True)
-class Person:
-    """Whom to recommend to.
+class Person(NamedTuple):
+    """Whom to recommend to."""
 
-    Attributes:
-        name: in words.
-        history: item numbers in time order, [interactions].
-        test_item: the held-out next item; None where it is not known.
-        row: of the data set's user; None for a new user.
-    """
-
-    name: str
-    history: np.ndarray
-    test_item: int | None
-    row: int | None
+    name: str  # in words
+    history: np.ndarray  # item numbers in time order, [interactions]
+    test_item: int | None  # the held-out next item, where it is known
+    row: int | None  # of the data set's user; None for a new user
 
     @property
     def history_note(self) -> str:
@@ -42,23 +33,13 @@ class Person:
         return "training and validation interactions; the test item, which comes next, is a candidate"
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """The best items by one adapter.
+class Ranking(NamedTuple):
+    """The best items by one adapter."""
 
-    Attributes:
-        adapter: "own group", "global" or "other group".
-        group: whose adapter; None for the global one.
-        items: the best first, [top_k].
-        scores: dot products of the user's state with the items, [top_k].
-        test_rank: the test item's rank among all candidates, from 1; None where there is none.
-    """
-
-    adapter: str
-    group: int | None
-    items: np.ndarray
-    scores: np.ndarray
-    test_rank: int | None
+    adapter: str  # "own group", "global" or "other group"
+    group: int | None  # whose adapter; None for the global one
+    best: list[tuple[int, float]]  # items and their scores, dot products with the user's state; the best first
+    test_rank: int | None  # of the test item among all candidates, from 1
 
     @property
     def label(self) -> str:
@@ -67,42 +48,30 @@ class Ranking:
 
 
 def known_user(run: Run, number: int) -> Person:
-    """A user of the data set by their number in `{name}_final.txt`; the history ends before the test item.
-
-    Raises:
-        PerPEFTError: there is no such user.
-    """
+    """A user of the data set by their number in `{name}_final.txt`; a PerPEFTError where there is none."""
     row = user_row(run.dataset, number)
     return Person(f"user {number}", run.split.train_and_valid[row], int(run.split.test[row]) or None, row)
 
 
 def new_user(dataset: Dataset, raw_ids: list[str]) -> Person:
-    """A user who is not in the data set, with these items as history, in time order.
-
-    Raises:
-        PerPEFTError: an item is unknown.
-    """
+    """A user who is not in the data set, with these items as history, in time order; a PerPEFTError if one is unknown."""
     return Person("a new user", np.array([item_number(dataset, raw_id) for raw_id in raw_ids]), None, None)
 
 
-def best_items(state: torch.Tensor, table: torch.Tensor, excluded: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The items of highest score that are not excluded, the best first; at equal scores the lower number comes first.
+def best_items(state: torch.Tensor, table: torch.Tensor, excluded: np.ndarray, top_k: int) -> list[tuple[int, float]]:
+    """The items of highest score that are not excluded and their scores, the best first, the lower number first at equal scores.
 
     Args:
         state: the user's, [hidden].
         table: the e_i of all items, [num_items + 1, hidden].
-        excluded: items that are no candidates.
-        top_k: how many, or as many as there are.
-    Returns:
-        items and their scores, [top_k] each
     """
     scores = (table @ state).cpu().double().numpy()  # [num_items + 1]
     candidates = np.setdiff1d(np.arange(1, len(scores)), excluded)
     best = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
-    return best, scores[best]
+    return list(zip(best.tolist(), scores[best].tolist()))
 
 
-def group_centres(vectors: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
+def _group_centres(vectors: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
     """The mean of the members' vectors, [groups, hidden]; NaN for a group without members."""
     sums = np.zeros((num_groups, vectors.shape[1]))
     np.add.at(sums, groups, vectors)
@@ -115,11 +84,9 @@ def choose_groups(vector: np.ndarray, own: int | None, centres: np.ndarray, othe
 
     Args:
         vector: the user's by the global model, [hidden].
-        own: the user's group, where it is known; else it is the one with the nearest centre.
+        own: the user's group; by default the one with the nearest centre.
         centres: [groups, hidden], NaN for a group without users.
-        other: the other group; by default the one whose centre is farthest from the user.
-    Returns:
-        the group and the other, None where there is only one
+        other: the other group; by default the one whose centre is farthest from the user, if there is another.
     Raises:
         PerPEFTError: there is no such other group, or it is the user's own.
     """
@@ -139,12 +106,8 @@ class Recommender:
 
     Args:
         run: from `open_finished`; its model is in use from now on.
-
     Attributes:
         user_vectors: what users were grouped by, [users, hidden].
-
-    Raises:
-        PerPEFTError: weights cannot be read.
     """
 
     def __init__(self, run: Run):
@@ -156,7 +119,7 @@ class Recommender:
         self._models: dict[int | None, tuple[SASRec, torch.Tensor]] = {None: (copy.deepcopy(run.model.sasrec), table)}
         if self.grouped:
             run.load_personalized()  # whose SASRec takes the place of the global one, copied above
-            self._centres = group_centres(self.user_vectors, run.groups, run.options.C)
+            self._centres = _group_centres(self.user_vectors, run.groups, run.options.C)
 
     def _state(self, group: int | None, history: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The user's state [hidden] after a history, and the item table [num_items + 1, hidden], by one adapter."""
@@ -165,24 +128,18 @@ class Recommender:
         sasrec, table = self._models[group]
         return last_states(sasrec, table, Histories.of_lists([history]), np.array([0]))[0], table
 
-    def ranking(self, person: Person, top_k: int, adapter: str, group: int | None) -> Ranking:
-        """The best items for a person by one adapter, of a group or, None, the global one."""
+    def _ranking(self, person: Person, top_k: int, adapter: str, group: int | None) -> Ranking:
         state, table = self._state(group, person.history)
-        items, scores = best_items(state, table, person.history, top_k)
         test_rank = None
         if person.test_item is not None:
             excluded = Histories.of_lists([person.history])
             test_rank = 1 + int(rank_targets(state[None], table, np.array([person.test_item]), excluded, np.array([0]))[0])
-        return Ranking(adapter, group, items, scores, test_rank)
+        return Ranking(adapter, group, best_items(state, table, person.history, top_k), test_rank)
 
     def recommend(self, person: Person, top_k: int, other_group: int | None = None) -> list[Ranking]:
-        """Rank all items outside a person's history by their own group's adapter, the global one, and another group's.
-
-        In runs without groups there is the one model only, called "global".
+        """The best items by a person's own group's adapter, the global one, and another group's, if the run has groups.
 
         Args:
-            person: from `known_user` or `new_user`.
-            top_k: how many items to keep.
             other_group: as in `choose_groups`.
         Raises:
             PerPEFTError: `other_group` is no other group, or a new user has no nearest group.
@@ -190,7 +147,7 @@ class Recommender:
         options = self.run.options
         if other_group is not None and not self.grouped:
             raise PerPEFTError(f"--other_group {other_group}: this run's method '{options.method}' has no groups")
-        by_global = self.ranking(person, top_k, "global", None)
+        by_global = self._ranking(person, top_k, "global", None)
         if not self.grouped:
             return [by_global]
         if person.row is None and options.grouping == "random":
@@ -198,10 +155,8 @@ class Recommender:
         known = None if person.row is None else int(self.run.groups[person.row])
         vector = self._state(None, person.history)[0].cpu().numpy()
         own, other = choose_groups(vector, known, self._centres, other_group)
-        rankings = [self.ranking(person, top_k, "own group", own), by_global]
-        if other is not None:
-            rankings.append(self.ranking(person, top_k, "other group", other))
-        return rankings
+        others = [] if other is None else [self._ranking(person, top_k, "other group", other)]
+        return [self._ranking(person, top_k, "own group", own), by_global, *others]
 
 
 def _item(dataset: Dataset, item: int) -> dict[str, Any]:
@@ -223,8 +178,7 @@ def as_json(run: Run, person: Person, rankings: list[Ranking]) -> dict[str, Any]
                 "group": ranking.group,
                 "rank_of_test_item": ranking.test_rank,
                 "items": [
-                    {"rank": rank, **_item(dataset, item), "score": score}
-                    for rank, (item, score) in enumerate(zip(ranking.items.tolist(), ranking.scores.tolist()), 1)
+                    {"rank": rank, **_item(dataset, item), "score": score} for rank, (item, score) in enumerate(ranking.best, 1)
                 ],
             }
             for ranking in rankings
@@ -238,7 +192,7 @@ def as_text(run: Run, person: Person, rankings: list[Ranking]) -> str:
     for ranking in rankings:
         test = "" if ranking.test_rank is None else f"; the test item has rank {ranking.test_rank}"
         lines.append(f"{ranking.label}{test}")
-        for rank, item in enumerate(ranking.items.tolist(), 1):
+        for rank, (item, _) in enumerate(ranking.best, 1):
             mark = "  <- test item" if item == person.test_item else ""
             lines.append(f"  {rank:>3}  {run.dataset.raw_ids[item - 1]}  {run.dataset.titles[item - 1][:80]}{mark}")
     return "\n".join(lines)

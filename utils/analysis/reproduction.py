@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from models.peft_configs import PEFT_TYPES
 from utils.common.errors import PerPEFTError
 from utils.run.folder import fixed_options, read_summary, run_name, settings_of
 from utils.run.options import parse_options
-from utils.run.reports import read_ranks
 
 PERPEFT = "PerPEFT"
 # The paper's kinds of adapter: the script that trains each, and the kinds that this script takes.
@@ -27,21 +24,13 @@ ADAPTERS = tuple(SCRIPTS)
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the paper's tables.
-
-    Attributes:
-        name: the paper's.
-        flags: of the training scripts.
-        stage: whose metrics count.
-        shares_stage_1: whether it starts from PerPEFT's own global model.
-        peft_types: adapters that it is defined for; None where it has none, so that one run serves all.
-    """
+    """A row of the paper's tables."""
 
     name: str
-    flags: tuple[str, ...] = ()
-    stage: str = "personalized"
-    shares_stage_1: bool = False
-    peft_types: tuple[str, ...] | None = ADAPTERS
+    flags: tuple[str, ...] = ()  # of the training scripts
+    stage: str = "personalized"  # whose metrics count
+    shares_stage_1: bool = False  # whether it starts from PerPEFT's own global model
+    peft_types: tuple[str, ...] | None = ADAPTERS  # that it is defined for; None where it has no adapter: one run serves all
 
 
 FULL_METHOD = Method(PERPEFT)
@@ -70,23 +59,14 @@ class OtherSettings(PerPEFTError):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training run.
-
-    Attributes:
-        peft_type: whose script runs it.
-        method: the row that it belongs to.
-        trial: the seed.
-        arguments: of the script.
-        folder: its run folder.
-        options: all that its metrics depend on, by name.
-    """
+    """One training run."""
 
     peft_type: str
     method: Method
-    trial: int
-    arguments: tuple[str, ...]
+    trial: int  # the seed
+    arguments: tuple[str, ...]  # of the script
     folder: Path
-    options: dict[str, Any] = field(compare=False)
+    options: dict[str, Any] = field(compare=False)  # all that its metrics depend on
 
     @property
     def script(self) -> str:
@@ -118,10 +98,6 @@ class PlannedRun:
         if differences:
             raise OtherSettings(f"{self.folder} holds a run with {differences}; use the same options, or another --output_dir")
         return summary
-
-    def test_ranks(self) -> np.ndarray:
-        """Each evaluated user's rank of the test item at the best epoch, from 0, [users]."""
-        return read_ranks(self.folder / f"{self.method.stage}_ranks.csv")["test"]
 
 
 def _arguments_for(peft_type: str, method: Method, arguments: list[str]) -> list[str]:
@@ -156,9 +132,6 @@ def plan_runs(dataset: str, tables: list[int], peft_types: list[str], trials: in
     """All runs that some tables need, each once; the first trial of every row before any second.
 
     Args:
-        dataset: its name.
-        tables: of 2 and 3.
-        peft_types: of lora, ia3 and iisan.
         trials: seeds 0 .. trials - 1.
         passed_on: further arguments of the training scripts.
     Raises:
@@ -181,10 +154,10 @@ def plan_runs(dataset: str, tables: list[int], peft_types: list[str], trials: in
 
 def estimated_seconds(run: PlannedRun, finished: dict[PlannedRun, float]) -> float | None:
     """Mean seconds of finished runs of the same row, or else of the same adapter; None where none is finished."""
-    alike = [seconds for other, seconds in finished.items() if (other.peft_type, other.method) == (run.peft_type, run.method)]
-    if not alike and run.method.peft_types:
-        of_adapter = [other for other in finished if other.peft_type == run.peft_type and other.method.peft_types]
-        alike = [finished[other] for other in of_adapter]
+    of_adapter = {other: seconds for other, seconds in finished.items() if other.peft_type == run.peft_type}
+    alike = [seconds for other, seconds in of_adapter.items() if other.method == run.method]
+    if run.method.peft_types:
+        alike = alike or [seconds for other, seconds in of_adapter.items() if other.method.peft_types]
     return sum(alike) / len(alike) if alike else None
 
 
@@ -192,14 +165,12 @@ def format_plan(runs: list[PlannedRun]) -> str:
     """One line a run with its time, taken or estimated, and what is left to do."""
     summaries = {run: run.summary() for run in runs}
     finished = {run: sum(summary["seconds"].values()) for run, summary in summaries.items() if summary}
-    lines, estimates = [], []
+    estimates = {run: estimated_seconds(run, finished) for run in runs if run not in finished}
+    lines = []
     for run in runs:
-        seconds = finished.get(run, estimated_seconds(run, finished))
-        if run not in finished:
-            estimates.append(seconds)
+        seconds = finished[run] if run in finished else estimates[run]
         time = "?" if seconds is None else f"{seconds / 60:.1f} min"
         lines.append(f"{'done' if run in finished else 'to do':<6}{time:>10}  {run.command()}")
-    unknown = estimates.count(None)
-    total = sum(seconds for seconds in estimates if seconds is not None) / 60
-    more = f", and {unknown} without an estimate" if unknown else ""
-    return "\n".join([*lines, f"{len(estimates)} of {len(runs)} runs to do, about {total:.0f} min{more}"])
+    known = [seconds for seconds in estimates.values() if seconds is not None]
+    more = f", and {len(estimates) - len(known)} without an estimate" if len(known) < len(estimates) else ""
+    return "\n".join([*lines, f"{len(estimates)} of {len(runs)} runs to do, about {sum(known) / 60:.0f} min{more}"])

@@ -2,41 +2,32 @@
 import contextlib
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import ttest_rel
 
-from utils.analysis.reproduction import ADAPTERS, PERPEFT, TABLES, OtherSettings, PlannedRun, methods_of, plan_runs
+from utils.analysis.reproduction import ADAPTERS, PERPEFT, TABLES, Method, OtherSettings, PlannedRun, methods_of, plan_runs
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_text_atomically
+from utils.run.reports import read_ranks
 from utils.training.evaluation import user_values
 
 SHOWN = ("HR@20", "HR@30", "NDCG@20", "NDCG@30")
-PAPER_FILE = Path(__file__).with_name("paper_results.csv")
 TITLES = {2: "comparison of methods", 3: "ablations"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method's metrics in percent.
-
-    Attributes:
-        method: its name in the paper.
-        mean, deviation: by metric; the sample standard deviation over trials, NaN of a single one.
-        paper: the paper's values where it has some.
-        valid: mean validation NDCG@20, which chooses the strongest row.
-        gains: by trial, each evaluated user's test NDCG@20 as a fraction, [users].
-    """
+class Row(NamedTuple):
+    """One method's metrics in percent, by name."""
 
     method: str
     mean: dict[str, float]
-    deviation: dict[str, float]
-    paper: dict[str, float]
-    valid: float
-    gains: dict[int, np.ndarray]
+    deviation: dict[str, float]  # of the sample of trials; NaN of a single one
+    paper: dict[str, float]  # the paper's values, where it has some
+    valid: float  # mean validation NDCG@20, which chooses the strongest row
+    gains: dict[int, np.ndarray]  # by trial, each evaluated user's test NDCG@20 as a fraction, [users]
 
     @property
     def trials(self) -> int:
@@ -44,21 +35,15 @@ class Row:
         return len(self.gains)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """PerPEFT against the strongest other row of a table, by validation, in test NDCG@20.
+class Comparison(NamedTuple):
+    """PerPEFT against the strongest other row of a table, by validation, in test NDCG@20, over the trials that both have.
 
-    Attributes:
-        strongest: that row's method.
-        difference: in points, the mean over users and the trials that both have.
-        p: two-sided, of a paired t-test over users, each user's metrics averaged over those trials; the trained models are taken
-            as fixed. NaN where no user differs.
-        users, trials: how many.
+    The paired t-test takes the trained models as fixed: it is over users, each user's metrics averaged over trials.
     """
 
     strongest: str
-    difference: float
-    p: float
+    difference: float  # in points
+    p: float  # two-sided; NaN where no user differs
     users: int
     trials: int
 
@@ -71,57 +56,51 @@ class Comparison:
         )
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One table for one kind of adapter."""
 
     table: int
     peft_type: str
     rows: list[Row]
 
-    def best(self, metric: str) -> float:
-        """The highest mean."""
-        return max(row.mean[metric] for row in self.rows)
-
     def comparison(self) -> Comparison | None:
         """PerPEFT against the strongest other row; None as long as they have no trial in common."""
-        ours = [row for row in self.rows if row.method == PERPEFT]
-        others = [row for row in self.rows if row.method != PERPEFT]
+        others = {row.method: row for row in self.rows}
+        ours = others.pop(PERPEFT, None)
         if not ours or not others:
             return None
-        strongest = max(others, key=lambda row: row.valid)
-        common = sorted(ours[0].gains.keys() & strongest.gains.keys())
+        strongest = max(others.values(), key=lambda row: row.valid)
+        common = sorted(ours.gains.keys() & strongest.gains.keys())
         if not common:
             return None
-        own, other = (np.mean([row.gains[trial] for trial in common], axis=0) for row in (ours[0], strongest))  # [users] each
+        own, other = (np.mean([row.gains[trial] for trial in common], axis=0) for row in (ours, strongest))  # [users] each
         p = float(ttest_rel(own, other).pvalue) if (own != other).any() else float("nan")
         return Comparison(strongest.method, float(100 * (own - other).mean()), p, len(own), len(common))
 
 
 def paper_figures(table: int, peft_type: str, method: str, dataset: str) -> dict[str, float]:
     """The paper's values in percent by metric; empty where it has none."""
-    with PAPER_FILE.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    with Path(__file__).with_name("paper_results.csv").open(encoding="utf-8", newline="") as file:
+        rows = {(row["table"], row["peft"], row["method"], row["dataset"]): row for row in csv.DictReader(file)}
     # the paper has PerPEFT in Table 2 only, and methods without an adapter under N/A
-    places = [(str(table), peft_type), ("2", peft_type), (str(table), "N/A")]
-    for place in places:
-        for row in rows:
-            if (row["table"], row["peft"]) == place and (row["method"], row["dataset"]) == (method, dataset):
-                return {metric: float(row[metric]) for metric in SHOWN}
+    for place in ((str(table), peft_type), ("2", peft_type), (str(table), "N/A")):
+        if row := rows.get((*place, method, dataset)):
+            return {metric: float(row[metric]) for metric in SHOWN}
     return {}
 
 
-def _row(found: dict[PlannedRun, dict[str, Any]], paper: dict[str, float]) -> Row:
+def _row(method: Method, found: dict[PlannedRun, dict[str, Any]], paper: dict[str, float]) -> Row:
     """A row of finished runs of one method and their summaries."""
-    stages = [summary[run.method.stage] for run, summary in found.items()]
+    stages = [summary[method.stage] for summary in found.values()]
     values = {metric: np.array([100 * stage["test"][metric] for stage in stages]) for metric in SHOWN}
+    ranks = {run.trial: read_ranks(run.folder / f"{method.stage}_ranks.csv")["test"] for run in found}
     return Row(
-        next(iter(found)).method.name,
+        method.name,
         {metric: float(each.mean()) for metric, each in values.items()},
         {metric: float(each.std(ddof=1)) if len(each) > 1 else float("nan") for metric, each in values.items()},
         paper,
         float(np.mean([stage["valid"]["NDCG@20"] for stage in stages])),
-        {run.trial: user_values("NDCG@20", run.test_ranks()) for run in found},
+        {trial: user_values("NDCG@20", each) for trial, each in ranks.items()},
     )
 
 
@@ -131,25 +110,23 @@ def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
     Raises:
         PerPEFTError: the data set has changed between runs, or a summary or a file of ranks is damaged.
     """
-    found = {}
+    found: dict[PlannedRun, dict[str, Any]] = {}
     for run in runs:
         with contextlib.suppress(OtherSettings):  # which do not belong to these tables
-            found[run] = run.summary()
-    if len({summary["dataset_fingerprint"] for summary in found.values() if summary}) > 1:
+            if summary := run.summary():
+                found[run] = summary
+    if len({summary["dataset_fingerprint"] for summary in found.values()}) > 1:
         raise PerPEFTError(f"the runs of {dataset} used different data: its files have changed between them; train them again")
     blocks = []
     for table in TABLES:
         for peft_type in ADAPTERS:
             rows, has_own = [], False
             for method in methods_of(table, peft_type):
-                mine = {
-                    run: summary
-                    for run, summary in found.items()
-                    if summary and run.method == method and (not method.peft_types or run.peft_type == peft_type)
-                }
-                if mine:
-                    rows.append(_row(mine, paper_figures(table, peft_type, method.name, dataset)))
-                    has_own |= method.peft_types is not None and (table == 2 or method.name != PERPEFT)
+                alike = [run for run in found if run.method == method and (not method.peft_types or run.peft_type == peft_type)]
+                if alike:
+                    paper = paper_figures(table, peft_type, method.name, dataset)
+                    rows.append(_row(method, {run: found[run] for run in alike}, paper))
+                    has_own |= bool(method.peft_types) and (table == 2 or method.name != PERPEFT)
             if has_own:
                 blocks.append(Block(table, peft_type, rows))
     return blocks
@@ -172,13 +149,14 @@ def _cells(block: Block, trials: int, bold: str, blank: str = "") -> tuple[list[
     """Column names and the cells of each row; the format `bold` marks the best of a metric."""
     with_paper = any(row.paper for row in block.rows)
     names = ["method", *(name for metric in SHOWN for name in ([metric, "paper"] if with_paper else [metric]))]
+    best = {metric: max(row.mean[metric] for row in block.rows) for metric in SHOWN}
     lines = []
     for row in block.rows:
         cells = [row.method if row.trials == trials else f"{row.method} [{row.trials} of {trials} trials]"]
         for metric in SHOWN:
             deviation = row.deviation[metric]
             text = f"{row.mean[metric]:.2f}" + (f" ({deviation:.2f})" if np.isfinite(deviation) else "")
-            cells.append(bold.format(text) if row.mean[metric] == block.best(metric) else text)
+            cells.append(bold.format(text) if row.mean[metric] == best[metric] else text)
             if with_paper:
                 cells.append(f"{row.paper[metric]:.2f}" if row.paper else blank)
         lines.append(cells)
@@ -189,7 +167,7 @@ def _format_comparison(block: Block) -> str:
     return str(block.comparison() or "No test yet: PerPEFT and the strongest other row have no finished trial in common.")
 
 
-def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+def markdown_table(columns: list[str], rows: Iterable[list[str]]) -> str:
     """A table as Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
 

@@ -1,7 +1,7 @@
 """Where a PerPEFT run wins and loses against another run: by rank depth, history length, popularity and group size; and how much
 of its top 20 lies outside the items of the user's group."""
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +19,6 @@ from utils.training.evaluation import user_values
 from utils.training.sampling import group_items
 
 TOP = 20
-DEPTHS = (1, 5, 10, 20, 50, 100, 200, 500)
 # strata by lower bounds; each goes up to the next
 HISTORY_LENGTHS = {1: "1 to 3", 4: "4 to 5", 6: "6 to 9", 10: "10 or more"}
 POPULARITIES = {0: "0", 1: "1 or 2", 3: "3 to 5", 6: "6 to 10", 11: "11 or more"}
@@ -39,11 +38,9 @@ def percent(ranks: np.ndarray, *metrics: str) -> str:
 
 def by_depth(own: np.ndarray, other: np.ndarray) -> str:
     """HR@K of both runs and the difference; test ranks from 0, [users] each."""
-    metrics = [f"HR@{k}" for k in DEPTHS]
-    return markdown_table(
-        ["depth", "other run", "PerPEFT", "difference, points"],
-        [[metric, percent(other, metric), percent(own, metric), difference(metric, own, other)] for metric in metrics],
-    )
+    metrics = [f"HR@{k}" for k in (1, 5, 10, 20, 50, 100, 200, 500)]
+    rows = [[metric, percent(other, metric), percent(own, metric), difference(metric, own, other)] for metric in metrics]
+    return markdown_table(["depth", "other run", "PerPEFT", "difference, points"], rows)
 
 
 def by_stratum(own: np.ndarray, other: np.ndarray, values: np.ndarray, strata: dict[float, str], name: str) -> str:
@@ -51,9 +48,8 @@ def by_stratum(own: np.ndarray, other: np.ndarray, values: np.ndarray, strata: d
 
     Args:
         own, other: test ranks from 0, [users].
-        values: what users are divided by, [users].
+        values: what users are divided by, [users]; `name` heads their column.
         strata: lower bound, ascending, to name.
-        name: of the values.
     """
     metrics = ("HR@20", "NDCG@20", "HR@100")
     stratum = np.searchsorted(list(strata), values, side="right") - 1  # [users]
@@ -66,29 +62,13 @@ def by_stratum(own: np.ndarray, other: np.ndarray, values: np.ndarray, strata: d
     return markdown_table([name, "users", *metrics], rows)
 
 
-@dataclass(frozen=True)
-class GroupRanking:
-    """Each evaluated user's test item among all items and among the items of their group, [users].
-
-    Attributes:
-        among_all: rank from 0 among all items.
-        among_own: rank from 0 among the group's items; the number of items where the test item is not one of them.
-        outside: whether the test item is none of the group's items.
-        share: of the user's top items, how many are none of the group's.
-    """
+class GroupRanking(NamedTuple):
+    """Each evaluated user's test item among all items and among the items of their group; ranks from 0, [users] each."""
 
     among_all: np.ndarray
-    among_own: np.ndarray
-    outside: np.ndarray
-    share: np.ndarray
-
-    def cells(self) -> list[str]:
-        """The row of `outside_the_group`."""
-        metrics = ("HR@20", "NDCG@20")
-        return [
-            f"{100 * self.share.mean():.1f} %", f"{100 * self.outside.mean():.1f} %", percent(self.among_all, *metrics),
-            percent(self.among_own, *metrics), *(difference(metric, self.among_own, self.among_all) for metric in metrics),
-        ]  # fmt: skip
+    among_own: np.ndarray  # the number of items where the test item is none of the group's
+    outside: np.ndarray  # whether the test item is none of the group's
+    share: np.ndarray  # of the user's top items, how many are none of the group's
 
 
 def rank_in_groups(vectors: Path, histories: Histories, groups: np.ndarray, top: int = TOP) -> GroupRanking:
@@ -96,7 +76,6 @@ def rank_in_groups(vectors: Path, histories: Histories, groups: np.ndarray, top:
 
     Args:
         vectors: a folder of `export_vectors` with histories "train_and_valid"; a run without groups has one table of items.
-        histories: whole ones, [users].
         groups: each user row's group, [users].
         top: how many first items `share` is of.
     Raises:
@@ -105,7 +84,7 @@ def rank_in_groups(vectors: Path, histories: Histories, groups: np.ndarray, top:
     split = leave_last_out(histories)
     users, shared = split.evaluated_users, not (vectors / "items_group_0.npy").is_file()
     own_items = group_items(split.train, groups, int(groups.max()) + 1)
-    found = {name: np.zeros(len(users)) for name in ("among_all", "among_own", "outside", "share")}
+    found = np.zeros((len(GroupRanking._fields), len(users)))
     try:
         states = np.load(vectors / "users.npy")  # [users, hidden]
         names = [f"items_{'global' if shared else f'group_{group}'}.npy" for group in range(len(own_items))]
@@ -125,18 +104,22 @@ def rank_in_groups(vectors: Path, histories: Histories, groups: np.ndarray, top:
         scores[target] = goal
         above = scores >= goal  # ties count against the model, as in evaluation
         best = np.argsort(-scores, kind="stable")[:top]
-        found["among_all"][place] = above.sum() - 1
-        found["among_own"][place] = above[is_own].sum() - 1 if is_own[target] else len(scores)
-        found["outside"][place] = not is_own[target]
-        found["share"][place] = 1 - is_own[best].mean()
-    return GroupRanking(**found)
+        among_own = above[is_own].sum() - 1 if is_own[target] else len(scores)
+        found[:, place] = above.sum() - 1, among_own, not is_own[target], 1 - is_own[best].mean()
+    return GroupRanking(*found)
 
 
 def outside_the_group(rankings: dict[str, GroupRanking]) -> str:
     """By name: the share of the top 20 outside the group's items, and what ranking these items alone changes."""
     columns = ["vectors", f"top {TOP} outside the group's items", "test items outside", "HR@20 / NDCG@20, all items"]
     columns += ["the group's items", "difference HR@20", "NDCG@20"]
-    return markdown_table(columns, [[name, *ranking.cells()] for name, ranking in rankings.items()])
+    metrics = ("HR@20", "NDCG@20")
+    rows = []
+    for name, (among_all, among_own, outside, share) in rankings.items():
+        shares = [f"{100 * share.mean():.1f} %", f"{100 * outside.mean():.1f} %"]
+        gains = [difference(metric, among_own, among_all) for metric in metrics]
+        rows.append([name, *shares, percent(among_all, *metrics), percent(among_own, *metrics), *gains])
+    return markdown_table(columns, rows)
 
 
 def _dataset_of(run: Path, other: Path, train_dir: str | Path) -> Dataset:
@@ -161,7 +144,6 @@ def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) 
 
     Args:
         run, other: folders of finished runs of one data set, the first with groups.
-        train_dir: the folder of the data sets.
         vectors: folders of vectors, all ranked by the first run's groups.
     Raises:
         PerPEFTError: a run is not finished, has no groups, or belongs to other data.
