@@ -169,6 +169,10 @@ def test_thumbnails_keep_the_whole_image_or_the_centre_that_clip_sees(tmp_path):
     assert whole.shape == (20, 60, 3) and whole[10, 3, 0] > 200 and whole[10, 30, 2] > 200
     centre = decoded(thumbnail(tmp_path / "wide.png", 60, crop=1.0))
     assert centre.shape == (60, 60, 3) and centre[30, 3:57, 2].min() > 200
+    image.paste((0, 255, 0), (125, 25, 175, 75))
+    image.save(tmp_path / "wide.png")
+    inner = decoded(thumbnail(tmp_path / "wide.png", 60, crop=0.5))  # a resized image of 300 x 100, cropped to 50 x 50
+    assert inner.shape[0] == inner.shape[1] and inner[3:-3, 3:-3, 1].min() > 200
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     for name in ("broken.jpg", "missing.jpg"):
         assert np.ptp(decoded(thumbnail(tmp_path / name))) <= 2  # grey

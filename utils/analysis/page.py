@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
-from PIL import Image, ImageOps
+from PIL import Image
 
 from utils.analysis.attention import Explanation
 from utils.analysis.recommendation import Person, Ranking
@@ -79,7 +79,8 @@ def thumbnail(path: Path, edge: int = 112, crop: float | None = None) -> str:
         with decoded_image(path, edge) as image:
             if crop:
                 side = round(crop * min(image.size))
-                image = ImageOps.fit(ImageOps.fit(image, (min(image.size),) * 2), (side, side))
+                left, top = ((length - side) // 2 for length in image.size)
+                image = image.crop((left, top, left + side, top + side))
             image.thumbnail((edge, edge))
             return _data_uri(image, "JPEG", quality=80, optimize=True)
     except (OSError, ValueError):
