@@ -1,6 +1,7 @@
 """SASRec, the projector and IISAN compute what DESIGN.md section 3 writes down, re-implemented here in plain operations."""
 import inspect
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,20 +10,16 @@ from torch import nn
 
 from models import IISAN, ItemEncoder, MMProjector, PerPEFT, SASRec
 from tests.conftest import make_trainer
-from tests.models.conftest import BATCH
+from tests.models.conftest import BATCH, shake
 
 ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS = 12, 8, 5, 2, 2
 
 
-def make_sasrec(seed=0, **changes):
+def make_sasrec(**changes):
     """A SASRec in eval mode whose biases and norms are not at their initial values, so that forgetting one shows."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_units": WIDTH, "maxlen": MAXLEN, "num_blocks": BLOCKS, "num_heads": HEADS} | changes
-    model = SASRec(ITEMS, **sizes).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    torch.manual_seed(0)
+    model = SASRec(ITEMS, **{"hidden_units": WIDTH, "maxlen": MAXLEN, "num_blocks": BLOCKS, "num_heads": HEADS} | changes).eval()
+    shake([parameter for parameter in model.parameters() if parameter.dim() == 1])
     return model
 
 
@@ -78,20 +75,15 @@ def vectors():
     return torch.randn(ITEMS + 1, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.parametrize(
+    ("histories", "heads", "blocks", "weight_scalar"),
+    [(HISTORIES, HEADS, BLOCKS, 0.5), ([[0, 4, 9]], 4, 3, 1.7)],  # shorter than maxlen: positions count from 1 all the same
+)
 @torch.no_grad()
-def test_states_equal_the_written_formula(vectors):
-    model = make_sasrec()
-    states = model.states(torch.tensor(HISTORIES), vectors)
-    expected = np.stack([plain_states(model, history, vectors) for history in HISTORIES])
-    np.testing.assert_allclose(states.numpy(), expected, atol=2e-5)
-
-
-@torch.no_grad()
-def test_states_follow_weight_scalar_heads_blocks_and_short_inputs(vectors):
-    model = make_sasrec(num_blocks=3, num_heads=4, weight_scalar=1.7)
-    history = [0, 4, 9]  # shorter than maxlen: positions count from 1 all the same
-    expected = plain_states(model, history, vectors, heads=4, blocks=3, weight_scalar=1.7)
-    np.testing.assert_allclose(model.states(torch.tensor([history]), vectors)[0].numpy(), expected, atol=2e-5)
+def test_states_equal_the_written_formula(vectors, histories, heads, blocks, weight_scalar):
+    model = make_sasrec(num_heads=heads, num_blocks=blocks, weight_scalar=weight_scalar)
+    expected = [plain_states(model, history, vectors, heads, blocks, weight_scalar) for history in histories]
+    np.testing.assert_allclose(model.states(torch.tensor(histories), vectors).numpy(), expected, atol=2e-5)
 
 
 @torch.no_grad()
@@ -100,12 +92,10 @@ def test_logits_are_dot_products_of_states_and_item_inputs(vectors):
     seq = torch.tensor(HISTORIES)
     positives = torch.tensor([[0, 0, 5, 3, 8], [2, 3, 4, 5, 6], [0, 0, 0, 0, 1], [0, 12, 1, 9, 2]])
     negatives = torch.tensor([[0, 0, 1, 1, 2], [7, 8, 9, 7, 8], [0, 0, 0, 0, 3], [0, 3, 4, 5, 6]])
-    for target, logits in zip((positives, negatives), model(seq, positives, negatives, vectors)):
-        for user, history in enumerate(HISTORIES):
-            states = plain_states(model, history, vectors)
-            for t, item in enumerate(target[user].tolist()):
-                e = 0.5 * vectors[item].numpy() + model.item_emb.weight[item].numpy()
-                assert logits[user, t].item() == pytest.approx(states[t] @ e, abs=5e-5)
+    states = np.stack([plain_states(model, history, vectors) for history in HISTORIES])
+    e = (0.5 * vectors + model.item_emb.weight).numpy()
+    for items, logits in zip((positives, negatives), model(seq, positives, negatives, vectors)):
+        np.testing.assert_allclose(logits.numpy(), (states * e[items]).sum(-1), atol=5e-5)
 
 
 @torch.no_grad()
@@ -122,9 +112,7 @@ def test_rows_zero_are_zero_at_first_and_weights_are_xavier_normal():
     torch.manual_seed(0)
     model = SASRec(3000, hidden_units=64, maxlen=50, num_heads=4)
     assert not model.item_emb.weight[0].any() and not model.pos_emb.weight[0].any()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            continue
+    for name, parameter in [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() >= 2]:
         fan_out, fan_in = parameter.shape[:2]
         expected = (2 / (fan_in + fan_out)) ** 0.5
         weights = parameter[1:] if name in ("item_emb.weight", "pos_emb.weight") else parameter
@@ -140,16 +128,19 @@ class TableEncoder(ItemEncoder):
     """An item encoder whose adapter is a linear layer on features that are its input: the interface, without CLIP."""
 
     def __init__(self, width=6):
-        super().__init__(nn.Linear(width, width))
-        self.feature_dim, self.foundation_parameters = width, 1
+        super().__init__(nn.Linear(width, width), width, 1)
 
     def forward(self, features):
         return self.active(features)
 
 
+def make_model():
+    return PerPEFT(TableEncoder(), MMProjector(6, WIDTH), SASRec(ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS))
+
+
 def test_rows_zero_stay_zero_in_training():
     torch.manual_seed(0)
-    model = PerPEFT(TableEncoder(), MMProjector(6, WIDTH), SASRec(ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS))
+    model = make_model()
     trainer = make_trainer(model, lambda items: (torch.randn(4, 6),), 1e-2, 0.1, 1e-2)
     model.train()
     before = model.sasrec.item_emb.weight[2].clone()
@@ -203,9 +194,6 @@ def test_import_surface_has_the_documented_signatures():
         assert IISAN()(torch.zeros(2, 7, 768), torch.zeros(2, 7, 512)).shape == (2, 1792)
 
 
-# ---------------------------------------------------------------- the projector
-
-
 def plain_projector(projector, features):
     weights = {name: tensor.double().numpy() for name, tensor in projector.state_dict().items()}
     x = features.double().numpy() @ weights["projector.0.weight"].T + weights["projector.0.bias"]
@@ -214,24 +202,13 @@ def plain_projector(projector, features):
     return layer_norm(x, weights, "last_layernorm")
 
 
-@torch.no_grad()
-def test_projector_equals_the_written_formula():
-    torch.manual_seed(1)
-    projector = MMProjector(9, 4)
-    for parameter in projector.parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
-    features = torch.randn(7, 9)
-    np.testing.assert_allclose(projector(features).numpy(), plain_projector(projector, features), atol=1e-5)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
-def test_padding_item_is_the_projection_of_an_all_zero_row_in_training_and_evaluation(training):
+def test_item_vectors_equal_the_written_formula_and_the_padding_items_is_the_projection_of_an_all_zero_row(training):
     torch.manual_seed(2)
-    encoder, projector = TableEncoder(), MMProjector(6, WIDTH)
-    for parameter in projector.parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
-    model = PerPEFT(encoder, projector, SASRec(ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS)).train(training)
+    model = make_model().train(training)
+    encoder, projector = model.encoder, model.projectors[0]
+    shake(projector.parameters())
     features = torch.randn(3, 6)
     vectors = model.item_vectors(0, (features,))
     adapted = features @ encoder.active.weight.T + encoder.active.bias
@@ -239,9 +216,6 @@ def test_padding_item_is_the_projection_of_an_all_zero_row_in_training_and_evalu
     assert vectors.shape == (4, WIDTH)
     assert np.abs(expected[0]).max() > 0.1  # the zero row before the projector is not a zero row after it
     np.testing.assert_allclose(vectors.numpy(), expected, atol=1e-5)
-
-
-# ---------------------------------------------------------------- IISAN
 
 
 def plain_iisan(weights, image, text):
@@ -266,46 +240,37 @@ def plain_iisan(weights, image, text):
     return torch.cat([z_text, z_image, z_both])
 
 
-def authors_iisan_weights(image_dim, text_dim, states, bottleneck):
-    """Random weights under the names and shapes of the authors' code."""
+@pytest.fixture
+def iisan():
+    """A small IISAN with random weights under the names and shapes of the authors' code, and states of six items."""
     random = torch.Generator().manual_seed(5)
-    weights = {"weight_scalar": torch.randn(3, states, generator=random)}
-    for i in range(states):
-        for blocks, width in (("ImgBlocks", image_dim), ("TextBlocks", text_dim), ("InterBlocks", text_dim)):
-            weights[f"{blocks}.{i}.0.weight"] = 0.3 * torch.randn(bottleneck, width, generator=random)
-            weights[f"{blocks}.{i}.0.bias"] = torch.randn(bottleneck, generator=random)
-            weights[f"{blocks}.{i}.2.weight"] = 0.3 * torch.randn(width, bottleneck, generator=random)
-            weights[f"{blocks}.{i}.2.bias"] = torch.randn(width, generator=random)
-        weights[f"CombProj.{i}.0.weight"] = torch.randn(text_dim, image_dim, generator=random)
-        weights[f"CombProj.{i}.0.bias"] = torch.randn(text_dim, generator=random)
-    return weights
-
-
-def test_iisan_with_the_authors_weights_equals_the_written_formula_and_learns_by_its_gradient():
+    shapes = {"weight_scalar": (3, 4)}
+    for i in range(4):
+        for blocks, width in (("ImgBlocks", 7), ("TextBlocks", 5), ("InterBlocks", 5)):
+            shapes |= {f"{blocks}.{i}.0.weight": (3, width), f"{blocks}.{i}.0.bias": (3,)}
+            shapes |= {f"{blocks}.{i}.2.weight": (width, 3), f"{blocks}.{i}.2.bias": (width,)}
+        shapes |= {f"CombProj.{i}.0.weight": (5, 7), f"CombProj.{i}.0.bias": (5,)}
+    weights = {name: 0.5 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
     model = IISAN(image_dim=7, text_dim=5, num_states=4, bottleneck=3)
-    weights = authors_iisan_weights(7, 5, 4, 3)
     model.load_state_dict(weights, strict=True)
-    plain = {name: weight.double().requires_grad_() for name, weight in weights.items()}
-    random = torch.Generator().manual_seed(6)
     image, text = torch.randn(6, 4, 7, generator=random), torch.randn(6, 4, 5, generator=random)
-    features = model(image, text)
-    expected = torch.stack([plain_iisan(plain, *item) for item in zip(image.double(), text.double())])
+    return SimpleNamespace(model=model, weights=weights, image=image, text=text)
+
+
+def test_iisan_with_the_authors_weights_equals_the_written_formula_and_learns_by_its_gradient(iisan):
+    model, plain = iisan.model, {name: weight.double().requires_grad_() for name, weight in iisan.weights.items()}
+    features = model(iisan.image, iisan.text)
+    expected = torch.stack([plain_iisan(plain, *item) for item in zip(iisan.image.double(), iisan.text.double())])
     torch.testing.assert_close(features, expected.float(), rtol=1e-4, atol=1e-4)
 
     # one step down the gradient of the same loss, read by the authors' names whatever way the module stores its weights
-    direction = torch.randn(features.shape, generator=random)
+    direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(6))
     (features * direction).sum().backward()
     (expected * direction.double()).sum().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     for name, weight in model.state_dict().items():
-        stepped = plain[name] - 0.1 * plain[name].grad if plain[name].grad is not None else plain[name]
+        stepped = plain[name] - 0.1 * plain[name].grad
         torch.testing.assert_close(weight, stepped.detach().float(), rtol=1e-3, atol=1e-3, msg=name)
-
-
-def test_iisan_at_the_papers_sizes_loads_weights_of_the_authors_names():
-    model = IISAN()
-    model.load_state_dict(authors_iisan_weights(768, 512, 7, 32), strict=True)
-    assert model.weight_scalar.std() > 0.5  # taken over, not left at zero
 
 
 def test_iisan_starts_with_even_gates_and_nearly_silent_blocks():
@@ -323,28 +288,21 @@ def test_iisan_starts_with_even_gates_and_nearly_silent_blocks():
             assert 0.95 * bound < largest <= bound, (layer, part)
 
 
-def test_iisan_trains_under_autocast_as_it_does_on_a_gpu():
-    model = IISAN(image_dim=7, text_dim=5, num_states=4, bottleneck=3)
-    model.load_state_dict(authors_iisan_weights(7, 5, 4, 3), strict=True)
-    image, text = torch.randn(6, 4, 7), torch.randn(6, 4, 5)
-    exact = model(image, text).detach()
+def test_iisan_trains_under_autocast_as_it_does_on_a_gpu(iisan):
+    exact = iisan.model(iisan.image, iisan.text).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the same rules of mixed types as CUDA's
-        features = model(image, text)
+        features = iisan.model(iisan.image, iisan.text)
     torch.testing.assert_close(features.float(), exact, rtol=0.1, atol=0.5)
     features.float().sum().backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
-    assert sum(parameter.grad is not None and bool(parameter.grad.any()) for parameter in model.parameters()) >= 10
+    assert all(torch.isfinite(parameter.grad).all() and parameter.grad.any() for parameter in iisan.model.parameters())
 
 
-@pytest.mark.parametrize("modality", ["image", "text"])
-def test_iisan_of_one_modality_is_that_stream_of_the_whole(modality):
-    torch.manual_seed(0)
-    whole, one = IISAN(6, 5, 3, 2), IISAN(6, 5, 3, 2, modality=modality)
-    prefixes = ("weight_scalar", {"image": "ImgBlocks", "text": "TextBlocks"}[modality])
-    weights = {name: torch.randn_like(value) for name, value in whole.state_dict().items()}
-    whole.load_state_dict(weights)
-    one.load_state_dict({name: value for name, value in weights.items() if name.startswith(prefixes)})  # strictly
-    image_states, text_states = torch.randn(4, 3, 6), torch.randn(4, 3, 5)
-    stream = {"text": slice(0, 5), "image": slice(5, 11)}[modality]
-    torch.testing.assert_close(one(image_states, text_states), whole(image_states, text_states)[:, stream])
+@pytest.mark.parametrize(
+    ("modality", "blocks", "stream"), [("image", "ImgBlocks", slice(5, 12)), ("text", "TextBlocks", slice(0, 5))]
+)
+def test_iisan_of_one_modality_is_that_stream_of_the_whole(iisan, modality, blocks, stream):
+    one = IISAN(7, 5, 4, 3, modality=modality)
+    one.load_state_dict({name: w for name, w in iisan.weights.items() if name.startswith(("weight_scalar", blocks))})  # strictly
+    whole = iisan.model(iisan.image, iisan.text)
+    torch.testing.assert_close(one(iisan.image, iisan.text), whole[:, stream])
     assert one.out_dim == stream.stop - stream.start

@@ -40,10 +40,10 @@ def test_one_adapter_a_group_moves_alone_and_opens_with_peft(kind, tiny_clip, ma
     optimizer = torch.optim.AdamW(adapter_parameters(encoder), lr=1e-2, weight_decay=0.5)
     before = [{name: p.detach().clone() for name, p in encoder.group_parameters(group).items()} for group in range(3)]
     frozen = frozen_parts(encoder)
-    features(encoder, inputs, 1).square().sum().mul(3).add(features(encoder, inputs, 1)[:, 0].sum()).backward()
+    features(encoder, inputs, 1)[:, 0].sum().backward()
     optimizer.step()
     moved = [{n for n, p in encoder.group_parameters(g).items() if not torch.equal(p, before[g][n])} for g in range(3)]
-    assert not moved[0] and not moved[2] and moved[1] == set(before[1])
+    assert moved == [set(), set(before[1]), set()]
     encoder.use_group(0)  # a shared name in the module tree is group 0's again
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_parts(encoder).items())
 
@@ -104,9 +104,6 @@ def test_dora_is_lora_with_magnitudes_by_the_papers_settings(make_encoder):
     assert {name.split("q_proj.")[1] for name in names if "q_proj" in name} == {
         "lora_A.weight", "lora_B.weight", "lora_magnitude_vector",
     }  # fmt: skip
-
-
-# ---------------------------------------------------------------- the command line
 
 
 def test_settings_that_do_not_fit_the_model_are_one_sentence(tiny_dataset, tiny_clip, tmp_path):

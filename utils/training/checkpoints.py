@@ -71,17 +71,13 @@ def _save_module(module: torch.nn.Module, path: Path) -> None:
 
 
 def _group_folders(model: PerPEFT, folder: Path, stage: str) -> list[Path]:
-    """Where each group's projector and adapter lie; the global ones beside SASRec."""
     return [folder] if stage == "global" else [folder / f"group_{group}" for group in range(model.num_groups)]
 
 
 def save_weights(model: PerPEFT, folder: Path, stage: str) -> None:
     """Write `sasrec.pth` and every group's `projector.pth` and adapter; the folder is replaced as a whole.
 
-    Args:
-        model: of one group for the stage "global", else of as many as there are.
-        folder: `global/` or `personalized/` of a run; in the latter, each group has a folder `group_{g}/`.
-        stage: "global" or "personalized".
+    Of the stage "global" all lie in `folder`; of "personalized", each group's projector and adapter in `group_{g}/` there.
     """
     with folder_written_atomically(folder) as temporary:
         _save_module(model.sasrec, temporary / "sasrec.pth")
@@ -110,19 +106,15 @@ def load_weights(model: PerPEFT, folder: Path, stage: str) -> None:
 
 
 class Checkpoint:
-    """The state that one stage continues from, in one file that is replaced as a whole; rank 0 writes it.
+    """The state that one stage continues from, in one file that is replaced as a whole; all ranks call, rank 0 writes.
 
-    Args:
-        path: the file, named for the stage.
-        accelerator: the ranks, all of which call every method.
     Attributes:
         saved: how far the state in the file has come, in words; None as long as there is none.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator):
-        self.path = path
+        self.path, self._accelerator = path, accelerator
         self.saved: str | None = None
-        self._accelerator = accelerator
 
     def restore(self, trainer: Trainer, progress: Progress) -> None:
         """Continue from the latest state, if there is one.

@@ -9,10 +9,9 @@ from utils.training.checkpoints import load_weights
 
 
 def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: str) -> None:
-    """Read the global model of another run, or one that the authors' code has saved.
+    """Read the global model of another run, or one that the authors' code has saved, into a model with one group.
 
     Args:
-        model: with one group.
         where: a run folder, its `global/`, the authors' `pretrained_models/`, or one of the `sasrec_...pth` files in that:
             `sasrec_{peft}_{dataset}_{epoch}_{lr}_{wdecay}.pth`, beside which `projector_...pth` and `clip_encoder_.../` (LoRA,
             IA3) or `encoder_...pth` (IISAN) of the same ending lie.
