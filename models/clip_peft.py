@@ -36,8 +36,8 @@ def _last_layer(attentions: tuple[Tensor, ...] | None) -> Tensor:
 class ClipPeftEncoder(ItemEncoder):
     """A frozen dual encoder whose towers carry one peft adapter a group.
 
-    Item features are its L2-normalised image and title embeddings side by side, or one of
-    them alone; the other tower is then unused and carries no adapter.
+    Item features are its L2-normalised image and title embeddings side by side, or one of them alone; the other tower is then
+    unused and carries no adapter.
 
     peft holds one adapter, "default"; every group has its own parameters for it, which `use_group` puts in place. So any
     tuner works that changes a module's parameters alone, and what it keeps beside them (VeRA's projections) is shared.
@@ -57,20 +57,13 @@ class ClipPeftEncoder(ItemEncoder):
     """
 
     def __init__(
-        self,
-        clip: PreTrainedModel | EncoderPair,
-        config: PeftConfig,
-        processor: BaseImageProcessor | None,
-        gradient_checkpointing: bool = False,
-        modality: str = "both",
-        autocast_dtype: torch.dtype | None = None,
+        self, clip: PreTrainedModel | EncoderPair, config: PeftConfig, processor: BaseImageProcessor | None,
+        gradient_checkpointing: bool = False, modality: str = "both", autocast_dtype: torch.dtype | None = None,
         traits: Traits = CLIP_TRAITS,
-    ):
+    ):  # fmt: skip
         # has `_groups` before the model: parameters() lists them in one order whichever group is active
         super().__init__(None, traits.feature_width(modality, clip.config), count_parameters(clip))
-        self._used = MODALITIES[modality]
-        self._autocast_dtype = autocast_dtype
-        self._traits = traits
+        self._used, self._traits, self._autocast_dtype = MODALITIES[modality], traits, autocast_dtype
         towers = {part: tower_name(clip, part) for part in self._used}
         # Parts that take no part in an item's features: the other tower, and what some models have beside the two.
         models = [name for name, _ in clip.named_children() if name.endswith("_model")]
@@ -80,9 +73,7 @@ class ClipPeftEncoder(ItemEncoder):
         if patterns:
             config.exclude_modules = "|".join(patterns)
         config.base_model_name_or_path = clip.config._name_or_path or None
-        self.adapter_config = config
-        self._peft = get_peft_model(clip, config)
-        self._clip = clip
+        self.adapter_config, self._peft, self._clip = config, get_peft_model(clip, config), clip
         if autocast_dtype is not None:
             self._cast_frozen_layers(autocast_dtype)
         if gradient_checkpointing:  # non-reentrant: the first layer's input needs no gradient, its adapter does
@@ -92,9 +83,8 @@ class ClipPeftEncoder(ItemEncoder):
         if len(self.unadapted) == len(towers):
             raise ValueError(f"none of the target layers {config.target_modules} is in the {' or '.join(self.unadapted)} encoder")
         self._groups.append(nn.ParameterList(getattr(*owners[0]) for owners in self._slots.values()))
-        scale, shift = channel_statistics(processor)
-        self.register_buffer("_scale", scale, persistent=False)
-        self.register_buffer("_shift", shift, persistent=False)
+        for name, statistic in zip(("_scale", "_shift"), channel_statistics(processor)):
+            self.register_buffer(name, statistic, persistent=False)
 
     def _cast_frozen_layers(self, dtype: torch.dtype) -> None:
         """Cast once what autocast would cast in every pass: weights of layers without an adapter.
@@ -118,14 +108,12 @@ class ClipPeftEncoder(ItemEncoder):
         return slots
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode items.
+        """Item features, [items, feature_dim], float32.
 
         Args:
             pixels: images resized and cropped but not rescaled, uint8 [items, 3, height, width].
             tokens: token ids of the titles, [items, length].
             mask: 1 at tokens, 0 at padding, [items, length], for families that take one.
-        Returns:
-            [items, feature_dim], float32
         """
         images = self._normalised(pixels) if "image" in self._used else None
         with self._autocast(pixels.device):
@@ -138,10 +126,8 @@ class ClipPeftEncoder(ItemEncoder):
         return torch.autocast(device.type, self._autocast_dtype) if self._autocast_dtype else contextlib.nullcontext()
 
     def attention(self, pixels: Tensor, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Attention of the tokens that the towers pool, in each tower's last layer, the mean over heads.
+        """Attention of the tokens that the towers pool of `forward`'s inputs, in each tower's last layer, the mean over heads.
 
-        Args:
-            pixels, tokens, mask: as in `forward`.
         Returns:
             the class token's attention to itself and the patches, [items, 1 + patches], and the title's pooled token's to all
             tokens, [items, length]; rows sum to 1; None for an unused tower, and for images without a class token
@@ -191,11 +177,7 @@ class ClipPeftEncoder(ItemEncoder):
 
     @torch.no_grad()
     def load_group_state(self, group: int, state: dict[str, Tensor]) -> None:
-        """Replace one group's adapter by a saved one.
-
-        Raises:
-            ValueError: it is of another model, kind or rank; nothing is loaded.
-        """
+        """Replace one group's adapter by a saved one; if that is of another model, kind or rank, raises a ValueError instead."""
         own = self._live_state(group)
         differing = sorted(state.keys() ^ own.keys())
         differing += [name for name in own if name in state and state[name].shape != own[name].shape]

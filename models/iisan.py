@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.item_encoder import MODALITIES, ItemEncoder
+from models.item_encoder import ItemEncoder
 
 
 def _side_blocks(number: int, width: int, bottleneck: int) -> nn.ModuleList:
@@ -67,34 +67,29 @@ class IISAN(nn.Module):
         super().__init__()
         self._modality = modality
         self.weight_scalar = nn.Parameter(torch.zeros(3, num_states))  # gates before the sigmoid: text, image, both
-        self.out_dim = 0
-        if "image" in MODALITIES[modality]:
+        self.out_dim = {"both": text_dim + image_dim + text_dim, "image": image_dim, "text": text_dim}[modality]
+        if modality != "text":
             self.ImgBlocks = _side_blocks(num_states, image_dim, bottleneck)
-            self.out_dim += image_dim
-        if "text" in MODALITIES[modality]:
+        if modality != "image":
             self.TextBlocks = _side_blocks(num_states, text_dim, bottleneck)
-            self.out_dim += text_dim
         if modality == "both":
             self.InterBlocks = _side_blocks(num_states, text_dim, bottleneck)
             self.CombProj = _LayerwiseLinear(num_states, image_dim, text_dim)
-            self.out_dim += text_dim
 
     def forward(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        """Item features from cached states.
+        """Title, image and joint stream side by side, [items, text_dim + image_dim + text_dim], or one alone.
 
         Args:
             image_states: the image's CLS token after each cached layer, [items, S, image_dim].
             text_states: the title's end-of-text token after each cached layer, [items, S, text_dim].
-        Returns:
-            title, image and joint stream side by side, [items, text_dim + image_dim + text_dim], or one alone.
         """
         image_layers, text_layers = image_states.transpose(0, 1), text_states.transpose(0, 1)  # [S, items, width]
         # unbind, not indexing, of what needs a gradient: its backward is one stack, where every index would fill a table
         text_gates, image_gates, joint_gates = torch.sigmoid(self.weight_scalar).unbind()  # [S] each
         streams = []
-        if "text" in MODALITIES[self._modality]:
+        if self._modality != "image":
             streams.append(_own_stream(text_layers, text_gates, self.TextBlocks))
-        if "image" in MODALITIES[self._modality]:
+        if self._modality != "text":
             streams.append(_own_stream(image_layers, image_gates, self.ImgBlocks))
         if self._modality == "both":
             projected = self.CombProj(image_layers).to(text_layers.dtype)  # fp16 under autocast; lerp takes one type alone
@@ -106,10 +101,9 @@ class IISAN(nn.Module):
 
 def _own_stream(layers: Tensor, gates: Tensor, blocks: nn.ModuleList) -> Tensor:
     """One modality's stream up its own layers, [S, items, width] and [S] -> [items, width]."""
-    state = layers[0]
-    for number, (gate, block) in enumerate(zip(gates.unbind(), blocks)):
-        if number > 0:
-            state = torch.lerp(layers[number], state, gate)  # w * state + (1 - w) * this layer
+    state = blocks[0](layers[0]) + layers[0]
+    for layer, gate, block in zip(layers[1:], gates.unbind()[1:], blocks[1:]):
+        state = torch.lerp(layer, state, gate)  # w * state + (1 - w) * this layer
         state = block(state) + state
     return state
 

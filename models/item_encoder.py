@@ -65,11 +65,7 @@ class ItemEncoder(nn.Module, ABC):
         return {name: tensor.cpu() for name, tensor in self._groups[group].state_dict().items()}
 
     def load_group_state(self, group: int, state: dict[str, Tensor]) -> None:
-        """Replace one group's adapter by a `group_state`.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+        """Replace one group's adapter by a `group_state`; raises a ValueError if it does not fit."""
         try:
             self._groups[group].load_state_dict(state)
         except RuntimeError as error:

@@ -3,11 +3,9 @@ from torch import Tensor, nn
 
 
 class MMProjector(nn.Module):
-    """Linear, LayerNorm, ReLU, Linear, LayerNorm (PerPEFT, WWW 2026, the multimodal projector).
+    """Linear, LayerNorm, ReLU, Linear, LayerNorm (PerPEFT, WWW 2026, the multimodal projector), `hidden_units` wide.
 
-    Args:
-        in_dim: width of the item features, e.g. 1024 for CLIP ViT-B/32's image and title embeddings side by side.
-        hidden_units: the recommender's width d.
+    `in_dim` is 1024 for CLIP ViT-B/32's image and title embeddings side by side.
     """
 
     def __init__(self, in_dim: int, hidden_units: int = 32):

@@ -33,22 +33,15 @@ class SASRec(nn.Module):
         num_items: items are 1..num_items; 0 is the padding item.
         hidden_units: width d.
         maxlen: number of last items of a history that are read.
-        num_blocks: attention blocks.
-        num_heads: attention heads a block; must divide hidden_units.
+        num_heads: attention heads in each of `num_blocks` blocks; must divide hidden_units.
         dropout_rate: dropout of inputs, attention weights and feed-forward layers.
         weight_scalar: weight of the multimodal vector beside the item embedding.
     """
 
     def __init__(
-        self,
-        num_items: int,
-        hidden_units: int = 32,
-        maxlen: int = 10,
-        num_blocks: int = 2,
-        num_heads: int = 4,
-        dropout_rate: float = 0.3,
-        weight_scalar: float = 0.5,
-    ):
+        self, num_items: int, hidden_units: int = 32, maxlen: int = 10, num_blocks: int = 2, num_heads: int = 4,
+        dropout_rate: float = 0.3, weight_scalar: float = 0.5,
+    ):  # fmt: skip
         super().__init__()
         self.num_items, self.hidden_units, self.maxlen = num_items, hidden_units, maxlen
         self.weight_scalar = weight_scalar

@@ -25,26 +25,17 @@ CLIP_LAYERS: Layers = {role: names[:1] for role, names in KNOWN_LAYERS.items()}
 
 @dataclass(frozen=True)
 class Traits:
-    """How a dual encoder reads items, as `find_traits` finds it; the defaults are CLIP's.
+    """How a dual encoder reads items, as `find_traits` finds it; the defaults are CLIP's."""
 
-    Attributes:
-        title_token: the token that the text tower pools: "first", "last" (padding included), "final" (the last that is no
-            padding), "end" (the first `end_token`), "highest" (the first of the highest number), or "mean" over a title's.
-        end_token: the number of the token that ends a title.
-        class_token: whether the image tower pools its first token; otherwise its states are means over patches.
-        masks_titles: whether padding changes a title's features unless the text tower gets a mask.
-        pads_titles: whether it changes them nevertheless, so that every title is padded to the longest input.
-        widths: of an image's and a title's features; empty for the width that the model's configuration names.
-        longest_title: the text tower's longest input, in tokens.
-    """
-
+    # The token that the text tower pools: "first", "last" (padding included), "final" (the last that is no padding), "end" (the
+    # first `end_token`), "highest" (the first of the highest number), or "mean" over a title's.
     title_token: str = "end"
-    end_token: int | None = None
-    class_token: bool = True
-    masks_titles: bool = False
-    pads_titles: bool = False
-    widths: tuple[tuple[str, int], ...] = ()
-    longest_title: int = 77
+    end_token: int | None = None  # the number of the token that ends a title
+    class_token: bool = True  # whether the image tower pools its first token; otherwise its states are means over patches
+    masks_titles: bool = False  # whether padding changes a title's features unless the text tower gets a mask
+    pads_titles: bool = False  # whether it changes them nevertheless, so that every title is padded to the longest input
+    widths: tuple[tuple[str, int], ...] = ()  # of an image's and a title's features; empty for the configuration's width
+    longest_title: int = 77  # the text tower's longest input, in tokens
 
     def pooling(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """The share of each token in what the text tower pools, [items, length], of tokens and mask as in `dual_features`."""

@@ -28,16 +28,11 @@ def user_values(metric: str, ranks: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks from 0 of every evaluated user's held-out items.
+    """Ranks from 0 of every evaluated user's held-out items."""
 
-    Attributes:
-        users: rows of the evaluated users, [users].
-        valid, test: rank of the validation and of the test item, [users].
-    """
-
-    users: np.ndarray
-    valid: np.ndarray
-    test: np.ndarray
+    users: np.ndarray  # rows of the evaluated users, [users]
+    valid: np.ndarray  # ranks of their validation items, [users]
+    test: np.ndarray  # ranks of their test items, [users]
 
     def metrics(self) -> dict[str, float]:
         """`valid_HR@10` ... `test_NDCG@30`, means over users, as fractions."""
@@ -121,7 +116,7 @@ def rank_targets(states: Tensor, item_table: Tensor, targets: np.ndarray, exclud
         excluded: the items that are no candidates for a user (the target itself always is one).
         users: the users' rows in `excluded`, [users].
     Returns:
-        0 for a target that beats all, [users].
+        ranks from 0, [users]
     """
     num_rows, device = item_table.shape[0], item_table.device
     users_at_once = max(1, SCORES_AT_ONCE // num_rows)

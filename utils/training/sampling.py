@@ -61,19 +61,12 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        train: Histories,
-        num_items: int,
-        groups: np.ndarray,
-        candidates: list[np.ndarray],
-        batch_size: int,
-        maxlen: int,
-        seed: tuple[int, ...],
-        mixed: bool = False,
-    ):
+        self, train: Histories, num_items: int, groups: np.ndarray, candidates: list[np.ndarray],
+        batch_size: int, maxlen: int, seed: tuple[int, ...], mixed: bool = False,
+    ):  # fmt: skip
         self._train, self._num_items, self._candidates = train, num_items, candidates
         self._batch_size, self._maxlen, self._seed, self._mixed = batch_size, maxlen, seed, mixed
-        self._interactions = sorted_distinct(self._keys(train.users, train.items))
+        self._interactions = sorted_distinct(train.users * (num_items + 1) + train.items)  # one number each
         trainable = (train.lengths >= 2) & ~train.has_every_item(num_items)
         self._members = [np.flatnonzero(trainable & (groups == group)) for group in range(len(candidates))]
         self.num_batches = sum(-(-len(members) // batch_size) for members in self._members)
@@ -98,6 +91,20 @@ class Sampler:
                 batches.extend((group, shuffled[start : start + self._batch_size]) for start in starts)
             self._plans = {epoch: [batches[position] for position in random.permutation(len(batches))]}
         return self._plans[epoch]
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """The batch of one step of an epoch."""
+        group, users = self.plan(epoch)[step]
+        window = self._train.last(users, self._maxlen + 1)  # [batch, time + 1]
+        seq = window[:, :-1]  # [batch, time]
+        mask = seq != 0
+        positives = np.where(mask, window[:, 1:], 0)  # [batch, time]
+        negatives = np.zeros_like(seq)  # [batch, time]
+        negatives[mask] = self.negatives(np.repeat(users, mask.sum(1)), group, self._random(epoch, step + 1))
+        rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
+        items, local = np.unique(rows, return_inverse=True)
+        seq, positives, negatives = local[1:].reshape(3, *seq.shape)
+        return Batch(group, items, seq, positives, negatives, num_transitions=int(mask.sum()))
 
     def negatives(self, users: np.ndarray, group: int, random: np.random.Generator) -> np.ndarray:
         """One item for each of `users`, none that the user has in training: uniform over the group's candidates or, if `mixed`,
@@ -126,28 +133,10 @@ class Sampler:
             drawn[position] = random.choice(left)
         return drawn
 
-    def _keys(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        return users * (self._num_items + 1) + items
-
     def _in_history(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Whether users[i] has items[i] in training, by one binary search for all."""
-        keys = self._keys(users, items)
+        keys = users * (self._num_items + 1) + items
         return self._interactions.take(np.searchsorted(self._interactions, keys), mode="clip") == keys
-
-    def batch(self, epoch: int, step: int) -> Batch:
-        """The batch of one step of an epoch."""
-        group, users = self.plan(epoch)[step]
-        window = self._train.last(users, self._maxlen + 1)  # [batch, time + 1]
-        seq = window[:, :-1]  # [batch, time]
-        mask = seq != 0
-        positives = np.where(mask, window[:, 1:], 0)
-        negatives = np.zeros_like(seq)
-        repeated_users = np.broadcast_to(users[:, None], seq.shape)
-        negatives[mask] = self.negatives(repeated_users[mask], group, self._random(epoch, step + 1))
-        rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
-        items, local = np.unique(rows, return_inverse=True)
-        seq, positives, negatives = local[1:].reshape(3, *seq.shape)
-        return Batch(group, items, seq, positives, negatives, num_transitions=int(mask.sum()))
 
 
 def group_items(train: Histories, groups: np.ndarray, num_groups: int) -> list[np.ndarray]:

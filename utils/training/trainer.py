@@ -35,7 +35,6 @@ class Trainer:
 
     Args:
         model: on its device; with as many groups as will be trained.
-        accelerator: ranks and gradient scaling.
         l2_emb: weight of the L2 norm of the item embeddings.
     """
 
