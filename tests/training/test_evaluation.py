@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import SASRec
-from tests.plain import naive_rank, plain_ranks, plain_state, with_vectors
+from tests.plain import naive_rank, plain_ranks, with_vectors
 from utils.data.histories import Histories, leave_last_out
 from utils.training import evaluation
-from utils.training.evaluation import Evaluator, Ranks, last_states, rank_targets
+from utils.training.evaluation import Evaluator, Ranks, rank_targets
 
 CPU = torch.device("cpu")
 ITEMS, USERS = 40, 50
@@ -95,7 +95,8 @@ def make_evaluator(example, accelerator=None):
     return Evaluator(split, example.model, CPU, accelerator or Accelerator(cpu=True))
 
 
-def test_every_user_is_ranked_as_a_naive_loop_does_by_their_own_groups_vectors(example):
+def test_every_user_is_ranked_as_a_naive_loop_does_by_their_own_groups_vectors(example, monkeypatch):
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 7)
     example.model.num_groups = 4
     evaluator = make_evaluator(example)
     found = evaluator.ranks(example.model, example.groups)
@@ -112,16 +113,6 @@ def test_every_user_is_ranked_as_a_naive_loop_does_by_their_own_groups_vectors(e
 def test_user_whose_group_has_no_adapter_is_an_error_and_not_a_perfect_hit(example):
     with pytest.raises(ValueError, match="a user is in group 5, but the model has 3 groups"):
         make_evaluator(example).ranks(example.model, np.full(USERS, 5))
-
-
-@torch.no_grad()
-def test_last_states_are_read_in_portions_from_the_last_maxlen_items(example, monkeypatch):
-    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", 2)
-    sasrec, users = example.model.sasrec, np.array([5, 0, 17, 5, 30])
-    found = last_states(sasrec, sasrec.item_inputs(example.vectors[0]), Histories.of_lists(example.histories), users)
-    plain = with_vectors(sasrec, example.vectors[0])
-    expected = torch.stack([plain_state(plain, example.histories[user]) for user in users])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 40])
