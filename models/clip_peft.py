@@ -44,12 +44,10 @@ class ClipPeftEncoder(ItemEncoder):
 
     Args:
         clip: the foundation model, a dual encoder or an `EncoderPair`; it is frozen and its linear layers are wrapped in place.
-        config: the kind of adapter, from `models.peft_configs`.
         processor: its image processor, for the channel statistics that images are normalised with.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time, the same gradients.
         modality: "both", "image" or "text".
         autocast_dtype: what the foundation model computes in; None for float32.
-        traits: how the model reads items; CLIP's by default.
     Attributes:
         unadapted: the parts of an item, "image" or "text", whose tower has none of the target layers, and so no adapter.
     Raises:

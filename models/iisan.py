@@ -30,8 +30,7 @@ class _LayerwiseLinear(nn.Module):
         return torch.baddbmm(self.bias.unsqueeze(1), states, self.weight.transpose(1, 2))
 
     def _named_slices(self, prefix: str) -> dict[str, Tensor]:
-        names = {"weight": self.weight, "bias": self.bias}
-        return {f"{prefix}{i}.0.{name}": stacked[i] for i in range(len(self.weight)) for name, stacked in names.items()}
+        return {f"{prefix}{i}.0.{name}": getattr(self, name)[i] for i in range(len(self.weight)) for name in ("weight", "bias")}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for key, part in self._named_slices(prefix).items():

@@ -94,12 +94,7 @@ def layers_of(model: nn.Module) -> Layers:
 
 
 def part_features(model: nn.Module, part: str, **inputs: Tensor | None) -> Tensor:
-    """A dual encoder's embeddings of images or of titles as they are, [items, width].
-
-    Args:
-        part: "image" or "text".
-        inputs: `pixel_values`, or `input_ids` and `attention_mask`; those that are None are left out.
-    """
+    """A dual encoder's embeddings as they are, [items, width], of "image" (`pixel_values`) or "text" (`input_ids` and a mask)."""
     found = getattr(model, f"get_{part}_features")(**drop_none(**inputs))
     found = found if isinstance(found, Tensor) else found.pooler_output  # the latter in transformers 5
     return found[:, 0] if found.dim() == 3 else found  # FLAVA projects every token, and compares the first
@@ -121,14 +116,11 @@ def dual_features(model: nn.Module, images: Tensor | None, tokens: Tensor | None
     return torch.cat([F.normalize(embedding.float(), dim=-1) for embedding in embeddings], dim=-1)
 
 
-MAX_STATES = 7  # S of the paper: every second layer of ViT-B/32's twelve, and the embedding output
-
-
 def evenly_spaced(depths: list[int]) -> list[list[int]]:
     """Which hidden states are cached of towers of some depths, 0 being the embedding output: seven as in the paper, or all of a
     shallower tower, evenly spaced over each. For ViT-B/32: 0, 2, ..., 12 of both.
     """
-    steps = min(MAX_STATES - 1, *depths)
+    steps = min(6, *depths)  # S - 1 of the paper
     return [[round(depth * step / steps) for step in range(steps + 1)] for depth in depths]
 
 

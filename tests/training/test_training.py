@@ -14,17 +14,8 @@ from tests.conftest import make_trainer
 from utils.data.histories import Histories
 from utils.training.progress import Progress
 from utils.training.sampling import Sampler
-from utils.training.trainer import transition_loss
 
 NUM_ITEMS, L2 = 25, 0.01
-
-
-def test_loss_by_hand():
-    positive, negative = torch.tensor([[9.0, 0.0, 2.0]]), torch.tensor([[9.0, 1.0, -1.0]])
-    real = torch.tensor([[0.0, 1.0, 1.0]])  # the first position is padding
-    probability = {logit: 1 / (1 + math.exp(-logit)) for logit in (0, 2, 1, -1)}
-    expected = -(math.log(probability[0] * probability[2]) + math.log((1 - probability[1]) * (1 - probability[-1]))) / 2
-    assert transition_loss(positive, negative, real, 2).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_steps_equal_plain_adamw_over_the_whole_model():

@@ -64,12 +64,7 @@ class Evaluator:
 
     @torch.no_grad()
     def ranks(self, model: PerPEFT, groups: np.ndarray) -> Ranks:
-        """Rank every evaluated user's valid and test item by a model in eval mode.
-
-        Args:
-            model: of which each user's own group's adapter and projector act.
-            groups: each user row's group, [users].
-        """
+        """Rank every evaluated user's valid and test item by a model in eval mode; each user row is in its group, [users]."""
         split, users = self.split, self.split.evaluated_users
         if len(users) and groups[users].max() >= model.num_groups:
             raise ValueError(f"a user is in group {groups[users].max()}, but the model has {model.num_groups} groups")

@@ -17,10 +17,7 @@ from utils.training.sampling import Batch, Sampler
 def transition_loss(positive_logits: Tensor, negative_logits: Tensor, mask: Tensor, count: int) -> Tensor:
     """Binary cross-entropy of positives (1) plus that of negatives (0), each a mean over real positions.
 
-    Args:
-        positive_logits, negative_logits: [batch, time]
-        mask: true where the history has an item, [batch, time]
-        count: real positions of the full batch, by which the sum is divided.
+    Logits and mask, true where the history has an item, are [batch, time]; `count` real positions are in the full batch.
     """
     # -log(sigmoid(x)) = softplus(-x), -log(1 - sigmoid(x)) = softplus(x)
     terms = F.softplus(-positive_logits) + F.softplus(negative_logits)  # [batch, time]
@@ -31,16 +28,12 @@ class Trainer:
     """Trains one model, alone or as one of several ranks.
 
     In a step, the batch's adapter and projector and SASRec get gradients; AdamW leaves parameters without a gradient as
-    they are, weight decay included. Each rank takes a shard of the batch; DDP averages the gradients.
-
-    Args:
-        model: on its device; with as many groups as will be trained.
-        l2_emb: weight of the L2 norm of the item embeddings.
+    they are, weight decay included. Each rank takes a shard of the batch; DDP averages the gradients. The model is on its
+    device, with as many groups as will be trained; `l2_emb` weighs the L2 norm of the item embeddings in the loss.
     """
 
     def __init__(self, model: PerPEFT, source: ItemSource, accelerator: Accelerator, *, lr: float, wdecay: float, l2_emb: float):
-        self.model, self.source, self.accelerator = model, source, accelerator
-        self._l2_emb = l2_emb
+        self.model, self.source, self.accelerator, self._l2_emb = model, source, accelerator, l2_emb
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self._parameters[0].device
         self._fused = has_fused_adamw(self.device.type)
