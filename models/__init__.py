@@ -1,8 +1,7 @@
 """The torch modules of PerPEFT; nothing here reads files of a data set or parses options."""
 from models.clip_peft import ClipPeftEncoder
-from models.frozen import FrozenEncoder
 from models.iisan import IISAN, IISANEncoder
-from models.item_encoder import ItemEncoder
+from models.item_encoder import FrozenEncoder, ItemEncoder
 from models.perpeft import PerPEFT
 from models.projector import MMProjector, NoProjector
 from models.sasrec import SASRec

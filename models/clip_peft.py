@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -14,7 +14,7 @@ from models.pair import EncoderPair
 from models.towers import CLIP_TRAITS, Traits, count_parameters, drop_none, dual_features, tower, tower_name
 
 
-def channel_statistics(processor: BaseImageProcessor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def channel_statistics(processor: BaseImageProcessor | None) -> tuple[Tensor, Tensor]:
     """Scale and shift, [1, 3, 1, 1] each: pixel * scale + shift equals an image processor's rescaling and normalisation."""
     if processor is None:  # of a text encoder alone
         return torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
@@ -26,7 +26,7 @@ def channel_statistics(processor: BaseImageProcessor | None) -> tuple[torch.Tens
     return ((ends[1] - ends[0]) / 255).float(), ends[0].float()
 
 
-def _last_layer(attentions: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+def _last_layer(attentions: tuple[Tensor, ...] | None) -> Tensor:
     """The mean over heads of the last layer's attention, [items, to, from]."""
     if not attentions or attentions[-1] is None:
         raise ValueError("it returns no attention")
@@ -36,20 +36,18 @@ def _last_layer(attentions: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
 class ClipPeftEncoder(ItemEncoder):
     """A frozen dual encoder whose towers carry one peft adapter a group.
 
-    Item features are its L2-normalised image and title embeddings side by side, or one of
-    them alone; the other tower is then unused and carries no adapter.
+    Item features are its L2-normalised image and title embeddings side by side, or one of them alone; the other tower is then
+    unused and carries no adapter.
 
     peft holds one adapter, "default"; every group has its own parameters for it, which `use_group` puts in place. So any
     tuner works that changes a module's parameters alone, and what it keeps beside them (VeRA's projections) is shared.
 
     Args:
         clip: the foundation model, a dual encoder or an `EncoderPair`; it is frozen and its linear layers are wrapped in place.
-        config: the kind of adapter, from `models.peft_configs`.
         processor: its image processor, for the channel statistics that images are normalised with.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time, the same gradients.
         modality: "both", "image" or "text".
         autocast_dtype: what the foundation model computes in; None for float32.
-        traits: how the model reads items; CLIP's by default.
     Attributes:
         unadapted: the parts of an item, "image" or "text", whose tower has none of the target layers, and so no adapter.
     Raises:
@@ -57,33 +55,23 @@ class ClipPeftEncoder(ItemEncoder):
     """
 
     def __init__(
-        self,
-        clip: PreTrainedModel | EncoderPair,
-        config: PeftConfig,
-        processor: BaseImageProcessor | None,
-        gradient_checkpointing: bool = False,
-        modality: str = "both",
-        autocast_dtype: torch.dtype | None = None,
+        self, clip: PreTrainedModel | EncoderPair, config: PeftConfig, processor: BaseImageProcessor | None,
+        gradient_checkpointing: bool = False, modality: str = "both", autocast_dtype: torch.dtype | None = None,
         traits: Traits = CLIP_TRAITS,
-    ):
-        super().__init__()  # has `_groups` before the model: parameters() lists them in one order whichever group is active
-        self.foundation_parameters = count_parameters(clip)
-        self._modality = modality
-        self._autocast_dtype = autocast_dtype
-        self._traits = traits
-        self.feature_dim = traits.feature_width(modality, clip.config)
-        towers = {part: tower_name(clip, part) for part in MODALITIES[modality]}
+    ):  # fmt: skip
+        # has `_groups` before the model: parameters() lists them in one order whichever group is active
+        super().__init__(None, traits.feature_width(modality, clip.config), count_parameters(clip))
+        self._used, self._traits, self._autocast_dtype = MODALITIES[modality], traits, autocast_dtype
+        towers = {part: tower_name(clip, part) for part in self._used}
         # Parts that take no part in an item's features: the other tower, and what some models have beside the two.
-        unused = [name for name, _ in clip.named_children() if name.endswith("_model") and name not in towers.values()]
-        patterns = [rf"{name}\..*" for name in unused]
+        models = [name for name, _ in clip.named_children() if name.endswith("_model")]
+        patterns = [rf"{name}\..*" for name in models if name not in towers.values()]
         if any(".crossattention." in name for name, _ in clip.named_modules()):  # BLIP's text tower attends to no image here
             patterns.append(r".*\.crossattention\..*")
         if patterns:
             config.exclude_modules = "|".join(patterns)
         config.base_model_name_or_path = clip.config._name_or_path or None
-        self.adapter_config = config
-        self._peft = get_peft_model(clip, config)
-        self._clip = clip
+        self.adapter_config, self._peft, self._clip = config, get_peft_model(clip, config), clip
         if autocast_dtype is not None:
             self._cast_frozen_layers(autocast_dtype)
         if gradient_checkpointing:  # non-reentrant: the first layer's input needs no gradient, its adapter does
@@ -92,10 +80,9 @@ class ClipPeftEncoder(ItemEncoder):
         self.unadapted = [part for part, name in towers.items() if not any(f".{name}." in slot for slot in self._slots)]
         if len(self.unadapted) == len(towers):
             raise ValueError(f"none of the target layers {config.target_modules} is in the {' or '.join(self.unadapted)} encoder")
-        self._groups.append(nn.ParameterList(owners[0][0]._parameters[owners[0][1]] for owners in self._slots.values()))
-        scale, shift = channel_statistics(processor)
-        self.register_buffer("_scale", scale, persistent=False)
-        self.register_buffer("_shift", shift, persistent=False)
+        self._groups.append(nn.ParameterList(getattr(*owners[0]) for owners in self._slots.values()))
+        for name, statistic in zip(("_scale", "_shift"), channel_statistics(processor)):
+            self.register_buffer(name, statistic, persistent=False)
 
     def _cast_frozen_layers(self, dtype: torch.dtype) -> None:
         """Cast once what autocast would cast in every pass: weights of layers without an adapter.
@@ -109,57 +96,48 @@ class ClipPeftEncoder(ItemEncoder):
 
     def _adapter_slots(self) -> dict[str, list[tuple[nn.Module, str]]]:
         """By parameter name, the modules and attributes through which a trainable parameter acts; a shared one has several."""
-        slots: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in self._peft.modules():
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None and parameter.requires_grad:
-                    slots.setdefault(id(parameter), []).append((module, attribute))
-        names = {id(parameter): name for name, parameter in self._peft.named_parameters()}
-        return {".".join(p for p in names[key].split(".") if p != "default"): owners for key, owners in slots.items()}
+        names: dict[nn.Parameter, str] = {}
+        slots: dict[str, list[tuple[nn.Module, str]]] = {}
+        for path, parameter in self._peft.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                module, _, attribute = path.rpartition(".")
+                name = names.setdefault(parameter, ".".join(part for part in path.split(".") if part != "default"))
+                slots.setdefault(name, []).append((self._peft.get_submodule(module), attribute))
+        return slots
 
-    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode items.
+    def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Item features, [items, feature_dim], float32.
 
         Args:
             pixels: images resized and cropped but not rescaled, uint8 [items, 3, height, width].
             tokens: token ids of the titles, [items, length].
             mask: 1 at tokens, 0 at padding, [items, length], for families that take one.
-        Returns:
-            [items, feature_dim], float32
         """
-        used = MODALITIES[self._modality]
-        images = self._normalised(pixels) if "image" in used else None
+        images = self._normalised(pixels) if "image" in self._used else None
         with self._autocast(pixels.device):
-            return dual_features(self._clip, images, tokens if "text" in used else None, mask)
+            return dual_features(self._clip, images, tokens if "text" in self._used else None, mask)
 
-    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _normalised(self, pixels: Tensor) -> Tensor:
         return torch.addcmul(self._shift, pixels.float(), self._scale)  # [items, 3, height, width]
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        if self._autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, self._autocast_dtype)
+        return torch.autocast(device.type, self._autocast_dtype) if self._autocast_dtype else contextlib.nullcontext()
 
-    def attention(
-        self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Attention of the tokens that the towers pool, in each tower's last layer, the mean over heads.
+    def attention(self, pixels: Tensor, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Attention of the tokens that the towers pool of `forward`'s inputs, in each tower's last layer, the mean over heads.
 
-        Args:
-            pixels, tokens, mask: as in `forward`.
         Returns:
             the class token's attention to itself and the patches, [items, 1 + patches], and the title's pooled token's to all
             tokens, [items, length]; rows sum to 1; None for an unused tower, and for images without a class token
         Raises:
             ValueError: the model returns no attention.
         """
-        used = MODALITIES[self._modality]
         of_images = of_titles = None
         with self._autocast(pixels.device):
-            if "image" in used and self._traits.class_token:
+            if "image" in self._used and self._traits.class_token:
                 seen = tower(self._clip, "image")(pixel_values=self._normalised(pixels), output_attentions=True)
                 of_images = _last_layer(seen.attentions)[:, 0]  # [items, 1 + patches]
-            if "text" in used:
+            if "text" in self._used:
                 read = tower(self._clip, "text")(output_attentions=True, **drop_none(input_ids=tokens, attention_mask=mask))
                 of_titles = self._traits.pool(_last_layer(read.attentions), tokens, mask)  # [items, length]
         return of_images, of_titles
@@ -183,7 +161,7 @@ class ClipPeftEncoder(ItemEncoder):
         """The trainable parameters of one group's adapter, by their names in the peft model less the adapter's."""
         return dict(zip(self._slots, self._groups[group]))
 
-    def _live_state(self, group: int) -> dict[str, torch.Tensor]:
+    def _live_state(self, group: int) -> dict[str, Tensor]:
         """What peft saves of a group's adapter, by peft's names, in the memory that the adapter acts from."""
         active = self._active
         self.use_group(group)
@@ -191,21 +169,16 @@ class ClipPeftEncoder(ItemEncoder):
         self.use_group(active)
         return {name: tensor.detach() for name, tensor in state.items()}
 
-    def group_state(self, group: int) -> dict[str, torch.Tensor]:
+    def group_state(self, group: int) -> dict[str, Tensor]:
         """A copy of one group's adapter on the CPU, by the names of a saved peft adapter."""
         return {name: tensor.cpu().contiguous().clone() for name, tensor in self._live_state(group).items()}
 
     @torch.no_grad()
-    def load_group_state(self, group: int, state: dict[str, torch.Tensor]) -> None:
-        """Replace one group's adapter by a saved one.
-
-        Raises:
-            ValueError: it is of another model, kind or rank; nothing is loaded.
-        """
+    def load_group_state(self, group: int, state: dict[str, Tensor]) -> None:
+        """Replace one group's adapter by a saved one; if that is of another model, kind or rank, raises a ValueError instead."""
         own = self._live_state(group)
-        differing = sorted(set(state) ^ set(own)) + [
-            name for name in own if name in state and state[name].shape != own[name].shape
-        ]
+        differing = sorted(state.keys() ^ own.keys())
+        differing += [name for name in own if name in state and state[name].shape != own[name].shape]
         if differing:
             raise ValueError(f"these adapter weights are of another model, kind or rank: see {', '.join(differing[:3])}")
         for name, tensor in own.items():

@@ -2,9 +2,8 @@
 import copy
 from abc import ABC, abstractmethod
 
-import torch
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 
 MODALITIES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}  # which parts of an item are used
 
@@ -14,30 +13,27 @@ class ItemEncoder(nn.Module, ABC):
 
     A new encoder has one adapter, group 0, which is the global one. `clone_groups(C)` makes C equal adapters of it, which
     then train apart. Only the adapter chosen by `use_group` takes part in a forward pass, so only it receives gradients; the
-    others keep `grad = None`, and AdamW leaves them as they are.
-
-    Implementations: `ClipPeftEncoder` (LoRA, IA3, other peft tuners), `IISANEncoder`, and for comparison `FrozenEncoder`,
-    which has nothing to train. Where a group's adapter is a module, only `forward` is left to write.
+    others keep `grad = None`, and AdamW leaves them as they are. Where an adapter is a module, only `forward` is left to write.
 
     Args:
         adapter: the global one; None where a subclass adds its own form of it to `_groups`.
+        feature_dim: width of an item's features.
+        foundation_parameters: of the whole foundation model, of which the adapters are a share; None where that is not known.
+    Attributes:
+        adapter_config: of adapters that peft can open; None for others, whose state is saved as a state_dict in `state_file`.
     """
 
-    #: width of an item's features
-    feature_dim: int
-    #: parameters of the whole foundation model, of which the adapters are a share; None where that is not known
-    foundation_parameters: int | None
-    #: of adapters that peft can open; None for others, whose state is saved as a state_dict in `state_file`
     adapter_config: PeftConfig | None = None
     state_file: str
 
-    def __init__(self, adapter: nn.Module | None = None):
+    def __init__(self, adapter: nn.Module | None, feature_dim: int, foundation_parameters: int | None):
         super().__init__()
+        self.feature_dim, self.foundation_parameters = feature_dim, foundation_parameters
         self._groups = nn.ModuleList([] if adapter is None else [adapter])
         self._active = 0
 
     @abstractmethod
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Features of the items whose inputs were fetched, [items, feature_dim]."""
 
     @property
@@ -64,17 +60,24 @@ class ItemEncoder(nn.Module, ABC):
         """The trainable parameters of one group's adapter, by a name that is the same in every group."""
         return dict(self._groups[group].named_parameters())
 
-    def group_state(self, group: int) -> dict[str, torch.Tensor]:
+    def group_state(self, group: int) -> dict[str, Tensor]:
         """All that must be saved of one group's adapter, by name, on the CPU."""
         return {name: tensor.cpu() for name, tensor in self._groups[group].state_dict().items()}
 
-    def load_group_state(self, group: int, state: dict[str, torch.Tensor]) -> None:
-        """Replace one group's adapter by a `group_state`.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+    def load_group_state(self, group: int, state: dict[str, Tensor]) -> None:
+        """Replace one group's adapter by a `group_state`; raises a ValueError if it does not fit."""
         try:
             self._groups[group].load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(str(error)) from error
+
+
+class FrozenEncoder(ItemEncoder):
+    """Passes on a foundation model's features, computed once: the baseline without an adapter, alike for all groups."""
+
+    def __init__(self, feature_dim: int, foundation_parameters: int | None = None):
+        super().__init__(nn.Identity(), feature_dim, foundation_parameters)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The features unchanged, [items, feature_dim]; a width of 0 where items are known by their embeddings alone."""
+        return features

@@ -2,22 +2,21 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from models.towers import Traits
 
 TEXT_POOLINGS = ("cls", "mean")  # of --text_pooling
-CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")  # what image encoders call the parameter
+CLASS_TOKENS = {"cls_token", "class_embedding", "class_token"}  # what image encoders call the parameter
 
 
 @dataclass
 class PairConfig:
-    """What a dual encoder's configuration holds, of a pair; without an image encoder, `vision_config` is None."""
+    """What peft reads of a model's configuration."""
 
     vision_config: PretrainedConfig | None
     text_config: PretrainedConfig
-    text_pooling: str = "mean"
     _name_or_path = ""
 
 
@@ -38,26 +37,24 @@ class EncoderPair(nn.Module):
 
     def __init__(self, vision_model: PreTrainedModel | None, text_model: PreTrainedModel, text_pooling: str = "mean"):
         super().__init__()
-        self._class_token = False
-        if vision_model is not None:
-            self.vision_model = vision_model
-            names = {name.rpartition(".")[2] for name, _ in vision_model.named_parameters()}
-            self._class_token = bool(names & set(CLASS_TOKENS))
-        self.text_model = text_model
-        self.config = PairConfig(vision_model.config if vision_model is not None else None, text_model.config, text_pooling)
+        self.vision_model, self.text_model = vision_model, text_model
+        names = {name.rpartition(".")[2] for name, _ in vision_model.named_parameters()} if vision_model is not None else set()
+        self._class_token = bool(names & CLASS_TOKENS)
+        self._text_traits = Traits("first" if text_pooling == "cls" else "mean")
+        self.config = PairConfig(getattr(vision_model, "config", None), text_model.config)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """[items, 3, height, width] -> [items, image width]."""
         states = self.vision_model(pixel_values=pixel_values).last_hidden_state  # [items, patches, image width], or a map
         if states.dim() == 4:  # [items, image width, height, width]
             return states.mean((2, 3))
         return states[:, 0] if self._class_token else states.mean(1)
 
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[items, length] each -> [items, text width]."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return Traits("first" if self.config.text_pooling == "cls" else "mean").pool(states, input_ids, attention_mask)
+        return self._text_traits.pool(states, input_ids, attention_mask)  # [items, text width]
 
     def gradient_checkpointing_enable(self, options: dict) -> None:
         """As transformers' method of that name, in both."""

@@ -2,10 +2,10 @@
 import dataclasses
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from models.towers import Layers
+from models.towers import CLIP_LAYERS, Layers
 
 # peft's tuners that have target layers, but cannot be used here, and why
 UNSUITABLE = {
@@ -21,37 +21,19 @@ UNSUITABLE = {
 # Settings that describe where a configuration came from, not the adapter.
 ORIGIN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type")
 
-CLIP_LAYERS = Layers()
 PAPER_RANK = 4
-
-
-def _tuners() -> dict[str, type[PeftConfig]]:
-    """Configuration classes of the installed peft's tuners that work on linear layers, by name."""
-    found = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    fields = {name: {field.name for field in dataclasses.fields(config)} for name, config in found.items()}
-    return {name: found[name] for name in sorted(found) if "target_modules" in fields[name] and name not in UNSUITABLE}
-
-
-TUNERS = _tuners()
+TUNERS = {  # configuration classes of the installed peft's tuners that work on linear layers, by name
+    name: config
+    for name, config in sorted((kind.value.lower(), config) for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items())
+    if name not in UNSUITABLE and "target_modules" in config.__dataclass_fields__
+}
 PEFT_TYPES = ("lora", "ia3", "dora", *(name for name in TUNERS if name not in ("lora", "ia3")))  # what peft_config takes
-
-
-def lora_config(rank: int = PAPER_RANK, layers: Layers = CLIP_LAYERS) -> LoraConfig:
-    """LoRA on the query and value projections of both towers, alpha twice the rank (the paper's setting)."""
-    targets = [*layers.query, *layers.value]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.1, bias="none")
-
-
-def ia3_config(layers: Layers = CLIP_LAYERS) -> IA3Config:
-    """(IA)3 on keys, values and the first feed-forward layer of both towers (the paper's setting)."""
-    targets = [*layers.key, *layers.value, *layers.feed_forward]
-    return IA3Config(target_modules=targets, feedforward_modules=list(layers.feed_forward))
 
 
 def peft_config(
     peft_type: str, rank: int = PAPER_RANK, settings: dict[str, Any] | None = None, layers: Layers = CLIP_LAYERS
 ) -> PeftConfig:
-    """The configuration of one kind of adapter.
+    """The configuration of one kind of adapter, on both towers.
 
     Args:
         peft_type: one of PEFT_TYPES: lora and ia3 with the paper's settings, dora as lora with `use_dora`, the others with
@@ -66,22 +48,18 @@ def peft_config(
         raise ValueError(f"{peft_type} cannot be used: {UNSUITABLE[peft_type]}")
     if peft_type not in PEFT_TYPES:
         raise ValueError(f"{peft_type} is not one of this peft's tuners for linear layers: {', '.join(PEFT_TYPES)}")
-    if settings is None and peft_type == "ia3":
-        return ia3_config(layers)
-    if settings is None and peft_type in ("lora", "dora"):
-        config = lora_config(rank, layers)
-        config.use_dora = peft_type == "dora"
-        return config
     kind = TUNERS["lora" if peft_type == "dora" else peft_type]
     chosen = {name: value for name, value in (settings or {}).items() if name not in ORIGIN}
+    if settings is None and peft_type in ("lora", "dora"):
+        chosen = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.1, "bias": "none"}  # the paper's
     unknown = sorted(set(chosen) - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"{peft_type} has no setting {', '.join(unknown)}")
     if not chosen.get("target_modules"):
-        default = ia3_config(layers) if peft_type == "ia3" else lora_config(layers=layers)
-        chosen["target_modules"] = default.target_modules
+        chosen["target_modules"] = {*layers["query"], *layers["value"]}
         if peft_type == "ia3":
-            chosen["feedforward_modules"] = default.feedforward_modules
+            chosen["target_modules"] = {*layers["key"], *layers["value"], *layers["feed_forward"]}
+            chosen["feedforward_modules"] = set(layers["feed_forward"])
     if peft_type == "dora":
         chosen["use_dora"] = True
     try:

@@ -3,7 +3,7 @@ import copy
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.item_encoder import ItemEncoder
 from models.projector import MMProjector
@@ -14,26 +14,21 @@ class TensorBatch(Protocol):
     """A batch of one group's users on the model's device; sequences hold row numbers of the batch's own item table."""
 
     group: int
-    items: torch.Tensor  # distinct items, [rows]; row 0 is the padding item
-    seq: torch.Tensor  # [batch, time], 0 at padding
-    positives: torch.Tensor  # [batch, time]
-    negatives: torch.Tensor  # [batch, time]
+    items: Tensor  # distinct items, [rows]; row 0 is the padding item
+    seq: Tensor  # [batch, time], 0 at padding
+    positives: Tensor  # [batch, time]
+    negatives: Tensor  # [batch, time]
 
 
 class PerPEFT(nn.Module):
-    """The whole model. With one group it is stage 1's global PEFT; with C groups it is stage 3's personalized PEFT.
+    """The whole model: SASRec for all groups, and an adapter in the encoder and a projector for each.
 
-    Args:
-        encoder: the foundation model with one adapter a group.
-        projector: the global projector; `clone_groups` copies it.
-        sasrec: the recommender that all groups share.
+    With one group it is stage 1's global PEFT; with C groups it is stage 3's personalized PEFT.
     """
 
     def __init__(self, encoder: ItemEncoder, projector: MMProjector, sasrec: SASRec):
         super().__init__()
-        self.encoder = encoder
-        self.projectors = nn.ModuleList([projector])
-        self.sasrec = sasrec
+        self.encoder, self.projectors, self.sasrec = encoder, nn.ModuleList([projector]), sasrec
 
     @property
     def num_groups(self) -> int:
@@ -46,31 +41,19 @@ class PerPEFT(nn.Module):
         first = self.projectors[0]
         self.projectors = nn.ModuleList([first, *(copy.deepcopy(first) for _ in range(num_groups - 1))])
 
-    def forward(
-        self, batch: TensorBatch, inputs: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits of a batch, every distinct item encoded once.
+    def forward(self, batch: TensorBatch, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the positives, logits of the negatives, and the mask of real positions, [batch, time] each.
 
-        Args:
-            batch: users, positives and negatives.
-            inputs: what the encoder takes for the items `batch.items[1:]`.
-        Returns:
-            logits of the positives, logits of the negatives, and the mask of real positions, [batch, time] each
+        Every distinct item is encoded once: `inputs` is what the encoder takes for the items `batch.items[1:]`.
         """
         item_vectors = self.item_vectors(batch.group, inputs)  # [rows, hidden]
-        logits = self.sasrec(batch.seq, batch.positives, batch.negatives, item_vectors, batch.items)
+        logits = self.sasrec(batch.seq, batch.positives, batch.negatives, item_vectors, batch.items)  # [batch, time] each
         return *logits, batch.seq != 0
 
-    def item_vectors(self, group: int, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Encode and project items as one group sees them.
+    def item_vectors(self, group: int, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Encode and project items by a group's adapter and projector, [1 + items, hidden].
 
-        The padding item is an all-zero feature row before the projector, so its vector is projector(0).
-
-        Args:
-            group: whose adapter and projector act.
-            inputs: what the encoder takes, for `items` items.
-        Returns:
-            [1 + items, hidden]; row 0 is the padding item's.
+        Row 0 is the padding item's: an all-zero feature row before the projector, so its vector is projector(0).
         """
         self.encoder.use_group(group)
         features = self.encoder(*inputs)  # [items, feature_dim]

@@ -1,16 +1,11 @@
 """The projector: a foundation model's item features to the recommender's width."""
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class MMProjector(nn.Module):
-    """Linear, LayerNorm, ReLU, Linear, LayerNorm (PerPEFT, WWW 2026, the multimodal projector).
+    """Linear, LayerNorm, ReLU, Linear, LayerNorm (PerPEFT, WWW 2026, the multimodal projector), `hidden_units` wide.
 
-    The padding item is an all-zero feature row, so its vector is `projector(0)`, not zero.
-
-    Args:
-        in_dim: width of the item features, e.g. 1024 for CLIP ViT-B/32's image and title embeddings side by side.
-        hidden_units: the recommender's width d.
+    `in_dim` is 1024 for CLIP ViT-B/32's image and title embeddings side by side.
     """
 
     def __init__(self, in_dim: int, hidden_units: int = 32):
@@ -23,23 +18,18 @@ class MMProjector(nn.Module):
         )
         self.last_layernorm = nn.LayerNorm(hidden_units, eps=1e-8)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Project item features, [items, in_dim] -> [items, hidden_units]."""
         return self.last_layernorm(self.projector(features))
 
 
 class NoProjector(nn.Module):
-    """In the projector's place where items are known by their embeddings alone: every multimodal vector is zero.
+    """In the projector's place where items are known by their embeddings alone: every multimodal vector is zero."""
 
-    Args:
-        in_dim: width of the features, which are ignored.
-        hidden_units: the recommender's width d.
-    """
-
-    def __init__(self, in_dim: int = 0, hidden_units: int = 32):
+    def __init__(self, in_dim: int, hidden_units: int):
         super().__init__()
         self.hidden_units = hidden_units
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """[items, any width] -> zeros [items, hidden_units]."""
         return features.new_zeros(len(features), self.hidden_units)

@@ -5,78 +5,58 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
 from models.item_encoder import MODALITIES
 
 TOWER_NAMES = {"image": ("vision_model", "image_model"), "text": ("text_model",)}  # attributes that models have them under
+Layers = dict[str, tuple[str, ...]]  # names of both towers' linear layers by role
 
-
-@dataclass(frozen=True)
-class Layers:
-    """Names of the linear layers in both towers: of attention, and the first of each feed-forward block."""
-
-    query: tuple[str, ...] = ("q_proj",)
-    key: tuple[str, ...] = ("k_proj",)
-    value: tuple[str, ...] = ("v_proj",)
-    feed_forward: tuple[str, ...] = ("fc1",)
-
-
-# What these layers are called in transformers; one layer for query, key and value is all three.
-KNOWN_LAYERS = Layers(
-    ("q_proj", "query", "q_lin", "attn.q", "qkv"), ("k_proj", "key", "k_lin", "attn.k", "qkv"),
-    ("v_proj", "value", "v_lin", "attn.v", "qkv"), ("fc1", "intermediate.dense", "ffn.lin1", "up_proj"),
-)  # fmt: skip
+# What these layers are called in transformers, CLIP's names first; one layer for query, key and value is all three.
+KNOWN_LAYERS: Layers = {
+    "query": ("q_proj", "query", "q_lin", "attn.q", "qkv"),
+    "key": ("k_proj", "key", "k_lin", "attn.k", "qkv"),
+    "value": ("v_proj", "value", "v_lin", "attn.v", "qkv"),
+    "feed_forward": ("fc1", "intermediate.dense", "ffn.lin1", "up_proj"),  # the first of each block
+}
+CLIP_LAYERS: Layers = {role: names[:1] for role, names in KNOWN_LAYERS.items()}
 
 
 @dataclass(frozen=True)
 class Traits:
-    """How a dual encoder reads items, as `find_traits` finds it; the defaults are CLIP's.
+    """How a dual encoder reads items, as `find_traits` finds it; the defaults are CLIP's."""
 
-    Attributes:
-        title_token: the token that the text tower pools: "first", "last" (padding included), "final" (the last that is no
-            padding), "end" (the first `end_token`), "highest" (the first of the highest number), or "mean" over a title's.
-        end_token: the number of the token that ends a title.
-        class_token: whether the image tower pools its first token; otherwise its states are means over patches.
-        masks_titles: whether padding changes a title's features unless the text tower gets a mask.
-        pads_titles: whether it changes them nevertheless, so that every title is padded to the longest input.
-        widths: of an image's and a title's features; empty for the width that the model's configuration names.
-        longest_title: the text tower's longest input, in tokens.
-    """
-
+    # The token that the text tower pools: "first", "last" (padding included), "final" (the last that is no padding), "end" (the
+    # first `end_token`), "highest" (the first of the highest number), or "mean" over a title's.
     title_token: str = "end"
-    end_token: int | None = None
-    class_token: bool = True
-    masks_titles: bool = False
-    pads_titles: bool = False
-    widths: tuple[tuple[str, int], ...] = ()
-    longest_title: int = 77
+    end_token: int | None = None  # the number of the token that ends a title
+    class_token: bool = True  # whether the image tower pools its first token; otherwise its states are means over patches
+    masks_titles: bool = False  # whether padding changes a title's features unless the text tower gets a mask
+    pads_titles: bool = False  # whether it changes them nevertheless, so that every title is padded to the longest input
+    widths: tuple[tuple[str, int], ...] = ()  # of an image's and a title's features; empty for the configuration's width
+    longest_title: int = 77  # the text tower's longest input, in tokens
 
-    def pooling(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The share of each token in what the text tower pools, [items, length]; rows sum to 1.
-
-        Args:
-            tokens, mask: as in `dual_features`.
-        """
+    def pooling(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The share of each token in what the text tower pools, [items, length], of tokens and mask as in `dual_features`."""
+        mask = torch.ones_like(tokens) if mask is None else mask
         if self.title_token == "mean":
-            shares = torch.ones_like(tokens) if mask is None else mask
-            return shares / shares.sum(1, keepdim=True)
+            return mask / mask.sum(1, keepdim=True)
         length = tokens.shape[1]
         if self.title_token == "first":
             places = torch.zeros_like(tokens[:, 0])
         elif self.title_token == "last":
             places = torch.full_like(tokens[:, 0], length - 1)
         elif self.title_token == "final":
-            places = torch.full_like(tokens[:, 0], length - 1) if mask is None else mask.sum(1) - 1
+            places = mask.sum(1) - 1
         elif self.title_token == "end":
-            places = (tokens == self.end_token).int().argmax(1)
+            places = (tokens == self.end_token).int().argmax(1)  # [items]
         else:
             places = tokens.argmax(1)
         # not one_hot, which takes no meta tensor in torch 2.2
         return (torch.arange(length, device=tokens.device) == places.unsqueeze(1)).float()
 
-    def pool(self, states: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def pool(self, states: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """What the text tower pools of one vector a token, [items, length, width] -> [items, width]."""
         return torch.einsum("il,ilw->iw", self.pooling(tokens, mask).to(states.dtype), states)
 
@@ -99,7 +79,7 @@ def tower(model: nn.Module, part: str) -> nn.Module:
     return getattr(model, tower_name(model, part))
 
 
-def drop_none(**inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def drop_none(**inputs: Tensor | None) -> dict[str, Tensor]:
     """Keyword arguments without those that are None."""
     return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
@@ -107,35 +87,26 @@ def drop_none(**inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
 def layers_of(model: nn.Module) -> Layers:
     """Which of the known names of layers a model has."""
     linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    present = {name for names in vars(KNOWN_LAYERS).values() for name in names if any(at.endswith(f".{name}") for at in linear)}
-    return Layers(**{role: tuple(name for name in names if name in present) for role, names in vars(KNOWN_LAYERS).items()})
+    return {
+        role: tuple(name for name in names if any(at.endswith(f".{name}") for at in linear))
+        for role, names in KNOWN_LAYERS.items()
+    }
 
 
-def part_features(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> torch.Tensor:
-    """A dual encoder's embeddings of images or of titles as they are, [items, width].
-
-    Args:
-        model: with or without adapters.
-        part: "image" or "text".
-        inputs: `pixel_values`, or `input_ids` and `attention_mask`; those that are None are left out.
-    """
+def part_features(model: nn.Module, part: str, **inputs: Tensor | None) -> Tensor:
+    """A dual encoder's embeddings as they are, [items, width], of "image" (`pixel_values`) or "text" (`input_ids` and a mask)."""
     found = getattr(model, f"get_{part}_features")(**drop_none(**inputs))
-    found = found if isinstance(found, torch.Tensor) else found.pooler_output  # the latter in transformers 5
+    found = found if isinstance(found, Tensor) else found.pooler_output  # the latter in transformers 5
     return found[:, 0] if found.dim() == 3 else found  # FLAVA projects every token, and compares the first
 
 
-def dual_features(
-    model: nn.Module, images: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """A dual encoder's L2-normalised embeddings of images and titles side by side, or of one of them alone.
+def dual_features(model: nn.Module, images: Tensor | None, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """A dual encoder's L2-normalised embeddings of images and titles side by side or of one alone, [items, width], float32.
 
     Args:
-        model: with or without adapters.
         images: normalised, [items, 3, height, width].
         tokens: token ids of the titles, [items, length].
         mask: 1 at tokens, 0 at padding, [items, length], where the model needs one.
-    Returns:
-        [items, width] of both or of one alone; float32
     """
     embeddings = []
     if images is not None:
@@ -145,25 +116,22 @@ def dual_features(
     return torch.cat([F.normalize(embedding.float(), dim=-1) for embedding in embeddings], dim=-1)
 
 
-MAX_STATES = 7  # S of the paper: every second layer of ViT-B/32's twelve, and the embedding output
-
-
 def evenly_spaced(depths: list[int]) -> list[list[int]]:
     """Which hidden states are cached of towers of some depths, 0 being the embedding output: seven as in the paper, or all of a
     shallower tower, evenly spaced over each. For ViT-B/32: 0, 2, ..., 12 of both.
     """
-    steps = min(MAX_STATES - 1, *depths)
+    steps = min(6, *depths)  # S - 1 of the paper
     return [[round(depth * step / steps) for step in range(steps + 1)] for depth in depths]
 
 
 @contextlib.contextmanager
-def recorded_states(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+def recorded_states(module: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list that a tower's hidden states come into when it runs, in the graph of what is computed from them.
 
     They are what the tower returns, or, since some return none in transformers 4.57, what goes into and comes out of its layers.
     """
-    found: list[torch.Tensor] = []
-    of_layers: list[torch.Tensor] = []
+    found: list[Tensor] = []
+    of_layers: list[Tensor] = []
     layers = max((part for part in module.modules() if isinstance(part, nn.ModuleList)), key=len, default=[])
 
     def ask(_: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
@@ -172,8 +140,8 @@ def recorded_states(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     def enter(_: nn.Module, args: tuple, inputs: dict) -> None:
         of_layers.append(args[0] if args else inputs["hidden_states"])
 
-    def leave(_: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-        of_layers.append(output if isinstance(output, torch.Tensor) else output[0])
+    def leave(_: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        of_layers.append(output if isinstance(output, Tensor) else output[0])
 
     hooks = [
         module.register_forward_pre_hook(ask, with_kwargs=True),
@@ -188,7 +156,7 @@ def recorded_states(module: nn.Module) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
-def _tower_states(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> list[torch.Tensor]:
+def _tower_states(model: nn.Module, part: str, **inputs: Tensor | None) -> list[Tensor]:
     """All hidden states of a tower, [items, tokens, width] each; a map [items, width, height, width] counts as its places."""
     module = tower(model, part)
     with recorded_states(module) as found:
@@ -204,18 +172,10 @@ def _tower_states(model: nn.Module, part: str, **inputs: torch.Tensor | None) ->
 
 
 def hidden_states(
-    model: nn.Module,
-    traits: Traits,
-    images: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cached states of some items, of images, of titles, or of both.
+    model: nn.Module, traits: Traits, images: Tensor | None, tokens: Tensor | None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The cached states of images, of titles, or of both, given as in `dual_features`, by a model in eval mode.
 
-    Args:
-        model: in eval mode.
-        traits: the model's.
-        images, tokens, mask: as in `dual_features`.
     Returns:
         image states (the class token, or the mean over patches where there is none) [items, S, image width],
         title states (the pooled token, or the mean) [items, S, text width]; a width of 0 for what was not there
@@ -227,17 +187,16 @@ def hidden_states(
         found["image"] = _tower_states(model, "image", pixel_values=images)
     if tokens is not None:
         found["text"] = _tower_states(model, "text", input_ids=tokens, attention_mask=mask)
-    spaced = evenly_spaced([len(states) - 1 for states in found.values()])
-    pooled = {}
-    for (part, states), layers in zip(found.items(), spaced):
-        chosen = [states[layer] for layer in layers]
+
+    def pool(part: str, state: Tensor) -> Tensor:
         if part == "text":
-            rows = [traits.pool(state, tokens, mask) for state in chosen]
-        else:
-            rows = [state[:, 0] if traits.class_token else state.mean(1) for state in chosen]
-        pooled[part] = torch.stack(rows, dim=1).float()  # [items, S, width]
-    any_states = next(iter(pooled.values()))
-    absent = any_states.new_empty(*any_states.shape[:2], 0)
+            return traits.pool(state, tokens, mask)
+        return state[:, 0] if traits.class_token else state.mean(1)
+
+    pooled = {}
+    for part, layers in zip(found, evenly_spaced([len(states) - 1 for states in found.values()])):
+        pooled[part] = torch.stack([pool(part, found[part][layer]) for layer in layers], dim=1).float()  # [items, S, width]
+    absent = pooled[part].new_empty(*pooled[part].shape[:2], 0)
     return pooled.get("image", absent), pooled.get("text", absent)
 
 

@@ -17,7 +17,7 @@ from transformers import CLIPModel
 import perpeft_iisan
 import perpeft_lora_ia3
 from models import ClipPeftEncoder
-from models.peft_configs import lora_config
+from models.peft_configs import peft_config
 from tests.conftest import iisan_arguments, save_tiny_clip, tiny_arguments, tiny_histories, tiny_titles, write_dataset
 from utils.run import opening
 from utils.training import evaluation
@@ -148,7 +148,7 @@ def weights_cast_once(clip):
     features = {}
     with pretended_cuda(), torch.no_grad(), torch.autocast("cuda", torch.float16):
         for dtype in (torch.float16, None):
-            encoder = ClipPeftEncoder(CLIPModel.from_pretrained(clip), lora_config(), None, autocast_dtype=dtype).eval()
+            encoder = ClipPeftEncoder(CLIPModel.from_pretrained(clip), peft_config("lora"), None, autocast_dtype=dtype).eval()
             features[dtype] = encoder.to("cuda:0")(pixels.to("cuda:0"), tokens.to("cuda:0")).cpu()
     return bool(features[None].any()) and torch.equal(*features.values())
 

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from models import ClipPeftEncoder
-from models.peft_configs import lora_config
+from models.peft_configs import peft_config
 from models.towers import Traits
 from tests.conftest import encoded, write_dataset
 from utils.common.errors import PerPEFTError
@@ -110,7 +110,7 @@ def test_images_are_bit_for_bit_what_clips_processor_leaves(setting, tmp_path):
 
 def test_pixel_values_by_way_of_the_store_are_the_processors(tmp_path, tiny_clip):
     processor = CLIPImageProcessor.from_pretrained(tiny_clip)
-    encoder = ClipPeftEncoder(CLIPModel.from_pretrained(tiny_clip), lora_config(), processor)
+    encoder = ClipPeftEncoder(CLIPModel.from_pretrained(tiny_clip), peft_config("lora"), processor)
     seen = []
     patches = next(module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d))
     patches.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from models.clip_peft import ClipPeftEncoder
-from models.peft_configs import lora_config
+from models.peft_configs import peft_config
 from tests.conftest import RUN, can_train, exit_code, fresh_data, run_script, tiny_arguments
 from tests.run_files import leftovers, outcome, summary_of
 from tests.zygote import write_instead_of_drawing
@@ -171,7 +171,7 @@ def test_adapters_that_do_not_fit_on_the_disk_are_an_oserror(tiny_clip, tmp_path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     foundation = load_foundation(str(tiny_clip))
-    encoder = ClipPeftEncoder(foundation.clip, lora_config(), foundation.image_processor)
+    encoder = ClipPeftEncoder(foundation.clip, peft_config("lora"), foundation.image_processor)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(encoder, tmp_path, 0)

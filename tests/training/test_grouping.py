@@ -4,19 +4,14 @@ import numpy as np
 from utils.training.grouping import kmeans_groups
 
 
-def blobs(seed=0):
-    random = np.random.default_rng(seed)
-    centres = random.normal(0, 10, (4, 6))
-    truth = random.integers(0, 4, 200)
-    return (centres[truth] + random.normal(0, 0.1, (200, 6))).astype(np.float32), truth
-
-
 def test_kmeans_finds_clear_groups_and_the_same_ones_each_time():
-    vectors, truth = blobs()
-    groups = kmeans_groups(vectors, 4, seed=0)
-    assert groups.tolist() == kmeans_groups(vectors, 4, seed=0).tolist()
-    assert sorted(set(groups.tolist())) == [0, 1, 2, 3]
-    assert len(set(zip(groups.tolist(), truth.tolist()))) == 4  # every group is one blob
+    random = np.random.default_rng(0)
+    centres, truth = random.normal(0, 10, (4, 6)), random.integers(0, 4, 200)
+    vectors = (centres[truth] + random.normal(0, 0.1, (200, 6))).astype(np.float32)
+    groups = kmeans_groups(vectors, 4, seed=0).tolist()
+    assert groups == kmeans_groups(vectors, 4, seed=0).tolist()
+    assert sorted(set(groups)) == [0, 1, 2, 3]
+    assert len(set(zip(groups, truth.tolist()))) == 4  # every group is one blob
 
 
 def test_as_many_groups_as_users():

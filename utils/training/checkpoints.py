@@ -14,9 +14,6 @@ from utils.common.files import folder_written_atomically, save_tensors, write_at
 from utils.training.progress import Progress
 from utils.training.trainer import Trainer
 
-# Settings that change no trained adapter's effect: of training, of initial values, of where it came from.
-WITHOUT_EFFECT = ("dropout", "init", "inference", "low_cpu_mem")
-
 
 def _read(path: Path) -> Any:
     try:
@@ -59,9 +56,10 @@ def load_adapter(encoder: ItemEncoder, folder: Path, group: int) -> None:
         return
     settings = folder / "adapter" / "adapter_config.json"
     saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    no_effect = ("dropout", "init", "inference", "low_cpu_mem")  # in the names of settings of training alone, or of loading
     for name, own in encoder.adapter_config.to_dict().items():  # what shapes of weights do not show, such as lora_alpha
-        is_plain = isinstance(own, (bool, int, float)) and not any(part in name for part in WITHOUT_EFFECT)
-        if is_plain and saved.get(name, own) != own:
+        acts = isinstance(own, (bool, int, float)) and not any(part in name for part in no_effect)
+        if acts and saved.get(name, own) != own:
             raise ValueError(f"this adapter was saved with {name} {saved[name]}, the model has {own}")
     encoder.load_group_state(group, load_file(str(folder / "adapter" / "adapter_model.safetensors")))
 
@@ -71,17 +69,13 @@ def _save_module(module: torch.nn.Module, path: Path) -> None:
 
 
 def _group_folders(model: PerPEFT, folder: Path, stage: str) -> list[Path]:
-    """Where each group's projector and adapter lie; the global ones beside SASRec."""
     return [folder] if stage == "global" else [folder / f"group_{group}" for group in range(model.num_groups)]
 
 
 def save_weights(model: PerPEFT, folder: Path, stage: str) -> None:
     """Write `sasrec.pth` and every group's `projector.pth` and adapter; the folder is replaced as a whole.
 
-    Args:
-        model: of one group for the stage "global", else of as many as there are.
-        folder: `global/` or `personalized/` of a run; in the latter, each group has a folder `group_{g}/`.
-        stage: "global" or "personalized".
+    Of the stage "global" all lie in `folder`; of "personalized", each group's projector and adapter in `group_{g}/` there.
     """
     with folder_written_atomically(folder) as temporary:
         _save_module(model.sasrec, temporary / "sasrec.pth")
@@ -92,11 +86,7 @@ def save_weights(model: PerPEFT, folder: Path, stage: str) -> None:
 
 
 def load_weights(model: PerPEFT, folder: Path, stage: str) -> None:
-    """Read what `save_weights` wrote into a model with as many groups.
-
-    Raises:
-        PerPEFTError: a file is missing, damaged, or of a model of another shape.
-    """
+    """Read what `save_weights` wrote into a model with as many groups; raises a PerPEFTError if it is missing or does not fit."""
     where = folder
     try:
         model.sasrec.load_state_dict(_read(folder / "sasrec.pth"))
@@ -110,26 +100,18 @@ def load_weights(model: PerPEFT, folder: Path, stage: str) -> None:
 
 
 class Checkpoint:
-    """The state that one stage continues from, in one file that is replaced as a whole; rank 0 writes it.
+    """The state that one stage continues from, in one file that is replaced as a whole; all ranks call, rank 0 writes.
 
-    Args:
-        path: the file, named for the stage.
-        accelerator: the ranks, all of which call every method.
     Attributes:
         saved: how far the state in the file has come, in words; None as long as there is none.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator):
-        self.path = path
+        self.path, self._accelerator = path, accelerator
         self.saved: str | None = None
-        self._accelerator = accelerator
 
     def restore(self, trainer: Trainer, progress: Progress) -> None:
-        """Continue from the latest state, if there is one.
-
-        Raises:
-            PerPEFTError: the file is damaged or of another run.
-        """
+        """Continue from the latest state, if there is one; raises a PerPEFTError if it is damaged or of another run."""
         if not self.path.is_file():
             return
         state = _read(self.path)
@@ -144,11 +126,7 @@ class Checkpoint:
         self.saved = str(progress)
 
     def save(self, trainer: Trainer, progress: Progress) -> None:
-        """Replace the state by the present one.
-
-        Raises:
-            PerPEFTError: a loss or a weight is infinite or NaN; the file is left as it was.
-        """
+        """Replace the state by the present one; if a loss or a weight is infinite or NaN, raises a PerPEFTError instead."""
         progress.read_losses()
         if not trainer.is_finite():
             raise progress.not_finite("weights have become infinite or NaN")

@@ -1,77 +1,61 @@
 """Full-ranking evaluation: every item encoded once a group, every user's held-out item ranked against all others."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from models import PerPEFT, SASRec
 from utils.common.devices import to_device
 from utils.data.histories import Histories, Split
 from utils.items.source import ItemSource
 
-CUTOFFS = (10, 20, 30)
 SPLITS = ("valid", "test")
-METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS)
+METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in (10, 20, 30))
 ITEMS_AT_ONCE = 256  # encoded in a forward pass
+USERS_AT_ONCE = 8192  # whose histories are read in a forward pass
 SCORES_AT_ONCE = 2**24  # entries of a score matrix held at a time: memory stays flat in the number of users
+
+
+def user_values(metric: str, ranks: np.ndarray) -> np.ndarray:
+    """Each user's HR@K (1 if rank < K, else 0) or NDCG@K (1 / log2(rank + 2) if rank < K, else 0), of ranks from 0, [users]."""
+    kind, cutoff = metric.split("@")
+    hits = (ranks < int(cutoff)).astype(float)
+    return hits if kind == "HR" else hits / np.log2(ranks + 2.0)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks from 0 of every evaluated user's held-out items.
+    """Ranks from 0 of every evaluated user's held-out items."""
 
-    Attributes:
-        users: rows of the evaluated users, [users].
-        valid, test: rank of the validation and of the test item, [users].
-    """
-
-    users: np.ndarray
-    valid: np.ndarray
-    test: np.ndarray
+    users: np.ndarray  # rows of the evaluated users, [users]
+    valid: np.ndarray  # ranks of their validation items, [users]
+    test: np.ndarray  # ranks of their test items, [users]
 
     def metrics(self) -> dict[str, float]:
-        """`valid_HR@10` ... `test_NDCG@30`, as fractions."""
-        by_split = {"valid": metrics_of(self.valid), "test": metrics_of(self.test)}
-        return {f"{split}_{name}": value for split, metrics in by_split.items() for name, value in metrics.items()}
+        """`valid_HR@10` ... `test_NDCG@30`, means over users, as fractions."""
+        by_split = (("valid", self.valid), ("test", self.test))
+        return {f"{split}_{name}": float(user_values(name, ranks).mean()) for split, ranks in by_split for name in METRICS}
 
 
 class Evaluator:
-    """Ranks all users of one data set with a model; several ranks share encoding and ranking.
+    """Ranks all users of one data set with models on one device; several ranks share the work, and each gets every result."""
 
-    Args:
-        split: histories and held-out items.
-        source: the items' inputs.
-        device: of the model.
-        accelerator: the ranks that share the work; every rank gets every result.
-        items_at_once: items encoded in a forward pass.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        source: ItemSource,
-        device: torch.device,
-        accelerator: Accelerator,
-        items_at_once: int = ITEMS_AT_ONCE,
-    ):
-        self.split, self.source, self.device = split, source, device
-        self._accelerator = accelerator
-        self._items_at_once = items_at_once
+    def __init__(self, split: Split, source: ItemSource, device: torch.device, accelerator: Accelerator):
+        self.split, self.source, self.device, self._accelerator = split, source, device, accelerator
 
     @torch.no_grad()
-    def item_table(self, model: PerPEFT, group: int) -> torch.Tensor:
-        """The e_i of all items as one group sees them, [num_items + 1, hidden]; row 0 is the padding item's.
+    def item_table(self, model: PerPEFT, group: int) -> Tensor:
+        """The e_i of all items by a group's adapter and projector, [num_items + 1, hidden]; row 0 is the padding item's.
 
-        Args:
-            model: in eval mode.
-            group: whose adapter and projector act.
+        The model is in eval mode.
         """
         vectors = torch.zeros(self.source.num_items + 1, model.sasrec.hidden_units, device=self.device)
         order = self.source.reading_order()
-        starts = range(0, len(order), self._items_at_once)
-        for start in starts[self._accelerator.process_index :: self._accelerator.num_processes]:
-            items = order[start : start + self._items_at_once]
+        for start in self._own_share(range(0, len(order), ITEMS_AT_ONCE)):
+            items = order[start : start + ITEMS_AT_ONCE]
             chunk = model.item_vectors(group, self.source.fetch(items, self.device))  # [1 + items, hidden]
             vectors[to_device(items, self.device)] = chunk[1:]
             if start == 0:  # every chunk has the padding item's vector, but the sum over ranks must hold it once
@@ -80,12 +64,7 @@ class Evaluator:
 
     @torch.no_grad()
     def ranks(self, model: PerPEFT, groups: np.ndarray) -> Ranks:
-        """Rank every evaluated user's valid and test item, each user by their own group's adapter and projector.
-
-        Args:
-            model: in eval mode.
-            groups: each user row's group, [users].
-        """
+        """Rank every evaluated user's valid and test item by a model in eval mode; each user row is in its group, [users]."""
         split, users = self.split, self.split.evaluated_users
         if len(users) and groups[users].max() >= model.num_groups:
             raise ValueError(f"a user is in group {groups[users].max()}, but the model has {model.num_groups} groups")
@@ -96,39 +75,33 @@ class Evaluator:
             if not len(places):
                 continue
             table = self.item_table(model, group)
-            places = places[self._accelerator.process_index :: self._accelerator.num_processes]
+            places = self._own_share(places)
             members, on_device = users[places], to_device(places, self.device)
             for row, (histories, targets) in enumerate(held_out):
                 states = last_states(model.sasrec, table, histories, members)
                 ranks[row, on_device] = rank_targets(states, table, targets[members], histories, members)
         return Ranks(users, *self._accelerator.reduce(ranks, "sum").cpu().numpy())
 
+    def _own_share(self, work: Sequence) -> Sequence:
+        return work[self._accelerator.process_index :: self._accelerator.num_processes]
+
 
 @torch.no_grad()
-def last_states(
-    sasrec: SASRec, item_table: torch.Tensor, histories: Histories, users: np.ndarray, users_at_once: int = 8192
-) -> torch.Tensor:
-    """The recommender's state after each user's last interaction, [users, hidden].
+def last_states(sasrec: SASRec, item_table: Tensor, histories: Histories, users: np.ndarray) -> Tensor:
+    """A recommender's state, in eval mode, after the last interaction of some rows of `histories`, [users, hidden].
 
-    Args:
-        sasrec: in eval mode.
-        item_table: the e_i, [num_items + 1, hidden].
-        histories: of all users.
-        users: rows of the users.
-        users_at_once: users in a forward pass.
+    `item_table` holds the e_i, [num_items + 1, hidden].
     """
     chunks = [item_table.new_empty(0, item_table.shape[1])]
-    for start in range(0, len(users), users_at_once):
-        seq = histories.last(users[start : start + users_at_once], sasrec.maxlen)  # [users, time]
+    for start in range(0, len(users), USERS_AT_ONCE):
+        seq = histories.last(users[start : start + USERS_AT_ONCE], sasrec.maxlen)  # [users, time]
         states = sasrec.states_from_inputs(to_device(seq, item_table.device), item_table)  # [users, time, hidden]
         chunks.append(states[:, -1])
     return torch.cat(chunks)
 
 
 @torch.no_grad()
-def rank_targets(
-    states: torch.Tensor, item_table: torch.Tensor, targets: np.ndarray, excluded: Histories, users: np.ndarray
-) -> torch.Tensor:
+def rank_targets(states: Tensor, item_table: Tensor, targets: np.ndarray, excluded: Histories, users: np.ndarray) -> Tensor:
     """How many other candidates score at least as high as each user's target; ties and NaN scores count against the model.
 
     Args:
@@ -138,7 +111,7 @@ def rank_targets(
         excluded: the items that are no candidates for a user (the target itself always is one).
         users: the users' rows in `excluded`, [users].
     Returns:
-        0 for a target that beats all, [users].
+        ranks from 0, [users]
     """
     num_rows, device = item_table.shape[0], item_table.device
     users_at_once = max(1, SCORES_AT_ONCE // num_rows)
@@ -163,15 +136,3 @@ def _rows_and_items(histories: Histories, users: np.ndarray) -> tuple[np.ndarray
     lengths = histories.lengths[users]
     first = np.repeat(histories.offsets[users] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
     return np.repeat(np.arange(len(users)), lengths), histories.items[first + np.arange(len(first))]
-
-
-def user_values(metric: str, ranks: np.ndarray) -> np.ndarray:
-    """Each user's HR@K (1 if rank < K, else 0) or NDCG@K (1 / log2(rank + 2) if rank < K, else 0), of ranks from 0, [users]."""
-    kind, cutoff = metric.split("@")
-    hits = (ranks < int(cutoff)).astype(float)
-    return hits if kind == "HR" else hits / np.log2(ranks + 2.0)
-
-
-def metrics_of(ranks: np.ndarray) -> dict[str, float]:
-    """The METRICS of ranks from 0, means over users."""
-    return {name: float(user_values(name, ranks).mean()) for name in METRICS}

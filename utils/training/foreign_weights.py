@@ -9,10 +9,9 @@ from utils.training.checkpoints import load_weights
 
 
 def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: str) -> None:
-    """Read the global model of another run, or one that the authors' code has saved.
+    """Read the global model of another run, or one that the authors' code has saved, into a model with one group.
 
     Args:
-        model: with one group.
         where: a run folder, its `global/`, the authors' `pretrained_models/`, or one of the `sasrec_...pth` files in that:
             `sasrec_{peft}_{dataset}_{epoch}_{lr}_{wdecay}.pth`, beside which `projector_...pth` and `clip_encoder_.../` (LoRA,
             IA3) or `encoder_...pth` (IISAN) of the same ending lie.
@@ -34,15 +33,14 @@ def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: st
             f"--init_from {where}: "
             + (several if found else f"neither a run folder with global/sasrec.pth nor a folder with {prefix}...pth is there")
         )
-    ending = found[0].stem.removeprefix("sasrec_")
-    folder = found[0].parent
+    folder, ending = found[0].parent, found[0].stem.removeprefix("sasrec_")
     parts = {
+        found[0].name: "sasrec.pth",
         f"projector_{ending}.pth": "projector.pth",
         f"clip_encoder_{ending}": "adapter",
         f"encoder_{ending}.pth": IISANEncoder.state_file,
     }
     with tempfile.TemporaryDirectory() as temporary:  # the same files under this project's names
-        (Path(temporary) / "sasrec.pth").symlink_to(found[0].resolve())
         for theirs, ours in parts.items():
             if (folder / theirs).exists():
                 (Path(temporary) / ours).symlink_to((folder / theirs).resolve())

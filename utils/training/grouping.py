@@ -8,15 +8,7 @@ from threadpoolctl import threadpool_limits
 
 
 def kmeans_groups(user_vectors: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
-    """Group users (k-means, at most 100 iterations, best of 10 seeded starts).
-
-    Args:
-        user_vectors: one row a real user, [users, hidden]; at least C, which reading the data checks.
-        num_groups: C.
-        seed: of the starts.
-    Returns:
-        each user's group, 0..C-1, [users]
-    """
+    """Each user's group, 0..C-1, [users], by k-means on [users, hidden]: at most 100 iterations, the best of 10 seeded starts."""
     kmeans = KMeans(num_groups, max_iter=100, n_init=10, random_state=seed)
     # One thread: several sum in the order in which they finish, so the last bits would differ from run to run.
     with threadpool_limits(1), warnings.catch_warnings():

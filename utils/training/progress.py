@@ -12,8 +12,6 @@ from tqdm import tqdm
 from utils.common.errors import PerPEFTError
 from utils.training.sampling import Batch
 
-SELECTION_METRIC = "valid_NDCG@20"
-
 
 def steps_between_reads(device: torch.device) -> int:
     """How many steps may pass before losses, or other ranks' signals, are read."""
@@ -22,18 +20,12 @@ def steps_between_reads(device: torch.device) -> int:
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The row of the best epoch by valid NDCG@20; the earlier of equals."""
-    return max(rows, key=lambda row: row[SELECTION_METRIC])
+    return max(rows, key=lambda row: row["valid_NDCG@20"])
 
 
 class Progress:
-    """The position and the history of one stage.
+    """The position and the history of one stage of so many epochs and steps an epoch; each rank has the loss of its own shard.
 
-    Args:
-        stage: "global" or "personalized".
-        epochs: how many are trained.
-        steps: of an epoch.
-        device: of the losses.
-        accelerator: the ranks, each of which has the loss of its own shard.
     Attributes:
         rows: one for each finished epoch: stage, epoch, train_loss, seconds, metrics, skipped_steps.
         epoch, step: the running epoch (from 1) and its finished steps.
@@ -44,8 +36,7 @@ class Progress:
         self.stage, self.epochs, self.steps = stage, epochs, steps
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step = 1, 0
-        self._loss, self._num_read, self._seconds = 0.0, 0, 0.0
-        self._started = time.monotonic()
+        self._loss, self._seconds, self._started = 0.0, 0.0, time.monotonic()
         self._unread: list[tuple[int, Batch, torch.Tensor]] = []
         self._interval = steps_between_reads(device)
         self._last_batch: Batch | None = None
@@ -65,11 +56,7 @@ class Progress:
                 yield self.epoch
 
     def add(self, step: int, batch: Batch, loss: torch.Tensor) -> None:
-        """Note a finished step (from 1); losses are read at intervals, so that the host rarely waits for the device.
-
-        Raises:
-            PerPEFTError: one of the losses that are read is not finite.
-        """
+        """Note a finished step (from 1); `read_losses` is called at intervals, so that the host rarely waits for the device."""
         self.step, self._last_batch = step, batch
         self._unread.append((step, batch, loss))
         if len(self._unread) >= self._interval:
@@ -83,14 +70,11 @@ class Progress:
     @property
     def mean_loss(self) -> float:
         """Mean of the epoch's losses read so far; NaN before the first."""
-        return self._loss / self._num_read if self._num_read else math.nan
+        num_read = self.step - len(self._unread)
+        return self._loss / num_read if num_read else math.nan
 
     def read_losses(self) -> None:
-        """Read the losses that are still on the device.
-
-        Raises:
-            PerPEFTError: one is not finite; names the step, the group and the items.
-        """
+        """Read the losses still on the device; if one is not finite, raises a PerPEFTError that names step, group and items."""
         if not self._unread:
             return
         losses = torch.stack([loss for _, _, loss in self._unread])  # [steps]
@@ -99,7 +83,6 @@ class Progress:
             if not np.isfinite(loss):
                 raise self.not_finite(f"the loss is {loss}", step, batch)
         self._loss += float(losses.sum())
-        self._num_read += len(losses)
         self._unread = []
 
     def not_finite(self, what: str, step: int | None = None, batch: Batch | None = None) -> PerPEFTError:
@@ -115,11 +98,8 @@ class Progress:
         )
 
     def end_epoch(self, metrics: dict[str, float], skipped_steps: int) -> bool:
-        """Finish the running epoch; returns whether it is the best so far.
+        """Finish the running epoch; returns whether it is the best so far. `skipped_steps` counts from the stage's beginning.
 
-        Args:
-            metrics: of all users after the epoch.
-            skipped_steps: fp16 overflows since the stage began.
         Raises:
             PerPEFTError: a metric is not finite.
         """
@@ -129,8 +109,8 @@ class Progress:
         row = {"stage": self.stage, "epoch": self.epoch, "train_loss": self._loss / self.steps, "seconds": seconds, **metrics}
         row["skipped_steps"] = skipped_steps - sum(earlier["skipped_steps"] for earlier in self.rows)
         self.rows.append(row)
-        self.epoch, self.step, self._loss, self._num_read, self._seconds = self.epoch + 1, 0, 0.0, 0, 0.0
-        self._started = time.monotonic()
+        self.epoch, self.step = self.epoch + 1, 0
+        self._loss, self._seconds, self._started = 0.0, 0.0, time.monotonic()
         return best_row(self.rows) is row
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,4 +121,4 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
-        self._loss, self._num_read, self._seconds = state["loss"], state["step"], state["seconds"]
+        self._loss, self._seconds = state["loss"], state["seconds"]

@@ -13,21 +13,14 @@ Array = np.ndarray | torch.Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step needs; sequences hold row numbers of the batch's own small item table.
+    """What one training step needs; sequences hold row numbers of the batch's own small item table."""
 
-    Attributes:
-        group: whose adapter and projector are trained.
-        items: the distinct items of the batch, [rows]; row 0 is the padding item 0.
-        seq, positives, negatives: rows of `items`, 0 at padding, [batch, time] each.
-        num_transitions: real positions of `seq`; in a shard, those of the full batch.
-    """
-
-    group: int
-    items: Array
-    seq: Array
+    group: int  # whose adapter and projector are trained
+    items: Array  # the distinct items of the batch, [rows]; row 0 is the padding item 0
+    seq: Array  # rows of `items`, 0 at padding, [batch, time], as are the next two
     positives: Array
     negatives: Array
-    num_transitions: int
+    num_transitions: int  # real positions of `seq`; in a shard, those of the full batch
 
     def shard(self, rank: int, ranks: int) -> "Batch":
         """Every `ranks`-th user from number `rank` on, with these users' own items.
@@ -50,27 +43,6 @@ class Batch:
         return replace(self, **tables)
 
 
-class InteractionIndex:
-    """Answers "does this user's history hold this item?" for whole arrays, by one binary search in sorted keys."""
-
-    def __init__(self, histories: Histories, num_items: int):
-        self._width = num_items + 1
-        self._keys = sorted_distinct(histories.users * self._width + histories.items)
-
-    def contains(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether items[i] is in the history of user row users[i]; arguments and result have one shape."""
-        keys = users * self._width + items
-        if not len(self._keys):
-            return np.zeros(keys.shape, dtype=bool)
-        position = np.searchsorted(self._keys, keys)
-        return self._keys[np.minimum(position, len(self._keys) - 1)] == keys
-
-    def items_of(self, user: int) -> np.ndarray:
-        """The distinct items of one user, sorted."""
-        first, last = np.searchsorted(self._keys, [user * self._width, (user + 1) * self._width])
-        return self._keys[first:last] - user * self._width
-
-
 class Sampler:
     """Batches of one stage. Every draw is a function of (seed, stage, epoch, step) alone, so any step can be repeated.
 
@@ -79,8 +51,7 @@ class Sampler:
     history holds every item, who have no possible negative.
 
     Args:
-        train: training histories.
-        num_items: items are 1..num_items.
+        train: training histories, of items 1..num_items.
         groups: each user row's group, [users].
         candidates: for each group the items that negatives are drawn from.
         batch_size: users a batch.
@@ -90,24 +61,12 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        train: Histories,
-        num_items: int,
-        groups: np.ndarray,
-        candidates: list[np.ndarray],
-        batch_size: int,
-        maxlen: int,
-        seed: tuple[int, ...],
-        mixed: bool = False,
-    ):
-        self._train = train
-        self._history = InteractionIndex(train, num_items)
-        self._num_items = num_items
-        self._candidates = candidates
-        self._batch_size = batch_size
-        self._maxlen = maxlen
-        self._seed = seed
-        self._mixed = mixed
+        self, train: Histories, num_items: int, groups: np.ndarray, candidates: list[np.ndarray],
+        batch_size: int, maxlen: int, seed: tuple[int, ...], mixed: bool = False,
+    ):  # fmt: skip
+        self._train, self._num_items, self._candidates = train, num_items, candidates
+        self._batch_size, self._maxlen, self._seed, self._mixed = batch_size, maxlen, seed, mixed
+        self._interactions = sorted_distinct(train.users * (num_items + 1) + train.items)  # one number each
         trainable = (train.lengths >= 2) & ~train.has_every_item(num_items)
         self._members = [np.flatnonzero(trainable & (groups == group)) for group in range(len(candidates))]
         self.num_batches = sum(-(-len(members) // batch_size) for members in self._members)
@@ -116,24 +75,36 @@ class Sampler:
                 "no user left to train on: training needs users with two training interactions (four in all) whose training "
                 "history does not hold every item"
             )
-        self._planned_epoch: int | None = None
-        self._plan: list[tuple[int, np.ndarray]] = []
+        self._plans: dict[int, list[tuple[int, np.ndarray]]] = {}  # of the latest epoch
 
     def _random(self, *position: int) -> np.random.Generator:
         return np.random.default_rng([*self._seed, *position])
 
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The group and the user rows of every batch of an epoch."""
-        if epoch != self._planned_epoch:
+        if epoch not in self._plans:
             random = self._random(epoch, 0)  # steps count from 1 here: numpy takes (epoch) for (epoch, 0)
             batches = []
             for group, members in enumerate(self._members):
                 shuffled = random.permutation(members)
                 starts = range(0, len(shuffled), self._batch_size)
                 batches.extend((group, shuffled[start : start + self._batch_size]) for start in starts)
-            self._plan = [batches[position] for position in random.permutation(len(batches))]
-            self._planned_epoch = epoch
-        return self._plan
+            self._plans = {epoch: [batches[position] for position in random.permutation(len(batches))]}
+        return self._plans[epoch]
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """The batch of one step of an epoch."""
+        group, users = self.plan(epoch)[step]
+        window = self._train.last(users, self._maxlen + 1)  # [batch, time + 1]
+        seq = window[:, :-1]  # [batch, time]
+        mask = seq != 0
+        positives = np.where(mask, window[:, 1:], 0)  # [batch, time]
+        negatives = np.zeros_like(seq)  # [batch, time]
+        negatives[mask] = self.negatives(np.repeat(users, mask.sum(1)), group, self._random(epoch, step + 1))
+        rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
+        items, local = np.unique(rows, return_inverse=True)
+        seq, positives, negatives = local[1:].reshape(3, *seq.shape)
+        return Batch(group, items, seq, positives, negatives, num_transitions=int(mask.sum()))
 
     def negatives(self, users: np.ndarray, group: int, random: np.random.Generator) -> np.ndarray:
         """One item for each of `users`, none that the user has in training: uniform over the group's candidates or, if `mixed`,
@@ -148,38 +119,24 @@ class Sampler:
     def _draw(self, users: np.ndarray, candidates: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Uniform draws from the candidates that each user does not have in training, [len(users)]."""
         drawn = candidates[random.integers(len(candidates), size=users.shape)]
-        open_positions = np.flatnonzero(self._history.contains(users, drawn))
+        open_positions = np.flatnonzero(self._in_history(users, drawn))
         for _ in range(20):  # with half of the candidates in the history, one draw in a million is still open after this
             if not len(open_positions):
                 return drawn
             drawn[open_positions] = candidates[random.integers(len(candidates), size=len(open_positions))]
-            still_in_history = self._history.contains(users[open_positions], drawn[open_positions])
-            open_positions = open_positions[still_in_history]
+            open_positions = open_positions[self._in_history(users[open_positions], drawn[open_positions])]
         for position in open_positions:  # users with nearly all items: draw from the others
-            drawn[position] = random.choice(self._left_over(users[position], candidates))
+            history = self._train[users[position]]
+            left = np.setdiff1d(candidates, history)
+            if not len(left):  # the user has all items of the group: any other item will do
+                left = np.setdiff1d(np.arange(1, self._num_items + 1), history)
+            drawn[position] = random.choice(left)
         return drawn
 
-    def _left_over(self, user: int, candidates: np.ndarray) -> np.ndarray:
-        history = self._history.items_of(user)
-        left = np.setdiff1d(candidates, history)
-        if not len(left):  # the user has all items of the group: any other item will do
-            left = np.setdiff1d(np.arange(1, self._num_items + 1), history)
-        return left
-
-    def batch(self, epoch: int, step: int) -> Batch:
-        """The batch of one step of an epoch."""
-        group, users = self.plan(epoch)[step]
-        window = self._train.last(users, self._maxlen + 1)  # [batch, time + 1]
-        seq = window[:, :-1]  # [batch, time]
-        mask = seq != 0
-        positives = np.where(mask, window[:, 1:], 0)
-        negatives = np.zeros_like(seq)
-        repeated_users = np.broadcast_to(users[:, None], seq.shape)
-        negatives[mask] = self.negatives(repeated_users[mask], group, self._random(epoch, step + 1))
-        rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
-        items, local = np.unique(rows, return_inverse=True)
-        seq, positives, negatives = local[1:].reshape(3, *seq.shape)
-        return Batch(group, items, seq, positives, negatives, num_transitions=int(mask.sum()))
+    def _in_history(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether users[i] has items[i] in training, by one binary search for all."""
+        keys = users * (self._num_items + 1) + items
+        return self._interactions.take(np.searchsorted(self._interactions, keys), mode="clip") == keys
 
 
 def group_items(train: Histories, groups: np.ndarray, num_groups: int) -> list[np.ndarray]:

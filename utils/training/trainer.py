@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from models import PerPEFT
 from utils.common.versions import has_fused_adamw
@@ -13,15 +14,10 @@ from utils.items.source import ItemSource
 from utils.training.sampling import Batch, Sampler
 
 
-def transition_loss(
-    positive_logits: torch.Tensor, negative_logits: torch.Tensor, mask: torch.Tensor, count: int
-) -> torch.Tensor:
+def transition_loss(positive_logits: Tensor, negative_logits: Tensor, mask: Tensor, count: int) -> Tensor:
     """Binary cross-entropy of positives (1) plus that of negatives (0), each a mean over real positions.
 
-    Args:
-        positive_logits, negative_logits: [batch, time]
-        mask: true where the history has an item, [batch, time]
-        count: real positions of the full batch, by which the sum is divided.
+    Logits and mask, true where the history has an item, are [batch, time]; `count` real positions are in the full batch.
     """
     # -log(sigmoid(x)) = softplus(-x), -log(1 - sigmoid(x)) = softplus(x)
     terms = F.softplus(-positive_logits) + F.softplus(negative_logits)  # [batch, time]
@@ -32,21 +28,12 @@ class Trainer:
     """Trains one model, alone or as one of several ranks.
 
     In a step, the batch's adapter and projector and SASRec get gradients; AdamW leaves parameters without a gradient as
-    they are, weight decay included. Each rank takes a shard of the batch; DDP averages the gradients.
-
-    Args:
-        model: on its device; with as many groups as will be trained.
-        source: where the items' inputs come from.
-        accelerator: ranks and gradient scaling.
-        lr, wdecay: learning rate and weight decay.
-        l2_emb: weight of the L2 norm of the item embeddings.
+    they are, weight decay included. Each rank takes a shard of the batch; DDP averages the gradients. The model is on its
+    device, with as many groups as will be trained; `l2_emb` weighs the L2 norm of the item embeddings in the loss.
     """
 
-    def __init__(
-        self, model: PerPEFT, source: ItemSource, accelerator: Accelerator, *, lr: float, wdecay: float, l2_emb: float
-    ):
-        self.model, self.source, self.accelerator = model, source, accelerator
-        self._l2_emb = l2_emb
+    def __init__(self, model: PerPEFT, source: ItemSource, accelerator: Accelerator, *, lr: float, wdecay: float, l2_emb: float):
+        self.model, self.source, self.accelerator, self._l2_emb = model, source, accelerator, l2_emb
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self._parameters[0].device
         self._fused = has_fused_adamw(self.device.type)
@@ -57,14 +44,14 @@ class Trainer:
         if accelerator.num_processes > 1:
             accelerator.ddp_handler.find_unused_parameters = model.num_groups > 1  # idle groups have no gradient
             self._forward = accelerator.prepare_model(model, device_placement=False)
-        self._skipped_steps: torch.Tensor | int = 0  # on the device, so that counting does not wait for it
+        self._skipped_steps: Tensor | int = 0  # on the device, so that counting does not wait for it
 
     @property
     def skipped_steps(self) -> int:
         """Steps so far that left all weights as they were because a gradient overflowed in fp16."""
         return int(self._skipped_steps)
 
-    def steps(self, sampler: Sampler, epoch: int, first: int) -> Iterator[tuple[int, Batch, torch.Tensor]]:
+    def steps(self, sampler: Sampler, epoch: int, first: int) -> Iterator[tuple[int, Batch, Tensor]]:
         """Train the steps of an epoch from step `first` (from 0) on; yields each step's number (from 1), batch and loss."""
         for step in range(first, sampler.num_batches):
             batch = sampler.batch(epoch, step)
@@ -72,7 +59,7 @@ class Trainer:
             self.update(loss)
             yield step + 1, batch, loss.detach()
 
-    def loss(self, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch: of the full batch, or of this rank's shard such that the mean over ranks is that."""
         ranks = self.accelerator.num_processes
         shard = batch.shard(self.accelerator.process_index, ranks)
@@ -81,7 +68,7 @@ class Trainer:
         loss = transition_loss(positive_logits, negative_logits, mask, batch.num_transitions)
         return ranks * loss + self._l2_emb * torch.linalg.vector_norm(self.model.sasrec.item_emb.weight)
 
-    def update(self, loss: torch.Tensor) -> None:
+    def update(self, loss: Tensor) -> None:
         """Backward pass and optimizer step."""
         self.accelerator.backward(loss)
         scaler = self.accelerator.scaler
@@ -99,12 +86,13 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training, every rank's random state included; called by all ranks."""
         scaler = self.accelerator.scaler
+        random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
         return {
             "parameters": [parameter.detach() for parameter in self._parameters],
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else {},
             "skipped_steps": self.skipped_steps,
-            "random": gather_object([self._random_state()]),
+            "random": gather_object([random]),
         }
 
     @torch.no_grad()
@@ -122,13 +110,7 @@ class Trainer:
         if len(state["random"]) != ranks:
             print(f"number of processes: {len(state['random'])} before, {ranks} now; dropout differs from here on", flush=True)
         if rank < len(state["random"]):
-            self._set_random_state(state["random"][rank])
-
-    def _random_state(self) -> list[torch.Tensor]:
-        on_device = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_device]
-
-    def _set_random_state(self, states: list[torch.Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self.device.type == "cuda" and len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self.device)
+            on_cpu, *on_gpu = state["random"][rank]
+            torch.set_rng_state(on_cpu)
+            if on_gpu and self.device.type == "cuda":
+                torch.cuda.set_rng_state(*on_gpu, self.device)
