@@ -21,11 +21,8 @@ def check_dataset(
     """Check all files of a data set, every image included unless titles alone are used, and count what they hold.
 
     Args:
-        train_dir: the folder of all data sets.
-        name: the data set.
-        num_groups: how many groups the users will be put into (--C).
-        missing_images: "error", "blank" where items may lack a readable image, or "unused" where titles alone are read.
-        modality: "both", "image" or "text": which hidden states are needed.
+        train_dir, name, num_groups, missing_images: as in `read_dataset`.
+        modality: which hidden states are needed: "both", "image" or "text".
     Raises:
         PerPEFTError: there is no such data set.
     """
@@ -35,27 +32,18 @@ def check_dataset(
     dataset = found.dataset
     counts = dataset.counts()  # the columns of the paper's Table 1, and what else training depends on
     counts |= {
-        "interactions per user (mean)": counts["interactions"] / max(1, counts["users"]),
+        "interactions per user (mean)": f"{counts['interactions'] / max(1, counts['users']):,.2f}",
         "images found": "unused" if missing_images == "unused" else len(found.present) - len(unreadable),
         "titles missing": dataset.missing_titles,
         "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
         "hidden states": states,
     }
     lines = [f"data set '{name}' in {dataset.folder}"]
-    lines += [f"  {what:<28}{_format_count(count):>12}" for what, count in counts.items()]
+    lines += [f"  {what:<28}{count if isinstance(count, str) else f'{count:,}':>12}" for what, count in counts.items()]
     if found.remarks:
         lines += ["worth knowing:", str(found.remarks)]
-    if found.problems:
-        lines += ["cannot be used:", str(found.problems)]
-    else:
-        lines.append("usable")
+    lines += ["cannot be used:", str(found.problems)] if found.problems else ["usable"]
     return Check(not found.problems, "\n".join(lines))
-
-
-def _format_count(count: int | float | str) -> str:
-    if isinstance(count, str):
-        return count
-    return f"{count:,.2f}" if isinstance(count, float) else f"{count:,}"
 
 
 def _check_states(found: Inspection, modality: str) -> str:

@@ -8,11 +8,7 @@ from utils.common.devices import to_device
 
 
 class ItemSource(Protocol):
-    """Inputs of all items by item number.
-
-    Attributes:
-        num_items: items are 1..num_items.
-    """
+    """Inputs of all items, 1..num_items."""
 
     num_items: int
 
@@ -27,11 +23,7 @@ class ItemSource(Protocol):
 
 
 class FeatureStore:
-    """Features of all items by item number, computed before: what the frozen baseline reads.
-
-    Args:
-        features: row i of item i + 1, [items, width]; a width of 0 for items without any.
-    """
+    """Features computed before, row i of item i + 1, [items, width]: what the frozen baseline reads."""
 
     def __init__(self, features: torch.Tensor):
         self.features = features
