@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Inspection, inspect_dataset
+from utils.data.dataset import inspect_dataset
 from utils.data.histories import leave_last_out
 from utils.items.hidden_states import HiddenStateStore, has_states
 
@@ -28,8 +28,15 @@ def check_dataset(
     """
     found = inspect_dataset(train_dir, name, missing_images=missing_images, num_groups=num_groups)
     unreadable = found.try_images(missing_images) if found.present else []
-    states = _check_states(found, modality)
     dataset = found.dataset
+    states = "none yet"  # they are computed on first use
+    if has_states(train_dir, name, modality):
+        try:
+            HiddenStateStore.open(dataset, modality=modality)
+            states = "found"
+        except PerPEFTError as error:
+            found.problems.add("hidden states", [" ".join(str(error).split())])
+            states = "unusable"
     counts = dataset.counts()  # the columns of the paper's Table 1, and what else training depends on
     counts |= {
         "interactions per user (mean)": f"{counts['interactions'] / max(1, counts['users']):,.2f}",
@@ -44,16 +51,3 @@ def check_dataset(
         lines += ["worth knowing:", str(found.remarks)]
     lines += ["cannot be used:", str(found.problems)] if found.problems else ["usable"]
     return Check(not found.problems, "\n".join(lines))
-
-
-def _check_states(found: Inspection, modality: str) -> str:
-    """Check IISAN's hidden states, if they exist; missing ones are computed on first use."""
-    dataset = found.dataset
-    if not has_states(dataset.folder, dataset.name, modality):
-        return "none yet"
-    try:
-        HiddenStateStore.open(dataset, modality=modality)
-    except PerPEFTError as error:
-        found.problems.add("hidden states", [" ".join(str(error).split())])
-        return "unusable"
-    return "found"

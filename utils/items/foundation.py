@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, CLIPConfig, PreTrainedModel
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import AutoConfig, BaseImageProcessor, CLIPConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
@@ -80,8 +78,7 @@ class Foundation:
     ) -> list[torch.Tensor]:
         """Tables of all items, on the CPU, of what is computed of batches of similar title length.
 
-        `compute` takes normalised images [items, 3, height, width], tokens and, where the model reads one, a mask
-        [items, length]; None for what the modality leaves out. The bar is called `description`.
+        `compute` takes images, tokens and, where the model reads one, a mask, as in `dual_features`; the bar is `description`.
         """
         self.clip.eval().to(device)
         scale, shift = (statistic.to(device) for statistic in channel_statistics(self.image_processor))
@@ -103,8 +100,7 @@ def load_foundation(name: FoundationName, attention: str | None = None) -> Found
 
     Args:
         name: a folder as `save_pretrained` writes it, or a name on the hub; or those of a pair.
-        attention: transformers' name of how attention is computed; "eager" for the one that returns its weights (default: the
-            library's choice, the fastest).
+        attention: transformers' name of how it is computed, "eager" where its weights are needed (default: the fastest).
     Raises:
         PerPEFTError: it is neither, of another kind, or its parts do not fit together.
     """

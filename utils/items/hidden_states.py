@@ -10,14 +10,13 @@ from torch import nn
 
 from models.item_encoder import MODALITIES
 from models.towers import evenly_spaced, tower, tower_name
-from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError, first_line
 from utils.common.files import save_tensors, write_atomically, write_json
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
 from utils.data.problems import Problems
 from utils.items.model_files import FoundationName, model_hash, model_options
-from utils.items.store import DEVICE_SHARE
+from utils.items.source import FeatureStore
 
 AGAIN = "delete it and start again to compute it, or download it again"
 
@@ -117,21 +116,17 @@ def made_by(path: Path) -> tuple[str, str | None]:
     return str(note["clip_model"])[:200], note.get("clip_files")
 
 
-def _refuse_other_model(path: Path, model: FoundationName) -> None:
-    """Raise a PerPEFTError unless states come from this model, whatever its folder is called now."""
-    name, files = made_by(path)
-    own = model_hash(model)
-    if files != own if files and own else name != str(model):
-        options = _note(path).get("options", f"--clip_model {name}")
-        raise PerPEFTError(
-            f"{path} was computed by '{name}', not '{model}'; pass {options}, or delete it and start again to compute it"
-        )
-
-
-def _check_shapes(
-    path: Path, used: dict[str, torch.Tensor], expected: dict[str, set[tuple[int, int]]], model: FoundationName | None
-) -> None:
-    """Refuse states that are left out, or of other layers and widths than a model has; by part, "image" or "text"."""
+def _check_model(path: Path, used: dict[str, torch.Tensor], model: FoundationName | None, skeleton: nn.Module | None) -> None:
+    """Refuse states that are left out, or of another model, whatever its folder is called now: by the note, or else by shapes."""
+    noted = model is not None and path.with_suffix(".json").is_file()
+    if noted:
+        (name, files), own_files = made_by(path), model_hash(model)
+        if files != own_files if files and own_files else name != str(model):
+            options = _note(path).get("options", f"--clip_model {name}")
+            raise PerPEFTError(
+                f"{path} was computed by '{name}', not '{model}'; pass {options}, or delete it and start again to compute it"
+            )
+    expected = {} if noted or skeleton is None else state_shapes(skeleton)
     for part, states in used.items():
         own, found = expected.get(part), tuple(states.shape[1:])
         if states.shape[2] == 0:
@@ -145,11 +140,7 @@ def _check_shapes(
 
 
 def _rows_of_items(path: Path, raw_ids: list[str], ids: list, used: list[torch.Tensor]) -> np.ndarray:
-    """Where the items' states lie in a file with the rows `ids`, [num_items].
-
-    Raises:
-        PerPEFTError: items are missing or stand twice, or their states are not finite; all are named.
-    """
+    """Where the items lie in a file with the rows `ids`, [num_items]; refuses missing or repeated ones, and states not finite."""
     place = {raw_id: row for row, raw_id in enumerate(ids)}
     problems, rows = Problems(), np.empty(0, np.int64)
     problems.add("items without states", [raw_id for raw_id in raw_ids if raw_id not in place])
@@ -166,20 +157,18 @@ def _rows_of_items(path: Path, raw_ids: list[str], ids: list, used: list[torch.T
     return rows
 
 
-class HiddenStateStore:
-    """Cached states of all items, for IISAN.
+class HiddenStateStore(FeatureStore):
+    """Cached states of all items for IISAN: image states [rows, S, image width], title states [rows, S, text width]."""
 
-    Attributes:
-        image_states: [rows, S, image width], float32 or float16, memory-mapped or on the device.
-        text_states: [rows, S, text width].
-    """
+    @property
+    def image_states(self) -> torch.Tensor:
+        """The first of the tensors."""
+        return self.tensors[0]
 
-    def __init__(self, image_states: torch.Tensor, text_states: torch.Tensor, rows: np.ndarray | None = None):
-        self.image_states, self.text_states = image_states, text_states
-        rows = np.arange(len(image_states)) if rows is None else rows
-        self._rows = torch.from_numpy(rows)  # [num_items], where item i + 1 lies
-        self._order = np.argsort(rows, kind="stable") + 1
-        self.num_items = len(rows)
+    @property
+    def text_states(self) -> torch.Tensor:
+        """The second of the tensors."""
+        return self.tensors[1]
 
     @classmethod
     def open(
@@ -188,7 +177,6 @@ class HiddenStateStore:
         """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
 
         Args:
-            dataset: whose items.
             model: that the states must come from, as on the command line.
             skeleton: that model without its weights, where it is known; asked where no note says which model it was.
             modality: "both", "image" or "text"; the states of the other are left out.
@@ -197,27 +185,7 @@ class HiddenStateStore:
         """
         path = states_path(dataset.folder, dataset.name)
         states, ids = _read(path)
-        noted = model is not None and path.with_suffix(".json").is_file()
-        if noted:
-            _refuse_other_model(path, model)
         used = {part: states[part] for part in MODALITIES[modality]}
-        _check_shapes(path, used, {} if noted or skeleton is None else state_shapes(skeleton), model)
+        _check_model(path, used, model, skeleton)
         rows = _rows_of_items(path, dataset.raw_ids, ids, list(used.values()))
-        return cls(*(found if part in used else found[:, :, :0] for part, found in states.items()), rows)
-
-    def place_on(self, device: torch.device) -> None:
-        """Keep all states on a GPU if they fit there with room to spare; elsewhere they stay memory-mapped."""
-        size = self.image_states.nbytes + self.text_states.nbytes
-        if device.type == "cuda" and size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self.image_states, self.text_states = self.image_states.to(device), self.text_states.to(device)
-            self._rows = self._rows.to(device)
-
-    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """States of some items (numbers from 1): [items, S, image width] and [items, S, text width], float32."""
-        rows = self._rows[to_device(items - 1, self._rows.device)]
-        image_states, text_states = self.image_states.index_select(0, rows), self.text_states.index_select(0, rows)
-        return to_device(image_states, device).float(), to_device(text_states, device).float()
-
-    def reading_order(self) -> np.ndarray:
-        """All items, in the order of the file."""
-        return self._order
+        return cls(*(found if part in used else found[:, :, :0] for part, found in states.items()), rows=rows)

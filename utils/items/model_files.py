@@ -87,10 +87,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_parts(name: FoundationName, attention: str | None) -> FoundationParts:
-    """A foundation model in float32, its image processor (None for titles alone) and its tokenizer.
-
-    Arguments and errors are those of `utils.items.foundation.load_foundation`.
-    """
+    """Model in float32, image processor (None for titles alone) and tokenizer; arguments and errors as in `load_foundation`."""
     if isinstance(name, str):
         return _load(name, "--clip_model", attention)
     images, image_processor, _ = _load(name.image_model, "--image_model", attention) if name.image_model else (None, None, None)
@@ -112,18 +109,16 @@ def _load(name: str, option: str, attention: str | None) -> FoundationParts:
     except PerPEFTError:
         raise
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
-        reason = first_line(error)
         what = "the folder is no complete model folder" if is_folder else "there is no such folder and the hub has none"
         small = ", or train a small CLIP on your data with python3 -m scripts.make_small_clip --dataset NAME and pass its folder"
         raise PerPEFTError(
-            f"{option} '{name}' cannot be loaded: {what} ({reason}). Run once with network access so that it is downloaded, or "
-            f"pass the folder of a model by {option} DIR{small if option == '--clip_model' else ''}."
+            f"{option} '{name}' cannot be loaded: {what} ({first_line(error)}). Run once with network access so that it is "
+            f"downloaded, or pass the folder of a model by {option} DIR{small if option == '--clip_model' else ''}."
         ) from error
 
 
 def _load_model(name: str, option: str, attention: str | None, source: dict[str, bool]) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name, **source)
-    _require_kind(name, type(config), option)
+    _require_kind(name, type(AutoConfig.from_pretrained(name, **source)), option)
     model, loading = AutoModel.from_pretrained(name, output_loading_info=True, attn_implementation=attention, **source)
     if attention is not None and hasattr(model, "set_attn_implementation"):  # transformers 4.57 forgets the towers
         model.set_attn_implementation(attention)

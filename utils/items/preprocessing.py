@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from utils.data.images import decoded_image
 
@@ -46,10 +46,8 @@ def _is_plain_clip(processor: BaseImageProcessor) -> bool:
 
 
 def read_image(path: str | Path, processor: BaseImageProcessor) -> np.ndarray:
-    """Decode, resize and crop one image of any mode, bit for bit as its processor leaves it before rescaling (see `to_rgb`).
+    """An image of any mode as uint8 [3, height, width], bit for bit as its processor leaves it before rescaling (see `to_rgb`).
 
-    Returns:
-        uint8 [3, height, width]
     Raises:
         OSError: the file is missing or no whole image.
         ValueError: its pixels would fill the memory, or it is damaged.

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from models.towers import Traits
 from utils.common.devices import to_device
@@ -20,8 +19,7 @@ from utils.data.dataset import Dataset
 from utils.data.images import DECODING, on_all_cores
 from utils.data.problems import BLANK_IMAGES, UNREADABLE_IMAGES, Problems, format_image_problem
 from utils.items.preprocessing import output_size, read_image
-
-DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
+from utils.items.source import fits_on
 
 
 def image_status(path: Path) -> os.stat_result | None:
@@ -63,8 +61,7 @@ def _claim_room(path: Path, header: int) -> None:
 
 def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, missing_images: str) -> None:
     unreadable: list[str] = []
-    shape = (dataset.num_items, 3, *output_size(processor))
-    store = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    store = np.lib.format.open_memmap(path, "w+", np.uint8, (dataset.num_items, 3, *output_size(processor)))
     _claim_room(path, store.offset)
     images = on_all_cores(lambda path: read_image(path, processor), dataset.image_paths)
     for row, image in enumerate(tqdm(images, "images", dataset.num_items, unit="image", disable=None)):
@@ -127,7 +124,6 @@ class ImageTitleStore:
         set's files, and is renamed into place when complete.
 
         Args:
-            dataset: whose images and titles.
             processor, tokenizer, traits: the foundation model's own; without a processor, every item has one black pixel.
             missing_images: "error", or "blank" for black images in place of missing or unreadable ones.
         Raises:
@@ -157,7 +153,7 @@ class ImageTitleStore:
 
     def place_on(self, device: torch.device) -> None:
         """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no image."""
-        if device.type == "cuda" and self.pixels.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        if fits_on(device, self.pixels):
             self._on_device = (torch.from_numpy(np.array(self.pixels)).to(device), torch.from_numpy(self.tokens).to(device))
 
     def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -3,8 +3,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
 from models.towers import TOWER_NAMES, Traits, part_features, recorded_states, tower, tower_name
@@ -53,11 +52,7 @@ def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenize
 
 
 def _pooled_tokens(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """On which tokens of its first and of its last hidden state a tower's features depend, by their gradients.
-
-    Returns:
-        whether they do, [items, tokens] of the first state and of the last; the width of the features
-    """
+    """By gradients: on which tokens of its first and last state a tower's features depend, [items, tokens] each; their width."""
     with torch.enable_grad(), recorded_states(tower(model, part)) as states:
         features = part_features(model, part, **inputs)
         weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))  # a plain sum may not change at all
@@ -99,10 +94,9 @@ def _padding_rule(model: nn.Module, rows: list[list[int]], padding: int) -> tupl
 
     alone = torch.cat([features(*_padded([row], padding)) for row in rows])
     tokens, mask = _padded(rows, padding)
-    if not changed(None):
-        return False, False
-    pads = changed(mask)
-    return not pads, pads
+    needs_mask = changed(None)
+    pads = needs_mask and changed(mask)
+    return needs_mask and not pads, pads
 
 
 def _image_reading(model: nn.Module, processor: BaseImageProcessor) -> tuple[bool, int]:
