@@ -5,6 +5,9 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+from models.clip_peft import ClipPeftEncoder
+from models.peft_configs import peft_config
+from models.towers import layers_of
 from tests.conftest import tiny_titles
 
 WORDS = sorted({word for title in tiny_titles() if title for word in title.split()} | {"no", "description", "available", "."})
@@ -80,8 +83,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def save_family(name, folder):
-    """Save a family's small model; returns the folder."""
+@torch.random.fork_rng(devices=[])
+def seeded(name, folder):
+    """Save a family's small model with the same weights every time; returns the folder."""
+    torch.manual_seed(0)
     if name == "vision-text-dual-encoder":
         return _save_own_pair(folder)
     prefix, tokenizer_kind, processor, form, vision, text, both = FAMILIES[name]
@@ -107,9 +112,8 @@ def _save_own_pair(folder):
     """A ViT and a BERT with projections, as `VisionTextDualEncoderModel` pairs them."""
     tokenizer = save_tokenizer("bert", folder)
     text = transformers.BertConfig(**TOWER, vocab_size=len(tokenizer), max_position_embeddings=16)
-    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-        transformers.ViTConfig(**TOWER, **SMALL), text, projection_dim=16
-    )
+    towers = transformers.ViTConfig(**TOWER, **SMALL), text
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(*towers, projection_dim=16)
     AutoModel.from_config(config).save_pretrained(folder)
     transformers.ViTImageProcessor(**RESIZED).save_pretrained(folder)
     return folder
@@ -121,8 +125,7 @@ def available_families():
     return [*found, "vision-text-dual-encoder"]
 
 
-def seeded(name, folder):
-    """`save_family` with the same weights every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return save_family(name, folder)
+def encoder_of(foundation, kind="lora", **options):
+    """A foundation model with adapters, in eval mode."""
+    config = peft_config(kind, layers=layers_of(foundation.clip))
+    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits, **options).eval()

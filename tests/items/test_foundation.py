@@ -1,7 +1,7 @@
 """Dual encoders of every kind, with random weights: features and states are transformers' own; parts that do not fit."""
 import json
 import shutil
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -10,12 +10,9 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from models.clip_peft import ClipPeftEncoder
-from models.peft_configs import peft_config
-from models.towers import layers_of
-from tests.items.families import RESIZED, SMALL, TOWER, available_families, seeded
+from tests.items.families import TOWER, available_families, encoder_of, seeded
 from tests.run_files import change_json
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
@@ -32,26 +29,14 @@ BY_END_OF_TEXT = {"clip", "larger clip", "clipseg", "groupvit", "owlvit", "owlv2
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of the families' small models, made when they are first asked for."""
-    made = {}
-
-    def folder_of(name):
-        if name not in made:
-            made[name] = seeded(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder_of
+    """Makes the folder of a family's small model when it is first asked for."""
+    return cache(lambda name: seeded(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="module")
 def dataset(tiny_dataset):
     """The tiny data set, read."""
     return read_dataset(tiny_dataset.train_dir, tiny_dataset.name)
-
-
-def encoder_of(foundation, kind="lora", **options):
-    config = peft_config(kind, layers=layers_of(foundation.clip))
-    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits, **options).eval()
 
 
 def own_inputs(family, folder, processor, title, path):
@@ -81,8 +66,8 @@ def test_features_and_states_are_transformers_own_of_single_items(family, folder
         states = foundation.hidden_states(store, CPU, "text")
     else:
         states = foundation.hidden_states(store, CPU)
-        assert all(tuple(found.shape[1:]) in state_shapes(known_model(str(folder)))[part] for part, found in
-                   zip(("image", "text"), states))  # fmt: skip
+        shapes = state_shapes(known_model(str(folder)))
+        assert all(tuple(found.shape[1:]) in shapes[part] for part, found in zip(("image", "text"), states))
     encoder = encoder_of(foundation)
     order = store.reading_order()
     features = encoder(*store.fetch(order, CPU))[order.argsort()]  # titles of several lengths in one batch
@@ -138,26 +123,16 @@ def clip(tiny_clip, tmp_path):
     return shutil.copytree(tiny_clip, tmp_path / "clip")
 
 
-def test_a_processor_without_a_crop_is_read(clip, dataset):
-    ViTImageProcessor(**RESIZED).save_pretrained(clip)
-    store = load_foundation(str(clip)).store(dataset)
-    assert store.pixels.shape == (30, 3, 32, 32)
-
-
 def test_a_tokenizer_without_a_padding_token_is_read_with_the_same_features(clip, tiny_clip, dataset):
     tokenizer = AutoTokenizer.from_pretrained(clip)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(clip)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (clip / name).is_file():
-            change_json(clip / name, lambda content: content.update(pad_token=None))
+    for path in (clip / "special_tokens_map.json", clip / "tokenizer_config.json"):
+        if path.is_file():
+            change_json(path, lambda content: content.update(pad_token=None))
     foundation = load_foundation(str(clip))
     store, expected = foundation.store(dataset), load_foundation(str(tiny_clip)).store(dataset)
     assert np.array_equal(store.tokens, expected.tokens)  # the tiny CLIP pads by its end-of-text token
-
-
-def another_kind(clip):
-    ViTModel(ViTConfig(**TOWER, **SMALL)).save_pretrained(clip)
 
 
 def larger_vocabulary(clip):
@@ -198,7 +173,6 @@ UNFIT = "does not fit its model: .*"
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (another_kind, "of the kind 'vit', which does not fit.*no get_image_features or get_text"),
         (partial(processor_with, do_center_crop=False), "cannot be used: .*makes images of several sizes; set do_center_crop"),
         (partial(processor_with, **SMALL_CROP), "cannot be used: .*images of 24 x 24 pixels, its image tower takes 32 x 32"),
         (larger_vocabulary, r"tokens up to number \d+, its text tower \d+ token embeddings"),
