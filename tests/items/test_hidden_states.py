@@ -2,8 +2,9 @@
 import errno
 import json
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from utils.items.hidden_states import HiddenStateStore, has_states, save_hidden_
 from utils.items.model_files import PairName
 
 CPU = torch.device("cpu")
-EVEN = [0, 2, 4, 6, 8, 10, 12]
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +44,21 @@ def copied(computed, tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("depths", "layers"),
-    [
-        ([12, 12], [EVEN, EVEN]),  # ViT-B/32, as in the paper
-        ([24, 12], [[0, 4, 8, 12, 16, 20, 24], EVEN]),  # ViT-L/14
-        ([6, 12], [[0, 1, 2, 3, 4, 5, 6], EVEN]),
-        ([27, 3], [[0, 9, 18, 27], [0, 1, 2, 3]]),
-    ],
-)
-def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer(depths, layers):
-    assert evenly_spaced(depths) == layers
+def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer():
+    even = [0, 2, 4, 6, 8, 10, 12]
+    assert evenly_spaced([12, 12]) == [even, even]  # ViT-B/32, as in the paper
+    assert evenly_spaced([24, 12]) == [[0, 4, 8, 12, 16, 20, 24], even]  # ViT-L/14
+    assert evenly_spaced([6, 12]) == [[0, 1, 2, 3, 4, 5, 6], even]
+    assert evenly_spaced([27, 3]) == [[0, 9, 18, 27], [0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize(("padding", "dtype"), [(None, torch.float32), (0, torch.float16), ("0", torch.float32)])
-def test_published_files_are_read_in_any_order_with_or_without_a_padding_row(copied, padding, dtype):
+@pytest.mark.parametrize(("others", "dtype"), [([], torch.float32), ([0, "other"], torch.float16), (["0", 0], torch.float32)])
+def test_published_files_are_read_in_any_order_whatever_rows_of_padding_or_other_items_hold(copied, others, dtype):
     order = torch.randperm(NUM_ITEMS, generator=torch.Generator().manual_seed(3))
     states = [tensor.to(dtype) for tensor in (copied.image_states, copied.text_states)]
-    shuffled, ids = [tensor[order] for tensor in states], [copied.ids[row] for row in order]
-    if padding is not None:
-        shuffled, ids = [torch.cat([torch.zeros_like(tensor[:1]), tensor]) for tensor in shuffled], [padding, *ids]
-    torch.save((*shuffled, ids), copied.path)
+    nothing = torch.full((len(others), 3, 32), float("nan"), dtype=dtype)
+    ids = [*others, *(copied.ids[row] for row in order)]
+    torch.save((*(torch.cat([nothing, tensor[order]]) for tensor in states), ids), copied.path)
     store = HiddenStateStore.open(copied.dataset)
     items = np.array([3, 30, 1])
     for found, tensor in zip(store.fetch(items, CPU), states, strict=True):
@@ -81,13 +75,6 @@ def test_missing_ids_and_rows_with_nan_are_named_together_with_what_to_do(copied
     torch.save((image_states, text_states, ids), copied.path)
     with pytest.raises(PerPEFTError, match=rf"NaN or infinity \(2\): {ids[4]}, {ids[7]}"):
         HiddenStateStore.open(copied.dataset)
-
-
-def test_nan_in_the_padding_row_or_of_items_not_in_the_data_set_is_no_matter(copied):
-    nothing = torch.full_like(copied.image_states[:1], float("nan"))
-    states = [torch.cat([nothing, tensor, nothing]) for tensor in (copied.image_states, copied.text_states)]
-    torch.save((*states, [0, *copied.ids, "other"]), copied.path)
-    assert torch.equal(HiddenStateStore.open(copied.dataset).fetch(np.array([1]), CPU)[0], copied.image_states[:1])
 
 
 def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, tiny_clip):
@@ -135,10 +122,8 @@ def test_a_clip_is_known_again_by_its_files_wherever_they_lie(copied, tiny_clip,
 
 
 def test_states_that_cannot_be_written_leave_none_of_another_model(copied, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("utils.items.hidden_states.save_tensors", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("utils.items.hidden_states.save_tensors", mock.Mock(side_effect=full))
     with pytest.raises(PerPEFTError, match="make room or allow writing there"):
         save_hidden_states(copied.path, torch.ones(2, 3, 4), torch.ones(2, 3, 4), ["a", "b"], "another")
     assert not has_states(copied.folder, "tiny")
@@ -155,12 +140,8 @@ def test_several_processes_compute_states_once_where_those_of_another_modality_a
     change_json(copied.note, lambda note: note.update(modality="text"))
     loaded = []
     monkeypatch.setattr("utils.items.foundation.load_foundation", lambda name: loaded.append(name) or load_foundation(name))
-    arguments = (copied.dataset, str(tiny_clip), CPU, "error", "image")
-    threads = [threading.Thread(target=ensure_hidden_states, args=arguments) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: ensure_hidden_states(copied.dataset, str(tiny_clip), CPU, modality="image"), range(2)))
     assert len(loaded) == 1 and has_states(copied.folder, "tiny", "image")
 
 

@@ -2,6 +2,8 @@
 import os
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from transformers import AutoTokenizer, CLIPImageProcessor
 
 from models.towers import Traits
 from tests.conftest import encoded, write_dataset
+from tests.items.families import CROPPED, SQUARE
 from utils.common.errors import PerPEFTError
+from utils.common.files import build_once
 from utils.data.dataset import read_dataset
 from utils.items import store as items_module
 from utils.items.preprocessing import read_image
@@ -23,14 +27,13 @@ SIDES = (
     (2, 7), (7, 2), (1, 1), (3, 3), (4, 3), (3, 4), (1, 9), (9, 1), (32, 32), (31, 33), (33, 31), (199, 5), (5, 199), (224, 224),
     (225, 224), (500, 333), (333, 500), (221, 447), (1000, 999),
 )  # fmt: skip
-SQUARE = {"height": 32, "width": 32}
 PROCESSORS = {
-    "32": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE),
+    "32": CLIPImageProcessor(**CROPPED),
     "224": CLIPImageProcessor(),
     "crop smaller than the edge": CLIPImageProcessor(size={"shortest_edge": 41}, crop_size={"height": 30, "width": 20}),
     "size as height and width": CLIPImageProcessor(size={"height": 30, "width": 50}, crop_size={"height": 25, "width": 25}),
     "crop larger than the edge": CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 32, "width": 33}),
-    "nearest neighbour": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE, resample=0),
+    "nearest neighbour": CLIPImageProcessor(**CROPPED, resample=0),
     "no resize": CLIPImageProcessor(do_resize=False, crop_size=SQUARE),
 }
 
@@ -196,36 +199,26 @@ def test_blank_images_replace_missing_ones_on_request(shop, tokenizer):
 
 
 def test_failure_on_the_way_leaves_no_half_store(shop, tokenizer, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(items_module.os, "posix_fallocate", full)
-        with pytest.raises(PerPEFTError, match="No space left"):
-            open_store(shop, tokenizer)
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    with mock.patch.object(os, "posix_fallocate", full), pytest.raises(PerPEFTError, match="No space left"):
+        open_store(shop, tokenizer)
     assert files_of_stores(shop) == []
     monkeypatch.delattr(os, "posix_fallocate")  # macOS, where --device mps runs, has none
     assert len(open_store(shop, tokenizer).pixels) == 12
 
 
 def test_two_runs_that_build_the_store_at_the_same_time_both_get_it_and_decode_once(shop, tiny_clip, decoded, monkeypatch):
-    """Several seeds started at once is the usual way to use a machine; here the second comes while the first is building."""
-    original_write, others, stores = items_module._write_images, [], []
+    """Several seeds started at once is the usual way to use a machine."""
+    both = threading.Barrier(2)  # neither looks for a store before the other does
 
-    def run():
-        stores.append(open_store(shop, AutoTokenizer.from_pretrained(tiny_clip)))
+    def build_once_both_are_here(folder):
+        both.wait()
+        return build_once(folder)
 
-    def write(*arguments):
-        if not others:
-            others.append(threading.Thread(target=run))
-            others[0].start()
-            others[0].join(timeout=1)  # until it has done all it can do meanwhile: everything, or nothing but wait
-        original_write(*arguments)
-
-    monkeypatch.setattr(items_module, "_write_images", write)
-    run()
-    others[0].join()
-    assert len(stores) == 2 and len(decoded) == 12
+    monkeypatch.setattr(items_module, "build_once", build_once_both_are_here)
+    with ThreadPoolExecutor() as pool:
+        stores = list(pool.map(lambda _: open_store(shop, AutoTokenizer.from_pretrained(tiny_clip)), range(2)))
+    assert len(decoded) == 12
     for store in stores:
         np.testing.assert_array_equal(store.pixels[0], original(PROCESSORS["32"], image_path(shop, 1)))
 
