@@ -1,7 +1,7 @@
 """Dual encoders of every kind, with random weights: features and states are transformers' own; parts that do not fit."""
 import json
 import shutil
-from functools import partial
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,12 +10,9 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from models.clip_peft import ClipPeftEncoder
-from models.peft_configs import peft_config
-from models.towers import layers_of
-from tests.items.families import RESIZED, SMALL, TOWER, available_families, seeded
+from tests.items.families import TOWER, available_families, encoder_of, seeded
 from tests.run_files import change_json
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
@@ -32,15 +29,8 @@ BY_END_OF_TEXT = {"clip", "larger clip", "clipseg", "groupvit", "owlvit", "owlv2
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of the families' small models, made when they are first asked for."""
-    made = {}
-
-    def folder_of(name):
-        if name not in made:
-            made[name] = seeded(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder_of
+    """Makes the folder of a family's small model when it is first asked for."""
+    return cache(lambda name: seeded(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +39,12 @@ def dataset(tiny_dataset):
     return read_dataset(tiny_dataset.train_dir, tiny_dataset.name)
 
 
-def encoder_of(foundation, kind="lora", **options):
-    config = peft_config(kind, layers=layers_of(foundation.clip))
-    return ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits, **options).eval()
-
-
 def own_inputs(family, folder, processor, title, path):
     """One item's inputs as transformers prepares them: SigLIP's processor pads titles, and reads them without a mask."""
-    padding = "max_length" if family == "siglip" else False
-    tokens = AutoTokenizer.from_pretrained(folder)([title], padding=padding, truncation=True, max_length=16, return_tensors="pt")
+    padding = {"padding": "max_length", "return_attention_mask": False} if family == "siglip" else {}
+    options = {"truncation": True, "max_length": 16, "return_tensors": "pt", "return_token_type_ids": False, **padding}
     with Image.open(path) as image:
-        pixels = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    masked = {} if padding else {"attention_mask": tokens["attention_mask"]}
-    return {"input_ids": tokens["input_ids"], **masked}, {"pixel_values": pixels}
+        return AutoTokenizer.from_pretrained(folder)([title], **options), processor(image.convert("RGB"), return_tensors="pt")
 
 
 def embedding(found):
@@ -78,11 +61,9 @@ def test_features_and_states_are_transformers_own_of_single_items(family, folder
     if family == "align":
         with pytest.raises(PerPEFTError, match=r"hidden states of its image tower have several widths \(8, 16\)"):
             foundation.hidden_states(store, CPU)
-        states = foundation.hidden_states(store, CPU, "text")
-    else:
-        states = foundation.hidden_states(store, CPU)
-        assert all(tuple(found.shape[1:]) in state_shapes(known_model(str(folder)))[part] for part, found in
-                   zip(("image", "text"), states))  # fmt: skip
+    states = foundation.hidden_states(store, CPU, "text" if family == "align" else "both")
+    shapes = state_shapes(known_model(str(folder)))
+    assert family == "align" or all(tuple(found.shape[1:]) in shapes[part] for part, found in zip(("image", "text"), states))
     encoder = encoder_of(foundation)
     order = store.reading_order()
     features = encoder(*store.fetch(order, CPU))[order.argsort()]  # titles of several lengths in one batch
@@ -138,26 +119,16 @@ def clip(tiny_clip, tmp_path):
     return shutil.copytree(tiny_clip, tmp_path / "clip")
 
 
-def test_a_processor_without_a_crop_is_read(clip, dataset):
-    ViTImageProcessor(**RESIZED).save_pretrained(clip)
-    store = load_foundation(str(clip)).store(dataset)
-    assert store.pixels.shape == (30, 3, 32, 32)
-
-
 def test_a_tokenizer_without_a_padding_token_is_read_with_the_same_features(clip, tiny_clip, dataset):
     tokenizer = AutoTokenizer.from_pretrained(clip)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(clip)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (clip / name).is_file():
-            change_json(clip / name, lambda content: content.update(pad_token=None))
+    for path in (clip / "special_tokens_map.json", clip / "tokenizer_config.json"):
+        if path.is_file():
+            change_json(path, lambda content: content.update(pad_token=None))
     foundation = load_foundation(str(clip))
     store, expected = foundation.store(dataset), load_foundation(str(tiny_clip)).store(dataset)
     assert np.array_equal(store.tokens, expected.tokens)  # the tiny CLIP pads by its end-of-text token
-
-
-def another_kind(clip):
-    ViTModel(ViTConfig(**TOWER, **SMALL)).save_pretrained(clip)
 
 
 def larger_vocabulary(clip):
@@ -183,27 +154,23 @@ def tower_that_needs_more_than_an_image(clip):
     transformers.Siglip2Model(config).save_pretrained(clip)
 
 
-def processor_with(clip, **settings):
-    change_json(clip / "preprocessor_config.json", lambda content: content.update(settings))
+def settings(file, **changes):
+    """Changes a model's settings, in config.json those of its text tower."""
+    return lambda clip: change_json(clip / file, lambda content: content.get("text_config", content).update(changes))
 
 
-def pooled_token(clip, number):
-    change_json(clip / "config.json", lambda content: content["text_config"].update(eos_token_id=number))
-
-
+PROCESSOR, UNFIT = "preprocessor_config.json", "does not fit its model: .*"
 SMALL_CROP = {"crop_size": {"height": 24, "width": 24}, "size": {"shortest_edge": 24}}
-UNFIT = "does not fit its model: .*"
 
 
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (another_kind, "of the kind 'vit', which does not fit.*no get_image_features or get_text"),
-        (partial(processor_with, do_center_crop=False), "cannot be used: .*makes images of several sizes; set do_center_crop"),
-        (partial(processor_with, **SMALL_CROP), "cannot be used: .*images of 24 x 24 pixels, its image tower takes 32 x 32"),
+        (settings(PROCESSOR, do_center_crop=False), "cannot be used: .*makes images of several sizes; set do_center_crop"),
+        (settings(PROCESSOR, **SMALL_CROP), "cannot be used: .*images of 24 x 24 pixels, its image tower takes 32 x 32"),
         (larger_vocabulary, r"tokens up to number \d+, its text tower \d+ token embeddings"),
-        (partial(pooled_token, number=49407), UNFIT + "; eos_token_id is 49407 in config.json"),
-        (partial(pooled_token, number=5), UNFIT + "; eos_token_id is 5 in config.json"),
+        (settings("config.json", eos_token_id=49407), UNFIT + "; eos_token_id is 49407 in config.json"),
+        (settings("config.json", eos_token_id=5), UNFIT + "; eos_token_id is 5 in config.json"),
         (tokenizer_that_ends_no_title, UNFIT + "it ends a title by token"),
         (tower_that_needs_more_than_an_image, "cannot be used: "),
     ],
@@ -220,11 +187,8 @@ def test_special_tokens_within_titles_do_not_move_the_pooled_place(tiny_clip):
     foundation = load_foundation(str(tiny_clip))
     titles = ["<|endoftext|> mug", "red <|endoftext|> lamp <|startoftext|>", "red lamp"]
     tokens = foundation.tokenizer(titles, padding=True, return_tensors="pt")["input_ids"]
-    places = foundation.traits.pooling(tokens, None).argmax(1)
-    with torch.no_grad():
-        output = foundation.clip.text_model(input_ids=tokens)
-    rows = torch.arange(3)
-    assert torch.equal(output.last_hidden_state[rows, places], output.pooler_output)
+    output = foundation.clip.text_model(input_ids=tokens)
+    assert torch.equal(foundation.traits.pool(output.last_hidden_state, tokens, None), output.pooler_output)
 
 
 def test_a_clip_as_transformers_5_saves_it_is_read(clip, tiny_clip):

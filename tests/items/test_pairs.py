@@ -6,33 +6,16 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import PeftModel
 from PIL import Image
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BitImageProcessor,
-    Dinov2Config,
-    Dinov2Model,
-    DistilBertConfig,
-    DistilBertModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
+from transformers import AutoModel, AutoTokenizer, BitImageProcessor, ViTImageProcessor
 
 import perpeft_iisan
-from models import ClipPeftEncoder
-from models.peft_configs import peft_config
-from models.towers import layers_of
 from scripts import explain_item
 from tests.conftest import fresh_data, iisan_arguments, run_on_folder, run_script, tiny_arguments
-from tests.items.families import RESIZED, SMALL, TOWER, save_tokenizer
+from tests.items.families import RESIZED, SMALL, TOWER, encoder_of, save_tokenizer
 from tests.run_files import summary_of
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
@@ -40,26 +23,34 @@ from utils.items.foundation import load_foundation
 from utils.items.model_files import PairName
 from utils.training.checkpoints import save_adapter
 
+CPU = torch.device("cpu")
+EPOCHS = {"global_epochs": 1, "num_epochs": 1}
+
+
+def random_model(prefix, settings, **options):
+    """An encoder of transformers with random weights."""
+    return getattr(transformers, f"{prefix}Model")(getattr(transformers, f"{prefix}Config")(**settings), **options)
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A folder of each kind of encoder, with random weights: images 32 wide, titles 24."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("encoders")
+    tokenizer, resized = save_tokenizer("bert", root / "bert"), ViTImageProcessor(**RESIZED)
     cropped = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}  # DINOv2 interpolates positions
-    images = {
-        "vit": (ViTModel(ViTConfig(**TOWER, **SMALL), add_pooling_layer=False), ViTImageProcessor(**RESIZED)),
-        "dinov2": (Dinov2Model(Dinov2Config(**TOWER, **SMALL, mlp_ratio=2)), BitImageProcessor(**cropped)),
-        "siglip": (SiglipVisionModel(SiglipVisionConfig(**TOWER, **SMALL)), ViTImageProcessor(**RESIZED)),
+    vocabulary = {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    deeper = {**vocabulary, "dim": 24, "n_layers": 4, "n_heads": 2, "hidden_dim": 48}
+    encoders = {
+        "vit": (random_model("ViT", TOWER | SMALL, add_pooling_layer=False), resized),
+        "dinov2": (random_model("Dinov2", TOWER | SMALL | {"mlp_ratio": 2}), BitImageProcessor(**cropped)),
+        "siglip": (random_model("SiglipVision", TOWER | SMALL), resized),
+        "bert": (random_model("Bert", TOWER | vocabulary | {"hidden_size": 24}, add_pooling_layer=False), tokenizer),
+        "distilbert": (random_model("DistilBert", deeper), tokenizer),
     }
-    for name, (model, processor) in images.items():
-        model.save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    small = {"dim": 24, "n_layers": 4, "n_heads": 2, "hidden_dim": 48}
-    vocabulary = {"vocab_size": len(save_tokenizer("bert", root / "bert")), "max_position_embeddings": 16}
-    save_tokenizer("bert", root / "distilbert")
-    BertModel(BertConfig(**TOWER | {"hidden_size": 24}, **vocabulary), add_pooling_layer=False).save_pretrained(root / "bert")
-    DistilBertModel(DistilBertConfig(**small, **vocabulary)).save_pretrained(root / "distilbert")
+    for name, parts in encoders.items():
+        for part in parts:
+            part.save_pretrained(root / name)
     return root
 
 
@@ -82,10 +73,9 @@ def test_features_and_states_are_the_encoders_own_of_single_items(image, text, p
     name = name_of(folders, image, text, pooling)
     foundation = load_foundation(name)
     store = foundation.store(dataset)
-    image_states, text_states = foundation.hidden_states(store, torch.device("cpu"))
-    config = peft_config("lora", layers=layers_of(foundation.clip))
-    encoder = ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits).eval()
-    features = encoder(*store.fetch(store.reading_order(), torch.device("cpu")))
+    image_states, text_states = foundation.hidden_states(store, CPU)
+    encoder = encoder_of(foundation)
+    features = encoder(*store.fetch(store.reading_order(), CPU))
     assert features.shape[1] == encoder.feature_dim == 32 + 24
     images, texts = AutoModel.from_pretrained(name.image_model).eval(), AutoModel.from_pretrained(name.text_model).eval()
     tokenizer = AutoTokenizer.from_pretrained(name.text_model)
@@ -112,19 +102,18 @@ def test_adapters_sit_in_both_encoders_and_open_with_peft(kind, folders, tiny_da
     name = name_of(folders, "dinov2", "distilbert")
     foundation = load_foundation(name)
     store = foundation.store(read_dataset(tiny_dataset.train_dir, tiny_dataset.name))
-    config = peft_config(kind, layers=layers_of(foundation.clip))
-    encoder = ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits).eval()
+    encoder = encoder_of(foundation, kind)
     layers = {re.sub(r"\.(lora_|ia3_|vera_).*", "", key) for key in encoder.group_parameters(0)}
     assert len(layers) == (3 if kind == "ia3" else 2) * (2 + 4)  # of each of 2 image and 4 text layers
     encoder.clone_groups(2)
     for parameter in encoder.group_parameters(1).values():
         parameter.add_(0.1)
     encoder.use_group(1)
-    pixels, tokens, mask = store.fetch(store.reading_order()[:5], torch.device("cpu"))
+    pixels, tokens, mask = store.fetch(store.reading_order()[:5], CPU)
     features = encoder(pixels, tokens, mask)
     save_adapter(encoder, tmp_path, 1)
-    pair = {"vision_model": AutoModel.from_pretrained(name.image_model), "text_model": AutoModel.from_pretrained(name.text_model)}
-    pair = nn.ModuleDict(pair)
+    models = {"vision_model": name.image_model, "text_model": name.text_model}
+    pair = nn.ModuleDict({part: AutoModel.from_pretrained(folder) for part, folder in models.items()})
     pair.base_model_prefix = ""  # peft 0.21 asks for it
     opened = PeftModel.from_pretrained(pair, tmp_path / "adapter").eval().base_model.model
     states = opened["text_model"](input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -143,23 +132,19 @@ def shown_words(folder, train_dir, capsys, *more):
 
 def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_dataset, tmp_path, capsys):
     train_dir = fresh_data(tiny_dataset, tmp_path / "dataset", "*_images").train_dir
-    options = {
-        "train_dir": train_dir, "clip_model": None, "text_model": folders / "bert", "modality": "text", "global_epochs": 1,
-        "num_epochs": 1,
-    }  # fmt: skip
+    options = {"train_dir": train_dir, "text_model": folders / "bert", "modality": "text", **EPOCHS}
     run_script(tiny_arguments(tiny_dataset, None, tmp_path / "lora", **options))
     perpeft_iisan.main(iisan_arguments(tiny_dataset, None, tmp_path / "iisan", **options))
     image_states, text_states, _ = torch.load(train_dir / "tiny_preX.pt", weights_only=True)
     assert (image_states.shape[1:], text_states.shape[1:]) == ((3, 0), (3, 24))
     assert json.loads((train_dir / "tiny_preX.json").read_text())["clip_model"] == f"{folders / 'bert'} (mean)"
-    for kind, width, adapter in (("lora", 24, 2 * 2 * 4 * (24 + 24)), ("iisan", 24, None)):
+    for kind in ("iisan", "lora"):
         (folder,) = (tmp_path / kind).iterdir()
         projector = torch.load(folder / "global" / "projector.pth", weights_only=True)
-        assert projector["projector.0.weight"].shape == (64, width)
+        assert projector["projector.0.weight"].shape == (64, 24)
         counts = summary_of(folder)["trainable_parameters"]
-        assert counts["adapter_of_one_group"] == adapter or adapter is None
         assert counts["foundation_model"] == sum(p.numel() for p in AutoModel.from_pretrained(folders / "bert").parameters())
-    (folder,) = (tmp_path / "lora").iterdir()
+    assert counts["adapter_of_one_group"] == 2 * 2 * 4 * (24 + 24)  # LoRA's
     assert shown_words(folder, train_dir, capsys) == ["pale", "clock", "number", "3"]
     options["text_model"] = shutil.copytree(folders / "bert", tmp_path / "moved")
     perpeft_iisan.main(iisan_arguments(tiny_dataset, None, tmp_path / "iisan", **options))
@@ -170,8 +155,7 @@ def test_a_text_encoder_alone_trains_on_titles_without_any_image(folders, tiny_d
 
 def arguments_for(root, dataset, runs):
     """The command line of a run on the pair in a folder."""
-    options = {"clip_model": None, "image_model": root / "vit", "text_model": root / "bert"}
-    return tiny_arguments(dataset, None, runs, **options, global_epochs=1, num_epochs=1)
+    return tiny_arguments(dataset, None, runs, image_model=root / "vit", text_model=root / "bert", **EPOCHS)
 
 
 def test_a_pair_trains_and_opens_again_where_its_folders_have_moved(folders, tiny_dataset, tmp_path, capsys):
@@ -186,13 +170,15 @@ def test_a_pair_trains_and_opens_again_where_its_folders_have_moved(folders, tin
     assert "of 2 × 2 patches" in (folder / "figures" / "explain_item_3.html").read_text()
     run_script(arguments_for(there, tiny_dataset, tmp_path / "runs"))  # the same run
     assert "is finished" in capsys.readouterr().out
-    (there / "bert" / "config.json").write_text((there / "bert" / "config.json").read_text() + " ")
+    with (there / "bert" / "config.json").open("a") as file:
+        file.write(" ")
     with pytest.raises(PerPEFTError, match="holds a run with other settings: contents_fingerprint was"):
         run_script(arguments_for(there, tiny_dataset, tmp_path / "runs"))
 
 
 def test_models_that_are_no_such_encoder_are_one_sentence(folders, tiny_clip):
     for name, expected in (
+        (str(folders / "vit"), "kind 'vit', .*: --clip_model takes a dual encoder.* has no get_image_features or get_text"),
         (PairName(str(folders / "bert"), "any"), "kind 'bert', .*: --image_model takes an image encoder.* has no image input"),
         (PairName(None, str(tiny_clip)), "kind 'clip', .*: --text_model takes a text encoder.* has no text input"),
     ):

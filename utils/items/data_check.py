@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import Inspection, inspect_dataset
+from utils.data.dataset import inspect_dataset
 from utils.data.histories import leave_last_out
 from utils.items.hidden_states import HiddenStateStore, has_states
 
@@ -21,51 +21,33 @@ def check_dataset(
     """Check all files of a data set, every image included unless titles alone are used, and count what they hold.
 
     Args:
-        train_dir: the folder of all data sets.
-        name: the data set.
-        num_groups: how many groups the users will be put into (--C).
-        missing_images: "error", "blank" where items may lack a readable image, or "unused" where titles alone are read.
-        modality: "both", "image" or "text": which hidden states are needed.
+        train_dir, name, num_groups, missing_images: as in `read_dataset`.
+        modality: which hidden states are needed: "both", "image" or "text".
     Raises:
         PerPEFTError: there is no such data set.
     """
     found = inspect_dataset(train_dir, name, missing_images=missing_images, num_groups=num_groups)
     unreadable = found.try_images(missing_images) if found.present else []
-    states = _check_states(found, modality)
     dataset = found.dataset
+    states = "none yet"  # they are computed on first use
+    if has_states(train_dir, name, modality):
+        try:
+            HiddenStateStore.open(dataset, modality=modality)
+            states = "found"
+        except PerPEFTError as error:
+            found.problems.add("hidden states", [" ".join(str(error).split())])
+            states = "unusable"
     counts = dataset.counts()  # the columns of the paper's Table 1, and what else training depends on
     counts |= {
-        "interactions per user (mean)": counts["interactions"] / max(1, counts["users"]),
+        "interactions per user (mean)": f"{counts['interactions'] / max(1, counts['users']):,.2f}",
         "images found": "unused" if missing_images == "unused" else len(found.present) - len(unreadable),
         "titles missing": dataset.missing_titles,
         "users evaluated": len(leave_last_out(dataset.histories).evaluated_users),
         "hidden states": states,
     }
     lines = [f"data set '{name}' in {dataset.folder}"]
-    lines += [f"  {what:<28}{_format_count(count):>12}" for what, count in counts.items()]
+    lines += [f"  {what:<28}{count if isinstance(count, str) else f'{count:,}':>12}" for what, count in counts.items()]
     if found.remarks:
         lines += ["worth knowing:", str(found.remarks)]
-    if found.problems:
-        lines += ["cannot be used:", str(found.problems)]
-    else:
-        lines.append("usable")
+    lines += ["cannot be used:", str(found.problems)] if found.problems else ["usable"]
     return Check(not found.problems, "\n".join(lines))
-
-
-def _format_count(count: int | float | str) -> str:
-    if isinstance(count, str):
-        return count
-    return f"{count:,.2f}" if isinstance(count, float) else f"{count:,}"
-
-
-def _check_states(found: Inspection, modality: str) -> str:
-    """Check IISAN's hidden states, if they exist; missing ones are computed on first use."""
-    dataset = found.dataset
-    if not has_states(dataset.folder, dataset.name, modality):
-        return "none yet"
-    try:
-        HiddenStateStore.open(dataset, modality=modality)
-    except PerPEFTError as error:
-        found.problems.add("hidden states", [" ".join(str(error).split())])
-        return "unusable"
-    return "found"

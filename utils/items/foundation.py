@@ -1,37 +1,26 @@
 """Foundation models with what prepares their inputs: loaded, tried, and run once over all items."""
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, CLIPConfig, PreTrainedModel
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import AutoConfig, BaseImageProcessor, CLIPConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
 from models.pair import EncoderPair
-from models.towers import Traits, dual_features, hidden_states, skeleton, tower
+from models.towers import Traits, dual_features, hidden_states, skeleton
 from utils.common.errors import PerPEFTError, first_line
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
 from utils.items.hidden_states import has_states, save_hidden_states, states_path
-from utils.items.model_files import (
-    DEFAULT_CLIP,
-    FoundationName,
-    PairName,
-    load_image_processor,
-    load_model,
-    load_tokenizer,
-    model_folders,
-    quiet_transformers,
-)
+from utils.items.model_files import DEFAULT_CLIP, FoundationName, load_parts, model_folders, quiet_transformers
 from utils.items.store import ImageTitleStore
-from utils.items.trial import TokenizerMismatch, find_traits
+from utils.items.trial import find_traits
 
 ITEMS_AT_ONCE = 64  # in a pass over all items
 
@@ -55,12 +44,6 @@ class Foundation:
         try:
             with quiet_transformers():
                 return find_traits(self.clip, self.image_processor, self.tokenizer)
-        except TokenizerMismatch as error:
-            end = getattr(tower(self.clip, "text").config, "eos_token_id", None)
-            raise self._unfit(
-                f"its tokenizer does not fit its model: {error}; eos_token_id is {end} in config.json and "
-                f"{self.tokenizer.eos_token_id} in the tokenizer, correct the one that is wrong"
-            ) from error
         except Exception as error:  # each model has its own ways to refuse inputs
             raise self._unfit(first_line(error)) from error
 
@@ -74,56 +57,42 @@ class Foundation:
 
     def features(self, store: ImageTitleStore, device: torch.device, modality: str = "both") -> torch.Tensor:
         """The frozen model's own features of all items, row i of item i + 1, on the CPU, [items, feature width]."""
-        passes = self._all_items(store, device, modality, "frozen features")
-        return _in_rows(store.num_items, ((rows, [dual_features(self.clip, *inputs)]) for rows, inputs in passes))[0]
+        return self._tables("frozen features", lambda *inputs: [dual_features(self.clip, *inputs)], store, device, modality)[0]
 
-    def hidden_states(
-        self, store: ImageTitleStore, device: torch.device, modality: str = "both"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden_states(self, store: ImageTitleStore, device: torch.device, modality: str = "both") -> tuple[torch.Tensor, ...]:
         """The frozen model's states of all items for IISAN, row i of item i + 1, on the CPU.
 
-        Args:
-            store: the items' images and titles.
-            device: where to compute.
-            modality: "both", "image" or "text"; what is not used gets a width of 0.
         Returns:
-            image states [items, S, image width], title states [items, S, text width]
+            image states [items, S, image width], title states [items, S, text width]; a width of 0 for what is not used
         Raises:
             PerPEFTError: the model has none that IISAN can use.
         """
         try:
-            passes = self._all_items(store, device, modality, "hidden states")
-            found = ((rows, hidden_states(self.clip, self.traits, *inputs)) for rows, inputs in passes)
-            return tuple(_in_rows(store.num_items, found))
+            return tuple(self._tables("hidden states", partial(hidden_states, self.clip, self.traits), store, device, modality))
         except ValueError as error:
             raise self._unfit(first_line(error)) from error
 
-    def _all_items(
-        self, store: ImageTitleStore, device: torch.device, modality: str, description: str
-    ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor | None]]]:
-        """Yield all items in batches of similar title length: rows (item - 1) [items], and what the model reads of them:
-        normalised images [items, 3, height, width], tokens and, where it takes one, a mask [items, length]; None for what the
-        modality leaves out. The bar is called `description`.
+    @torch.no_grad()
+    def _tables(
+        self, description: str, compute: Callable[..., Sequence], store: ImageTitleStore, device: torch.device, modality: str
+    ) -> list[torch.Tensor]:
+        """Tables of all items, on the CPU, of what is computed of batches of similar title length.
+
+        `compute` takes images, tokens and, where the model reads one, a mask, as in `dual_features`; the bar is `description`.
         """
         self.clip.eval().to(device)
         scale, shift = (statistic.to(device) for statistic in channel_statistics(self.image_processor))
         order, used = store.reading_order(), MODALITIES[modality]
+        tables: list[torch.Tensor] = []
         for start in tqdm(range(0, len(order), ITEMS_AT_ONCE), description, unit="batch", disable=None):
             items = order[start : start + ITEMS_AT_ONCE]
             pixels, *titles = store.fetch(items, device)
             images = torch.addcmul(shift, pixels.float(), scale) if "image" in used else None
-            yield torch.from_numpy(items - 1), [images, *(titles if "text" in used else [None])]
-
-
-@torch.no_grad()
-def _in_rows(num_items: int, passes: Iterable[tuple[torch.Tensor, Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
-    """Tables of all items, on the CPU, from the rows of each pass and what was computed of them."""
-    found: list[torch.Tensor] = []
-    for rows, tables in passes:
-        found = found or [torch.empty(num_items, *table.shape[1:]) for table in tables]
-        for kept, table in zip(found, tables):
-            kept[rows] = table.cpu()
-    return found
+            found = compute(images, *(titles if "text" in used else [None]))
+            tables = tables or [torch.empty(store.num_items, *part.shape[1:]) for part in found]
+            for table, part in zip(tables, found):
+                table[torch.from_numpy(items - 1)] = part.cpu()
+        return tables
 
 
 def load_foundation(name: FoundationName, attention: str | None = None) -> Foundation:
@@ -131,20 +100,11 @@ def load_foundation(name: FoundationName, attention: str | None = None) -> Found
 
     Args:
         name: a folder as `save_pretrained` writes it, or a name on the hub; or those of a pair.
-        attention: transformers' name of how attention is computed; "eager" for the one that returns its weights (default: the
-            library's choice, the fastest).
+        attention: transformers' name of how it is computed, "eager" where its weights are needed (default: the fastest).
     Raises:
         PerPEFTError: it is neither, of another kind, or its parts do not fit together.
     """
-    if isinstance(name, str):
-        model = load_model(name, "--clip_model", attention)
-        image_processor, tokenizer = load_image_processor(name, "--clip_model"), load_tokenizer(name, "--clip_model")
-    else:
-        images = load_model(name.image_model, "--image_model", attention) if name.image_model else None
-        model = EncoderPair(images, load_model(name.text_model, "--text_model", attention), name.text_pooling)
-        image_processor = load_image_processor(name.image_model, "--image_model") if name.image_model else None
-        tokenizer = load_tokenizer(name.text_model, "--text_model")
-    foundation = Foundation(model, image_processor, tokenizer, str(name))
+    foundation = Foundation(*load_parts(name, attention), str(name))
     try:
         _ = foundation.traits  # which tries the model
     except PerPEFTError:
@@ -159,22 +119,16 @@ def known_model(name: FoundationName) -> nn.Module | None:
     with quiet_transformers(), contextlib.suppress(Exception):
         if name == DEFAULT_CLIP:
             return skeleton(CLIPConfig())  # the library's defaults are ViT-B/32
-        parts = [AutoConfig.from_pretrained(part, local_files_only=True, trust_remote_code=False) for part in model_folders(name)]
-        models = [skeleton(part) for part in parts]
-        if isinstance(name, PairName):
-            return EncoderPair(models[0] if name.image_model else None, models[-1], name.text_pooling)
-        return models[0]
+        source = {"local_files_only": True, "trust_remote_code": False}
+        *images, text = (skeleton(AutoConfig.from_pretrained(folder, **source)) for folder in model_folders(name))
+        return text if isinstance(name, str) else EncoderPair(images[0] if images else None, text, name.text_pooling)
     return None
 
 
 def ensure_hidden_states(
-    dataset: Dataset,
-    name: FoundationName,
-    device: torch.device,
-    missing_images: str = "error",
-    modality: str = "both",
+    dataset: Dataset, name: FoundationName, device: torch.device, missing_images: str = "error", modality: str = "both",
     recompute: bool = False,
-) -> Path:
+) -> Path:  # fmt: skip
     """The path of a data set's hidden states, which are computed first if they are not there, or in any case if `recompute`."""
     path = states_path(dataset.folder, dataset.name)
     with build_once(path, lambda: not recompute and has_states(dataset.folder, dataset.name, modality)) as missing:

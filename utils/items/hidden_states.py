@@ -1,4 +1,5 @@
 """CLIP's cached hidden states for IISAN: computed once, kept in `{name}_preX.pt`, read by item number."""
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,15 @@ from torch import nn
 
 from models.item_encoder import MODALITIES
 from models.towers import evenly_spaced, tower, tower_name
-from utils.common.devices import to_device
 from utils.common.errors import PerPEFTError, first_line
 from utils.common.files import save_tensors, write_atomically, write_json
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
 from utils.data.problems import Problems
 from utils.items.model_files import FoundationName, model_hash, model_options
-from utils.items.store import DEVICE_SHARE
+from utils.items.source import FeatureStore
 
-PADDING_IDS = (0, "0")  # published files may hold a row for the padding item
-ROWS_AT_ONCE = 4096
+AGAIN = "delete it and start again to compute it, or download it again"
 
 
 def states_path(train_dir: str | Path, name: str) -> Path:
@@ -45,29 +44,22 @@ def _note(path: Path) -> dict[str, Any]:
 def state_shapes(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
     """[S, width] that a model's "image" and "text" states can have, computed alone or together, by its configuration.
 
-    Args:
-        model: with or without weights.
-    Returns:
-        by part; empty where the configuration of a tower names no depth or no width
+    Empty where the configuration of a tower names no depth or no width.
     """
     configs = {part: tower(model, part).config for part in MODALITIES["both"] if tower_name(model, part)}
     depths = {part: getattr(config, "num_hidden_layers", None) for part, config in configs.items()}
     widths = {part: getattr(config, "hidden_size", None) for part, config in configs.items()}
     if not all(isinstance(size, int) for size in (*depths.values(), *widths.values())):
         return {}
-    possible = {part: ([depth], list(depths.values())) for part, depth in depths.items()}  # alone, or with the other
-    return {part: {(len(evenly_spaced(used)[0]), widths[part]) for used in ways} for part, ways in possible.items()}
+    both = list(depths.values())
+    return {part: {(len(evenly_spaced(used)[0]), widths[part]) for used in ([depths[part]], both)} for part in configs}
 
 
 def save_hidden_states(
     path: Path, image_states: torch.Tensor, text_states: torch.Tensor, raw_ids: list[str], model: FoundationName
 ) -> None:
-    """Save states as they are published, and beside them, in `{name}_preX.json`, which model they came from.
+    """Save all items' states as they are published, and beside them, in `{name}_preX.json`, which model they came from.
 
-    Args:
-        path: the file.
-        image_states, text_states, raw_ids: of all items.
-        model: the foundation model.
     Raises:
         PerPEFTError: no room or right to write there.
     """
@@ -85,33 +77,31 @@ def _is_dense(states: Any) -> bool:
     """Whether this is a tensor [items, layers, width] of floats, every one of them in the file."""
     if type(states) not in (torch.Tensor, torch.nn.Parameter) or states.dim() != 3 or not states.is_floating_point():
         return False
-    # A tensor may repeat one number any number of times: to look at it would fill the memory.
-    if states.shape[2] == 0:  # of what was not used
-        return True
-    return 0 < states.numel() * states.element_size() <= states.untyped_storage().nbytes()
+    # What was not used has no width. A tensor may repeat one number any number of times: to look at it would fill the memory.
+    return states.shape[2] == 0 or 0 < states.nbytes <= states.untyped_storage().nbytes()
 
 
-def _read(path: Path) -> tuple[torch.Tensor, torch.Tensor, list]:
-    again = "delete it and start again to compute it, or download it again"
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], list]:
+    """States by part, "image" and "text", and the ids of their rows."""
     try:
         refuse_damaged_tensors(path)
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise PerPEFTError(f"{path} cannot be read ({first_line(error)[:500]}); {again}") from error
+        raise PerPEFTError(f"{path} cannot be read ({first_line(error)[:500]}); {AGAIN}") from error
     if not (isinstance(content, (tuple, list)) and len(content) == 3):
-        raise PerPEFTError(f"{path} holds no (image states, title states, ids); {again}")
+        raise PerPEFTError(f"{path} holds no (image states, title states, ids); {AGAIN}")
     image_states, text_states, ids = content
     if isinstance(ids, torch.Tensor) and ids.dim() == 1 and ids.nbytes <= ids.untyped_storage().nbytes():
         ids = ids.tolist()
     plain_ids = isinstance(ids, (list, tuple)) and all(isinstance(raw_id, (str, int)) for raw_id in ids)
     if not _is_dense(image_states) or not _is_dense(text_states) or not plain_ids:
-        raise PerPEFTError(f"{path} holds no two float tensors [items, layers, width] and a list of ids; {again}")
+        raise PerPEFTError(f"{path} holds no two float tensors [items, layers, width] and a list of ids; {AGAIN}")
     if not len(image_states) == len(text_states) == len(ids) or image_states.shape[1] != text_states.shape[1]:
         raise PerPEFTError(
             f"{path} does not fit together: image states {list(image_states.shape)}, title states {list(text_states.shape)}, "
-            f"{len(ids)} ids; {again}"
+            f"{len(ids)} ids; {AGAIN}"
         )
-    return image_states.detach(), text_states.detach(), list(ids)
+    return {"image": image_states.detach(), "text": text_states.detach()}, list(ids)
 
 
 def made_by(path: Path) -> tuple[str, str | None]:
@@ -120,28 +110,23 @@ def made_by(path: Path) -> tuple[str, str | None]:
     Raises:
         PerPEFTError: the note does not say so.
     """
-    note = _note(path)
+    note, where = _note(path), path.with_suffix(".json")
     if "clip_model" not in note:
-        where = path.with_suffix(".json")
         raise PerPEFTError(f"{where} does not say which model made the states beside it; delete both and start again")
     return str(note["clip_model"])[:200], note.get("clip_files")
 
 
-def _refuse_other_model(path: Path, model: FoundationName) -> None:
-    """Raise a PerPEFTError unless states come from this model, whatever its folder is called now."""
-    name, files = made_by(path)
-    own = model_hash(model)
-    if files != own if files and own else name != str(model):
-        options = _note(path).get("options", f"--clip_model {name}")
-        raise PerPEFTError(
-            f"{path} was computed by '{name}', not '{model}'; pass {options}, or delete it and start again to compute it"
-        )
-
-
-def _check_shapes(
-    path: Path, used: dict[str, torch.Tensor], expected: dict[str, set[tuple[int, int]]], model: FoundationName | None
-) -> None:
-    """Refuse states that are left out, or of other layers and widths than a model has; by part, "image" or "text"."""
+def _check_model(path: Path, used: dict[str, torch.Tensor], model: FoundationName | None, skeleton: nn.Module | None) -> None:
+    """Refuse states that are left out, or of another model, whatever its folder is called now: by the note, or else by shapes."""
+    noted = model is not None and path.with_suffix(".json").is_file()
+    if noted:
+        (name, files), own_files = made_by(path), model_hash(model)
+        if files != own_files if files and own_files else name != str(model):
+            options = _note(path).get("options", f"--clip_model {name}")
+            raise PerPEFTError(
+                f"{path} was computed by '{name}', not '{model}'; pass {options}, or delete it and start again to compute it"
+            )
+    expected = {} if noted or skeleton is None else state_shapes(skeleton)
     for part, states in used.items():
         own, found = expected.get(part), tuple(states.shape[1:])
         if states.shape[2] == 0:
@@ -155,62 +140,43 @@ def _check_shapes(
 
 
 def _rows_of_items(path: Path, raw_ids: list[str], ids: list, used: list[torch.Tensor]) -> np.ndarray:
-    """Where the items' states lie in a file with the rows `ids`, [num_items].
-
-    Raises:
-        PerPEFTError: items are missing or stand twice, or their states are not finite; all are named.
-    """
+    """Where the items lie in a file with the rows `ids`, [num_items]; refuses missing or repeated ones, and states not finite."""
     place = {raw_id: row for row, raw_id in enumerate(ids)}
     problems, rows = Problems(), np.empty(0, np.int64)
     problems.add("items without states", [raw_id for raw_id in raw_ids if raw_id not in place])
-    repeated = {raw_id for row, raw_id in enumerate(ids) if place[raw_id] != row and raw_id not in PADDING_IDS}
-    problems.add("ids that stand twice", sorted(map(str, repeated)))
+    repeated = {raw_id for row, raw_id in enumerate(ids) if place[raw_id] != row}
+    problems.add("ids that stand twice", sorted(map(str, repeated - {0, "0"})))  # the padding item's, in published files
     if not problems:
         rows = np.array([place[raw_id] for raw_id in raw_ids], dtype=np.int64)
-        wrong = set().union(*(_rows_not_finite(states, rows) for states in used))
+        wrong: set[int] = set()
+        for states, portion in itertools.product(used, torch.from_numpy(rows).split(4096)):
+            finite = torch.isfinite(states[portion]).flatten(1).all(1)
+            wrong.update(portion[~finite].tolist())
         problems.add("items whose states hold NaN or infinity", [ids[row] for row in sorted(wrong)])
-    problems.raise_any(f"{path} cannot be used; delete it and start again to compute it, or download it again:")
+    problems.raise_any(f"{path} cannot be used; {AGAIN}:")
     return rows
 
 
-def _rows_not_finite(states: torch.Tensor, rows: np.ndarray) -> set[int]:
-    """Those of `rows` that hold a NaN or an infinity."""
-    wrong: set[int] = set()
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        portion = rows[start : start + ROWS_AT_ONCE]
-        finite = torch.isfinite(states[torch.from_numpy(portion)]).flatten(1).all(1).numpy()
-        wrong.update(portion[~finite].tolist())
-    return wrong
+class HiddenStateStore(FeatureStore):
+    """Cached states of all items for IISAN: image states [rows, S, image width], title states [rows, S, text width]."""
 
+    @property
+    def image_states(self) -> torch.Tensor:
+        """The first of the tensors."""
+        return self.tensors[0]
 
-class HiddenStateStore:
-    """Cached states of all items, for IISAN.
-
-    Attributes:
-        image_states: [rows, S, image width], float32 or float16, memory-mapped or on the device.
-        text_states: [rows, S, text width].
-    """
-
-    def __init__(self, image_states: torch.Tensor, text_states: torch.Tensor, rows: np.ndarray | None = None):
-        self.image_states = image_states
-        self.text_states = text_states
-        rows = np.arange(len(image_states)) if rows is None else rows
-        self._rows = torch.from_numpy(rows)  # [num_items], where item i + 1 lies
-        self._order = np.argsort(rows, kind="stable") + 1
-        self.num_items = len(rows)
+    @property
+    def text_states(self) -> torch.Tensor:
+        """The second of the tensors."""
+        return self.tensors[1]
 
     @classmethod
     def open(
-        cls,
-        dataset: Dataset,
-        model: FoundationName | None = None,
-        skeleton: nn.Module | None = None,
-        modality: str = "both",
+        cls, dataset: Dataset, model: FoundationName | None = None, skeleton: nn.Module | None = None, modality: str = "both"
     ) -> "HiddenStateStore":
         """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
 
         Args:
-            dataset: whose items.
             model: that the states must come from, as on the command line.
             skeleton: that model without its weights, where it is known; asked where no note says which model it was.
             modality: "both", "image" or "text"; the states of the other are left out.
@@ -218,29 +184,8 @@ class HiddenStateStore:
             PerPEFTError: unreadable, of another CLIP, items missing, or states that are not finite, with their ids.
         """
         path = states_path(dataset.folder, dataset.name)
-        image_states, text_states, ids = _read(path)
-        states = {"image": image_states, "text": text_states}
-        noted = model is not None and path.with_suffix(".json").is_file()
-        if noted:
-            _refuse_other_model(path, model)
+        states, ids = _read(path)
         used = {part: states[part] for part in MODALITIES[modality]}
-        _check_shapes(path, used, {} if noted or skeleton is None else state_shapes(skeleton), model)
+        _check_model(path, used, model, skeleton)
         rows = _rows_of_items(path, dataset.raw_ids, ids, list(used.values()))
-        return cls(*(states[part] if part in used else states[part][:, :, :0] for part in ("image", "text")), rows)
-
-    def place_on(self, device: torch.device) -> None:
-        """Keep all states on a GPU if they fit there with room to spare; elsewhere they stay memory-mapped."""
-        size = self.image_states.nbytes + self.text_states.nbytes
-        if device.type == "cuda" and size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self.image_states, self.text_states = self.image_states.to(device), self.text_states.to(device)
-            self._rows = self._rows.to(device)
-
-    def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """States of some items (numbers from 1): [items, S, image width] and [items, S, text width], float32."""
-        rows = self._rows[to_device(items - 1, self._rows.device)]
-        image_states, text_states = self.image_states.index_select(0, rows), self.text_states.index_select(0, rows)
-        return to_device(image_states, device).float(), to_device(text_states, device).float()
-
-    def reading_order(self) -> np.ndarray:
-        """All items, in the order of the file."""
-        return self._order
+        return cls(*(found if part in used else found[:, :, :0] for part, found in states.items()), rows=rows)

@@ -8,20 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from models.pair import EncoderPair
 from utils.common.errors import PerPEFTError, first_line
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
@@ -29,23 +23,18 @@ DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 
 @dataclass(frozen=True)
 class PairName:
-    """Names of two single encoders in place of a dual encoder's, each a folder or a name on the hub.
+    """Names of two single encoders in place of a dual encoder's, each a folder or a name on the hub."""
 
-    Attributes:
-        image_model: None for titles alone.
-        text_model: a text encoder.
-        text_pooling: "cls" or "mean".
-    """
-
-    image_model: str | None
+    image_model: str | None  # None for titles alone
     text_model: str
-    text_pooling: str = "mean"
+    text_pooling: str = "mean"  # or "cls"
 
     def __str__(self) -> str:
-        return " + ".join([*([self.image_model] if self.image_model else []), f"{self.text_model} ({self.text_pooling})"])
+        return " + ".join(model_folders(self)) + f" ({self.text_pooling})"
 
 
 FoundationName = str | PairName
+FoundationParts = tuple[PreTrainedModel | EncoderPair, BaseImageProcessor | None, PreTrainedTokenizerBase | None]
 
 
 def model_options(name: FoundationName) -> str:
@@ -97,62 +86,59 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-@contextlib.contextmanager
-def _loading(name: str, option: str) -> Iterator[dict[str, bool]]:
-    """Yield how to load from a folder or the hub; what goes wrong becomes one sentence, with the option that named it."""
+def load_parts(name: FoundationName, attention: str | None) -> FoundationParts:
+    """Model in float32, image processor (None for titles alone) and tokenizer; arguments and errors as in `load_foundation`."""
+    if isinstance(name, str):
+        return _load(name, "--clip_model", attention)
+    images, image_processor, _ = _load(name.image_model, "--image_model", attention) if name.image_model else (None, None, None)
+    texts, _, tokenizer = _load(name.text_model, "--text_model", attention)
+    return EncoderPair(images, texts, name.text_pooling), image_processor, tokenizer
+
+
+def _load(name: str, option: str, attention: str | None) -> FoundationParts:
+    """Load what an option stands for from a folder or the hub; what goes wrong becomes one sentence that names the option."""
     is_folder = Path(name).is_dir()
+    # No code from a model's folder is ever run, and nobody is asked whether to run it.
+    source = {"local_files_only": is_folder, "trust_remote_code": False}
     try:
         with quiet_transformers():
-            # No code from a model's folder is ever run, and nobody is asked whether to run it.
-            yield {"local_files_only": is_folder, "trust_remote_code": False}
+            model = _load_model(name, option, attention, source)
+            image_processor = None if option == "--text_model" else _load_image_processor(name, source)
+            tokenizer = None if option == "--image_model" else AutoTokenizer.from_pretrained(name, **source)
+            return model, image_processor, tokenizer
     except PerPEFTError:
         raise
     except Exception as error:  # the hub's client raises its own kinds for every trouble there can be
-        reason = first_line(error)
         what = "the folder is no complete model folder" if is_folder else "there is no such folder and the hub has none"
         small = ", or train a small CLIP on your data with python3 -m scripts.make_small_clip --dataset NAME and pass its folder"
         raise PerPEFTError(
-            f"{option} '{name}' cannot be loaded: {what} ({reason}). Run once with network access so that it is downloaded, or "
-            f"pass the folder of a model by {option} DIR{small if option == '--clip_model' else ''}."
+            f"{option} '{name}' cannot be loaded: {what} ({first_line(error)}). Run once with network access so that it is "
+            f"downloaded, or pass the folder of a model by {option} DIR{small if option == '--clip_model' else ''}."
         ) from error
 
 
-def load_model(name: str, option: str, attention: str | None) -> PreTrainedModel:
-    """Load a model's weights in float32.
-
-    Args:
-        name: a folder, or a name on the hub.
-        option: that named it: "--clip_model", "--image_model" or "--text_model".
-        attention: as in `utils.items.foundation.load_foundation`.
-    Raises:
-        PerPEFTError: there is no such model, its weights are not whole, or the option takes another kind.
-    """
-    with _loading(name, option) as source:
-        config = AutoConfig.from_pretrained(name, **source)
-        _require_kind(name, type(config), option)
-        model, loading = AutoModel.from_pretrained(name, output_loading_info=True, attn_implementation=attention, **source)
-        if attention is not None and hasattr(model, "set_attn_implementation"):  # transformers 4.57 forgets the towers
-            model.set_attn_implementation(attention)
-        absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
-        # the library would go on with random weights; a single encoder's own pooling layer is not used
-        absent = [key for key in absent if option == "--clip_model" or not key.startswith("pooler.")]
-        if absent:
-            raise ValueError(f"its weights lack {', '.join(absent[:3])}")
-        return model.float()
+def _load_model(name: str, option: str, attention: str | None, source: dict[str, bool]) -> PreTrainedModel:
+    _require_kind(name, type(AutoConfig.from_pretrained(name, **source)), option)
+    model, loading = AutoModel.from_pretrained(name, output_loading_info=True, attn_implementation=attention, **source)
+    if attention is not None and hasattr(model, "set_attn_implementation"):  # transformers 4.57 forgets the towers
+        model.set_attn_implementation(attention)
+    absent = [*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])]
+    # the library would go on with random weights; a single encoder's own pooling layer is not used
+    absent = [key for key in absent if option == "--clip_model" or not key.startswith("pooler.")]
+    if absent:
+        raise ValueError(f"its weights lack {', '.join(absent[:3])}")
+    return model.float()
 
 
 def _require_kind(name: str, kind: type[PretrainedConfig], option: str) -> None:
-    """Check by its class that a model is what an option takes.
-
-    Raises:
-        PerPEFTError: it is not; says what is missing.
-    """
+    """Raise a PerPEFTError that says what is missing unless a model is, by its class, what an option takes."""
     found = MODEL_MAPPING.get(kind, None)
     absent = [method for method in ("get_image_features", "get_text_features") if not hasattr(found, method)]
+    own_input = None if hasattr(found, "get_image_features") else getattr(found, "main_input_name", None)
     takes, missing = {
         "--clip_model": (f"a dual encoder, as {DEFAULT_CLIP} or google/siglip-base-patch16-224", " or ".join(absent)),
-        "--image_model": ("an image encoder, as facebook/dinov2-base", "" if _reads(found, "pixel_values") else "image input"),
-        "--text_model": ("a text encoder, as intfloat/e5-base-v2", "" if _reads(found, "input_ids") else "text input of its own"),
+        "--image_model": ("an image encoder, as facebook/dinov2-base", "" if own_input == "pixel_values" else "image input"),
+        "--text_model": ("a text encoder, as intfloat/e5-base-v2", "" if own_input == "input_ids" else "text input of its own"),
     }[option]
     if missing:
         raise PerPEFTError(
@@ -161,26 +147,15 @@ def _require_kind(name: str, kind: type[PretrainedConfig], option: str) -> None:
         )
 
 
-def _reads(model_class: type | None, name: str) -> bool:
-    return getattr(model_class, "main_input_name", None) == name and not hasattr(model_class, "get_image_features")
-
-
-def load_tokenizer(name: str, option: str) -> PreTrainedTokenizerBase:
-    """Load a model's own tokenizer; arguments and errors as in `load_model`."""
-    with _loading(name, option) as source:
-        return AutoTokenizer.from_pretrained(name, **source)
-
-
-def load_image_processor(name: str, option: str) -> BaseImageProcessor:
-    """Load a model's own image processor, as either transformers 4 or 5 saves it; arguments and errors as in `load_model`."""
-    with _loading(name, option) as source:
-        try:
-            return AutoImageProcessor.from_pretrained(name, use_fast=False, **source)
-        except OSError:
-            # transformers 5 saves a processor's parts in one file, which transformers 4 does not read.
-            path = cached_file(name, "processor_config.json", local_files_only=source["local_files_only"])
-            settings = json.loads(Path(path).read_text(encoding="utf-8"))["image_processor"]
-        kind = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings | {"image_processor_type": kind}))
-            return AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)
+def _load_image_processor(name: str, source: dict[str, bool]) -> BaseImageProcessor:
+    """A model's own image processor, as either transformers 4 or 5 saves it."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, use_fast=False, **source)
+    except OSError:
+        # transformers 5 saves a processor's parts in one file, which transformers 4 does not read.
+        path = cached_file(name, "processor_config.json", local_files_only=source["local_files_only"])
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))["image_processor"]
+    kind = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings | {"image_processor_type": kind}))
+        return AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)

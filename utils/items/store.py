@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from models.towers import Traits
 from utils.common.devices import to_device
@@ -20,8 +19,7 @@ from utils.data.dataset import Dataset
 from utils.data.images import DECODING, on_all_cores
 from utils.data.problems import BLANK_IMAGES, UNREADABLE_IMAGES, Problems, format_image_problem
 from utils.items.preprocessing import output_size, read_image
-
-DEVICE_SHARE = 0.4  # the store moves onto a GPU if it takes no more than this share of the free memory
+from utils.items.source import fits_on
 
 
 def image_status(path: Path) -> os.stat_result | None:
@@ -32,9 +30,7 @@ def image_status(path: Path) -> os.stat_result | None:
         return None
 
 
-def _store_key(
-    dataset: Dataset, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase, traits: Traits
-) -> str:
+def _store_key(dataset: Dataset, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> str:
     """A hash of everything that the store's content follows from."""
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -64,25 +60,22 @@ def _claim_room(path: Path, header: int) -> None:
 
 
 def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, missing_images: str) -> None:
-    problems: list[str] = []
-    shape = (dataset.num_items, 3, *output_size(processor))
-    store = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    unreadable: list[str] = []
+    store = np.lib.format.open_memmap(path, "w+", np.uint8, (dataset.num_items, 3, *output_size(processor)))
     _claim_room(path, store.offset)
     images = on_all_cores(lambda path: read_image(path, processor), dataset.image_paths)
-    progress = tqdm(images, "images", dataset.num_items, unit="image", disable=None)
-    for row, image in enumerate(progress):
+    for row, image in enumerate(tqdm(images, "images", dataset.num_items, unit="image", disable=None)):
         if isinstance(image, np.ndarray):
             store[row] = image
         elif missing_images == "error" or not isinstance(image, FileNotFoundError):  # missing ones are reported already
-            problems.append(format_image_problem(dataset.image_paths[row], row + 1, image))
+            unreadable.append(format_image_problem(dataset.image_paths[row], row + 1, image))
     store.flush()
-    found = Problems()
+    problems = Problems()
+    problems.add(UNREADABLE_IMAGES if missing_images == "error" else BLANK_IMAGES, unreadable)
     if missing_images == "error":
-        found.add(UNREADABLE_IMAGES, problems)
-        found.raise_any(f"data set '{dataset.name}' in {dataset.folder} cannot be used:")
-    found.add(BLANK_IMAGES, problems)
-    if found:
-        print(f"warning: data set '{dataset.name}':\n{found}", file=sys.stderr)
+        problems.raise_any(f"data set '{dataset.name}' in {dataset.folder} cannot be used:")
+    elif problems:
+        print(f"warning: data set '{dataset.name}':\n{problems}", file=sys.stderr)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -122,23 +115,16 @@ class ImageTitleStore:
 
     @classmethod
     def open(
-        cls,
-        dataset: Dataset,
-        processor: BaseImageProcessor | None,
-        tokenizer: PreTrainedTokenizerBase,
-        traits: Traits,
+        cls, dataset: Dataset, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase, traits: Traits,
         missing_images: str = "error",
-    ) -> "ImageTitleStore":
+    ) -> "ImageTitleStore":  # fmt: skip
         """Open the store of a data set, building it first if it is not there.
 
         It lies in `{train_dir}/{name}_store/`, keyed by a hash of the processor's and tokenizer's settings and of the data
         set's files, and is renamed into place when complete.
 
         Args:
-            dataset: whose images and titles.
-            processor, tokenizer: the foundation model's own; without an image processor, images are left out and every item has
-                one black pixel.
-            traits: how it reads titles.
+            processor, tokenizer, traits: the foundation model's own; without a processor, every item has one black pixel.
             missing_images: "error", or "blank" for black images in place of missing or unreadable ones.
         Raises:
             PerPEFTError: unreadable images, all of them named at once, or no room to write.
@@ -162,21 +148,17 @@ class ImageTitleStore:
             pixels = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
             return cls(pixels, titles["tokens"], titles["lengths"], traits.masks_titles)
         except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-            damage = f"the image store {folder} is damaged ({first_line(error)}); delete it, it will be rebuilt"
-            raise PerPEFTError(damage) from error
+            reason = first_line(error)
+            raise PerPEFTError(f"the image store {folder} is damaged ({reason}); delete it, it will be rebuilt") from error
 
     def place_on(self, device: torch.device) -> None:
         """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no image."""
-        if device.type != "cuda" or self.pixels.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            return
-        self._on_device = (torch.from_numpy(np.array(self.pixels)).to(device), torch.from_numpy(self.tokens).to(device))
+        if fits_on(device, self.pixels):
+            self._on_device = (torch.from_numpy(np.array(self.pixels)).to(device), torch.from_numpy(self.tokens).to(device))
 
     def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """The encoder's inputs for some items.
+        """The encoder's inputs for some items (numbers from 1), on a device.
 
-        Args:
-            items: item numbers from 1, [items].
-            device: where the result goes.
         Returns:
             pixels uint8 [items, 3, height, width], tokens int64 [items, longest title among them], and a mask like the tokens,
             1 at tokens and 0 at padding, where the text tower takes one
@@ -188,8 +170,7 @@ class ImageTitleStore:
             on_device = to_device(rows, device)
             found = [pixels[on_device], tokens[on_device, :length].long()]
         else:
-            tokens = self.tokens[rows, :length].astype(np.int64)
-            found = [to_device(self.pixels[rows], device), to_device(tokens, device)]
+            found = [to_device(self.pixels[rows], device), to_device(self.tokens[rows, :length].astype(np.int64), device)]
         if self.masked:
             mask = np.arange(length) < self.lengths[rows][:, None]  # [items, length]
             found.append(to_device(mask.astype(np.int64), device))

@@ -1,32 +1,58 @@
 """What differs between dual encoders, found by running one on an image and a few titles."""
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
 from models.towers import TOWER_NAMES, Traits, part_features, recorded_states, tower, tower_name
-from utils.items.preprocessing import bare_image, output_size
+from utils.items.preprocessing import bare_image, output_size, processed
 from utils.items.store import padding_token
 
-LONGEST_TITLE = 512  # of models and tokenizers that name no longest input
-TOLERANCE = 2e-5  # by which features of unit length may differ in a batch of other sizes
 
+def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase) -> Traits:
+    """Try a dual encoder in eval mode on an image (unless `processor` is None) and on titles.
 
-class TokenizerMismatch(ValueError):
-    """The text tower takes another token for the end of a title than the tokenizer writes."""
+    A title's features are the model's own of that title alone. Where they stay the same in a batch with padding, no mask is
+    used; else a mask; and where that does not help either, as in SigLIP, all titles are padded to the longest input. What
+    the towers pool follows from the gradients of their features.
+
+    Raises:
+        ValueError: its parts do not fit together, or it pools titles in a way that is not known here.
+        Exception: the model's own, where it does not run on an image and a title alone.
+    """
+    for part in ("text",) if processor is None else ("image", "text"):
+        if tower_name(model, part) is None:
+            raise ValueError(f"it has no {part} tower called {' or '.join(TOWER_NAMES[part])}")
+    widths, class_token = [], False
+    if processor is not None:
+        class_token, width = _image_reading(model, processor)
+        widths.append(("image", width))
+    longest, padding = _longest_title(model, tokenizer), padding_token(tokenizer)
+    rows = _tried_titles(model, tokenizer, longest)
+    masks, pads = _padding_rule(model, rows, padding)
+    tokens, mask = _padded([row + [padding] * (longest - len(row)) for row in rows] if pads else rows, padding)
+    first, last, width = _pooled_tokens(model, "text", input_ids=tokens, attention_mask=mask if masks else None)
+    widths.append(("text", width))
+    end = int(tokens[0, last[0].int().argmax()])
+    if not first[0, : len(rows[0])].all():
+        raise ValueError(
+            f"its tokenizer does not fit its model: it ends a title by token {rows[0][-1]}, but the model pools token {end}; "
+            f"eos_token_id is {getattr(tower(model, 'text').config, 'eos_token_id', None)} in config.json and "
+            f"{tokenizer.eos_token_id} in the tokenizer, correct the one that is wrong"
+        )
+    for kind in ("first", "last", "end", "highest", "final", "mean"):
+        traits = Traits(kind, end, class_token, masks, pads, tuple(widths), longest)
+        if torch.equal(traits.pooling(tokens, mask) > 0, last):
+            if pads and kind != "last":
+                raise ValueError("its features of a title change with padding, whether masked or not")
+            return traits
+    raise ValueError("its text tower pools neither one token of a title, the first, the last or a special one, nor their mean")
 
 
 def _pooled_tokens(model: nn.Module, part: str, **inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """On which tokens of its first and of its last hidden state a tower's features depend, by their gradients.
-
-    Returns:
-        whether they do, [items, tokens] of the first state and of the last; the width of the features
-    """
+    """By gradients: on which tokens of its first and last state a tower's features depend, [items, tokens] each; their width."""
     with torch.enable_grad(), recorded_states(tower(model, part)) as states:
         features = part_features(model, part, **inputs)
         weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))  # a plain sum may not change at all
@@ -37,59 +63,11 @@ def _pooled_tokens(model: nn.Module, part: str, **inputs: torch.Tensor | None) -
     return (first != 0).any(2), (last != 0).any(2), features.shape[1]
 
 
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Titles side by side: tokens and mask, [titles, longest] each."""
     length = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[padding] * (length - len(row))] for row in rows])
+    tokens = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
     return tokens, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-
-
-@torch.no_grad()
-def _unit_features(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return F.normalize(part_features(model, "text", input_ids=tokens, attention_mask=mask).float(), dim=-1)
-
-
-def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase) -> Traits:
-    """Try a dual encoder on an image and on titles.
-
-    A title's features are the model's own of that title alone. Where they stay the same in a batch with padding, no mask is
-    used; else a mask; and where that does not help either, as in SigLIP, all titles are padded to the longest input. What
-    the towers pool follows from the gradients of their features.
-
-    Args:
-        model: in eval mode.
-        processor: of images; None for titles alone.
-        tokenizer: of titles.
-    Raises:
-        TokenizerMismatch: the model does not read all of a title.
-        ValueError: its parts do not fit together, or it pools titles in a way that is not known here.
-        Exception: the model's own, where it does not run on an image and a title alone.
-    """
-    for part in ("text",) if processor is None else ("image", "text"):
-        if tower_name(model, part) is None:
-            raise ValueError(f"it has no {part} tower called {' or '.join(TOWER_NAMES[part])}")
-    image = None if processor is None else _tried_image(model, processor)
-    longest = _longest_title(model, tokenizer)
-    rows = _tried_titles(model, tokenizer, longest)
-    padding = padding_token(tokenizer)
-    masks, pads = _padding_rule(model, rows, padding)
-    padded = [row + [padding] * (longest - len(row)) for row in rows] if pads else rows
-    tokens, mask = _padded(padded, padding)
-    first, last, width = _pooled_tokens(model, "text", input_ids=tokens, attention_mask=mask if masks else None)
-    widths = [("text", width)]
-    end = _check_reading(first[0], last[0], rows[0], tokens)
-    class_token = False
-    if image is not None:
-        _, pooled, width = _pooled_tokens(model, "image", pixel_values=image)
-        class_token = pooled.shape[1] > 1 and bool(pooled[0, 0]) and not pooled[0, 1:].any()
-        widths = [("image", width), *widths]
-    for kind in ("first", "last", "end", "highest", "final", "mean"):
-        traits = Traits(kind, end, class_token, masks, pads, tuple(widths), longest)
-        if torch.equal(traits.pooling(tokens, mask) > 0, last):
-            if pads and kind != "last":
-                raise ValueError("its features of a title change with padding, whether masked or not")
-            return traits
-    raise ValueError("its text tower pools neither one token of a title, the first, the last or a special one, nor their mean")
 
 
 def _tried_titles(model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[list[int]]:
@@ -104,53 +82,41 @@ def _tried_titles(model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest:
     return [title for title in tokenizer(titles, truncation=True, max_length=longest)["input_ids"] if len(title)]
 
 
+@torch.no_grad()
 def _padding_rule(model: nn.Module, rows: list[list[int]], padding: int) -> tuple[bool, bool]:
     """Whether titles need a mask to have the features in a batch that they have alone; whether not even that is enough."""
-    alone = torch.cat([_unit_features(model, *_padded([row], padding)) for row in rows])
+
+    def features(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return F.normalize(part_features(model, "text", input_ids=tokens, attention_mask=mask).float(), dim=-1)
+
+    def changed(mask: torch.Tensor | None) -> bool:
+        return (features(tokens, mask) - alone).abs().max().item() > 2e-5  # what batches of other sizes may change
+
+    alone = torch.cat([features(*_padded([row], padding)) for row in rows])
     tokens, mask = _padded(rows, padding)
-
-    def changed(given: torch.Tensor | None) -> bool:
-        return (_unit_features(model, tokens, given) - alone).abs().max().item() > TOLERANCE
-
-    if not changed(None):
-        return False, False
-    pads = changed(mask)
-    return not pads, pads
+    needs_mask = changed(None)
+    pads = needs_mask and changed(mask)
+    return needs_mask and not pads, pads
 
 
-def _check_reading(read: torch.Tensor, pooled: torch.Tensor, title: list[int], tokens: torch.Tensor) -> int:
-    """The token that is pooled of an ordinary title, if all of the title is read.
-
-    Raises:
-        TokenizerMismatch: the token that is pooled has not seen all of the title.
-    """
-    place = int(pooled.int().argmax())
-    unread = [number for at, number in enumerate(title) if not read[at]]
-    if unread:
-        raise TokenizerMismatch(f"it ends a title by token {title[-1]}, but the model pools token {int(tokens[0, place])}")
-    return int(tokens[0, place])
-
-
-def _tried_image(model: nn.Module, processor: BaseImageProcessor) -> torch.Tensor:
-    """An image as the processor makes it, which the image tower has taken, [1, 3, height, width]."""
+def _image_reading(model: nn.Module, processor: BaseImageProcessor) -> tuple[bool, int]:
+    """Whether the image tower pools its first token alone, and the width of an image's features."""
     height, width = output_size(processor)
     drawn = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    options = {"return_tensors": "np", "input_data_format": "channels_last"}
-    image = torch.from_numpy(processor(drawn, **options)["pixel_values"])
+    image = torch.from_numpy(processed(drawn, processor))  # [3, height, width]
     scale, shift = channel_statistics(processor)
     own = torch.addcmul(shift, torch.from_numpy(bare_image(drawn, processor)).float(), scale)
-    if (own - image[0]).abs().max() > 1e-3:
+    if (own - image).abs().max() > 1e-3:
         raise ValueError("its image processor does more than resize, crop, rescale and normalise")
     try:
-        with torch.no_grad():
-            model.get_image_features(pixel_values=image)
+        _, pooled, features = _pooled_tokens(model, "image", pixel_values=image[None])
     except Exception as error:
         side = getattr(tower(model, "image").config, "image_size", None)
         if side in (None, height, [height, width]):
             raise
         sizes = f"its image processor makes images of {height} x {width} pixels, its image tower takes {side} x {side}"
         raise ValueError(f"its parts do not fit together: {sizes}") from error
-    return image
+    return pooled.shape[1] > 1 and bool(pooled[0, 0]) and not pooled[0, 1:].any(), features
 
 
 def _longest_title(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -158,7 +124,7 @@ def _longest_title(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     text = tower(model, "text")
     longest = getattr(text.config, "max_position_embeddings", None)
     if not longest:
-        return min(tokenizer.model_max_length, LONGEST_TITLE)
+        return min(tokenizer.model_max_length, 512)  # where neither names one
     tables = [module for name, module in text.named_modules() if name.endswith("position_embeddings")]
     reserved = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return longest - max(reserved, default=0)  # RoBERTa's family counts positions from its padding token's number on
