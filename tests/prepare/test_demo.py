@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
@@ -12,7 +13,9 @@ from sklearn.metrics import adjusted_rand_score
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
 from utils.prepare import demo
-from utils.prepare.demo import GROUPS, Item, choose_histories, draw_caption_pairs, draw_image, draw_items, make_demo, shop_title
+from utils.prepare.demo import GROUPS, Item, choose_histories, draw_image, draw_items, make_demo, shop_title
+from utils.prepare.demo_clip import demo_pairs
+from utils.prepare.demo_drawing import IMAGE_SIZE
 
 NUM_USERS, NUM_ITEMS = 200, 60
 
@@ -44,7 +47,7 @@ def drawn():
 def test_files_are_those_of_any_data_set(folder):
     dataset = read_dataset(folder, "demo")
     assert (dataset.num_users, dataset.num_items, dataset.missing_titles) == (NUM_USERS, NUM_ITEMS, 0)
-    assert all(Image.open(path).size == (demo.IMAGE_SIZE,) * 2 for path in dataset.image_paths)
+    assert all(Image.open(path).size == (IMAGE_SIZE,) * 2 for path in dataset.image_paths)
     with open(folder / "demo_item2id_final.pickle", "rb") as file:
         assert list(pickle.load(file)) == list(range(1, NUM_ITEMS + 1))
     assert not [path for path in folder.iterdir() if path.suffix in (".tmp", ".old")]
@@ -118,13 +121,6 @@ def test_interrupted_making_is_started_again(tmp_path, monkeypatch):
     assert read_dataset(tmp_path, "demo").num_items == 4
 
 
-@pytest.mark.parametrize(("users", "items"), [(3, 10), (10, 0)])
-def test_too_small_a_demo_is_refused(tmp_path, users, items):
-    with pytest.raises(ValueError, match="at least"):
-        make_demo(tmp_path, users, items)
-    assert not list(tmp_path.iterdir())
-
-
 def test_titles_name_brand_material_category_and_nothing_that_only_the_image_shows(folder):
     hidden = {*demo.COLOURS, *demo.PATTERNS, *demo.SHAPES}
     for title, item in zip(read_dataset(folder, "demo").titles, rows_of(folder / "demo_attributes.csv")):
@@ -196,12 +192,12 @@ def test_every_value_of_every_aspect_can_be_drawn_and_shows(aspect):
 
 
 def test_caption_pairs_are_seeded_and_speak_of_what_titles_hide():
-    images, captions = draw_caption_pairs(60, seed=1)
-    again, same_captions = draw_caption_pairs(60, seed=1)
-    assert (images.shape, images.dtype) == ((60, 3, demo.IMAGE_SIZE, demo.IMAGE_SIZE), np.uint8)
-    assert (images == again).all()
+    images, captions = demo_pairs(32, seed=1, num=60)
+    again, same_captions = demo_pairs(32, seed=1, num=60)
+    assert (images.shape, images.dtype) == ((60, 3, 32, 32), torch.uint8)
+    assert torch.equal(images, again)
     assert captions == same_captions
-    assert captions != draw_caption_pairs(60, seed=2)[1]
+    assert captions != demo_pairs(32, seed=2, num=60)[1]
     spoken = set().union(*map(words_of, captions))
     assert len(spoken & set(demo.COLOURS)) > 4
     assert len(spoken & set(demo.PATTERNS)) > 2

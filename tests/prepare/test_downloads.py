@@ -107,7 +107,7 @@ def server(monkeypatch):
 
 
 def downloader(**changes):
-    return Downloader(**{"retries": 2, "timeout": 5, "backoff": 0.01, **changes})
+    return Downloader(**{"retries": 2, "timeout": 5, "deadline": 120, "max_bytes": 10 * 2**20, "backoff": 0.01, **changes})
 
 
 def test_a_image_comes_byte_for_byte(server):

@@ -210,10 +210,9 @@ def test_progress_prints_one_line(tmp_path, capsys):
 
 def test_sizes_that_make_no_clip_are_refused(tmp_path):
     images, titles = coloured_pairs(30)
-    wrong = ({"patch_size": 15}, {"heads": 3}, {"layers": 0}, {"image_size": 48})
-    for change in wrong:
-        with pytest.raises(PerPEFTError):
-            train_small_clip(images, titles, tmp_path / "clip", Sizes(**{**SIZES, **change}), steps=1)
+    for change in ({"patch_size": 15}, {"heads": 3}):
+        with pytest.raises(PerPEFTError, match="no multiple"):
+            Sizes(**{**SIZES, **change})
     with pytest.raises(PerPEFTError, match="too few"):
         train_small_clip(images[:10], titles[:10], tmp_path / "clip", Sizes(**SIZES), steps=1)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 """One file from the web, whatever the server does: retries, limits of time and size, http and https only."""
+import contextlib
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
@@ -21,11 +22,7 @@ class ImageError(Exception):
 
 
 class PassingError(ImageError):
-    """Why an image cannot be fetched now.
-
-    Attributes:
-        response: the server's answer, if there was one.
-    """
+    """Why an image cannot be fetched now; `response` is the server's answer, if there was one."""
 
     def __init__(self, reason: str, response: requests.Response | None = None):
         super().__init__(reason)
@@ -33,19 +30,16 @@ class PassingError(ImageError):
 
 
 class Downloader:
-    """Fetches files; may be used by many threads at once.
+    """Fetches files of up to `max_bytes`; may be used by many threads at once.
 
     Args:
         retries: further attempts after one that may pass.
         timeout: seconds without an answer after which an attempt fails.
         deadline: seconds that a file may take altogether, with all attempts.
-        max_bytes: the largest file taken.
         backoff: seconds before the third attempt (the second follows at once); each further wait is twice as long.
     """
 
-    def __init__(
-        self, retries: int = 3, timeout: float = 30, deadline: float = 120, max_bytes: int = 10 * 2**20, backoff: float = 1
-    ):
+    def __init__(self, retries: int, timeout: float, deadline: float, max_bytes: int, backoff: float = 1):
         self.timeout, self.deadline, self.max_bytes = timeout, deadline, max_bytes
         self._retry = Retry(retries, backoff_factor=backoff / 2)
         self._session = requests.Session()
@@ -83,7 +77,6 @@ class Downloader:
             _settle(result, PassingError("stopped"))
 
     def _fetch(self, url: str, result: Future, end: float) -> None:
-        """Try until an attempt succeeds, fails for good, or time is up."""
         retry = self._retry
         while True:
             try:
@@ -120,16 +113,16 @@ class Downloader:
 
     def _content(self, response: requests.Response, end: float) -> bytes:
         length = response.headers.get("Content-Length", "")
-        expected = int(length) if length.isdecimal() else None
+        expected = int(length) if length.isdecimal() else 0
         content = bytearray()
-        if (expected or 0) <= self.max_bytes:
+        if expected <= self.max_bytes:
             for block in response.iter_content(BLOCK):
                 content += block
                 if len(content) > self.max_bytes or time.monotonic() > end:
                     break
-        if max(expected or 0, len(content)) > self.max_bytes:
+        if max(expected, len(content)) > self.max_bytes:
             raise ImageError(f"more than {self.max_bytes:,} bytes")
-        if len(content) < (expected or 0) and "Content-Encoding" not in response.headers:
+        if len(content) < expected and "Content-Encoding" not in response.headers:
             raise PassingError(f"cut off, {expected - len(content):,} bytes are missing")
         return bytes(content)
 
@@ -144,10 +137,8 @@ def _retry_after(retry: Retry, response: requests.Response) -> float | None:
 
 def _settle(result: Future, value: bytes | BaseException) -> None:
     """Set a future unless it is set."""
-    try:
+    with contextlib.suppress(InvalidStateError):
         if isinstance(value, BaseException):
             result.set_exception(value)
         else:
             result.set_result(value)
-    except InvalidStateError:
-        pass

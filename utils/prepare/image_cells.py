@@ -23,8 +23,7 @@ NUMPY_ARRAY = re.compile(r"""array\(\[\s*(['"])(.*?)\1|\[\s*(['"])([^'"]*)\3\s+[
 def first_image(cell: str | None) -> str | None:
     """The main image that a cell names, else its first; None if it names none.
 
-    Args:
-        cell: a path or address, or JSON or a Python literal: a list, an object by size, or an object of lists.
+    A cell is a path or address, or JSON or a Python literal: a list, an object by size, or an object of lists.
     """
     if cell is None or not cell.startswith(("[", "{", '"', "array(")):
         return cell
@@ -63,10 +62,7 @@ def images_by_id(folder: Path) -> dict[str, str]:
     """Paths of the files in a folder and its subfolders by their names with and without the ending; .jpg counts before others.
 
     A file in a subfolder is also found without the subfolder's name, unless another has the same name; a name of decomposed
-    letters, as macOS writes them, also by the composed ones.
-
-    Raises:
-        PerPEFTError: the folder cannot be read.
+    letters, as macOS writes them, also by the composed ones. A folder that cannot be read is a PerPEFTError.
     """
 
     def fail(error: OSError) -> None:
@@ -101,8 +97,7 @@ class ImageFinder:
             for name in (item, image_file_name(item).removesuffix(".jpg"), named):
                 if found := self._images.get(name) or self._images.get(unicodedata.normalize("NFC", name)):
                     return found
-        found = first_image(cell)
-        if found is None:
+        if (found := first_image(cell)) is None:
             return None
         if found.lower().startswith((*WEB, "//")):
             first = NEXT_ADDRESS.split(found)[0]
@@ -114,9 +109,4 @@ class ImageFinder:
 
 def is_there(source: str | None) -> bool:
     """Whether a source is an address, or the path of a file."""
-    if source is None:
-        return False
-    try:
-        return source.lower().startswith(WEB) or os.path.isfile(source)
-    except ValueError:  # a zero byte
-        return False
+    return source is not None and (source.lower().startswith(WEB) or os.path.isfile(source))

@@ -35,8 +35,7 @@ class _ShownFile(io.FileIO):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        size = os.path.getsize(path)
-        self._bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, delay=1, disable=None)
+        self._bar = tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, delay=1, disable=None)
 
     def readinto(self, buffer: memoryview) -> int:
         count = super().readinto(buffer)
@@ -64,12 +63,13 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self._ready:
-            packed = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(2**16)
-            if not packed:
-                if self._frame.eof:
-                    return 0
+            ended = self._frame.eof
+            packed = (self._frame.unused_data if ended else b"") or self._file.read(2**16)
+            if not packed and not ended:
                 raise EOFError
-            if self._frame.eof:  # another frame follows
+            if not packed:
+                return 0
+            if ended:  # another frame follows
                 self._frame = self._start()
             self._ready = self._frame.decompress(packed)
         count = min(len(buffer), len(self._ready))
@@ -79,10 +79,7 @@ class _ZstdStream(io.RawIOBase):
 
 @contextlib.contextmanager
 def _open(path: Path, encoding: str | None) -> Iterator[tuple[BinaryIO, str, bool]]:
-    """A file's unpacked content, its encoding, and whether the file itself holds it as it is.
-
-    Its first bytes say how it is compressed, whatever its name.
-    """
+    """A file's unpacked content, its encoding, and whether it is not packed, which its first bytes say, whatever its name."""
     with io.BufferedReader(_ShownFile(path), BLOCK) as file:
         start = file.peek(8)[:8]
         if start.startswith(ZIP):
@@ -96,9 +93,8 @@ def _open(path: Path, encoding: str | None) -> Iterator[tuple[BinaryIO, str, boo
 
 def _recognise_encoding(start: bytes, path: Path) -> str:
     """UTF-8 unless the first bytes of a file say otherwise."""
-    for mark, encoding in MARKS.items():
-        if start.startswith(mark):
-            return encoding
+    if encoding := next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None):
+        return encoding
     for place, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
         if start[place::2].count(0) > len(start) // 8 and not start[1 - place :: 2].count(0):
             return encoding
@@ -108,11 +104,7 @@ def _recognise_encoding(start: bytes, path: Path) -> str:
 
 
 def require_encoding(encoding: str | None) -> None:
-    """Do nothing if Python knows an encoding, or None is named.
-
-    Raises:
-        PerPEFTError: it does not.
-    """
+    """Raise a PerPEFTError for an encoding that Python does not know."""
     try:
         "".encode(encoding or "utf-8")
     except (LookupError, ValueError):
@@ -120,11 +112,8 @@ def require_encoding(encoding: str | None) -> None:
 
 
 def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
-    """The lines of a text file without their ends.
+    """The lines of a text file, which may be compressed, without their ends.
 
-    Args:
-        path: also compressed by gzip, bzip2, xz or zstd.
-        encoding: None: UTF-8, or what its byte order mark says.
     Raises:
         PerPEFTError: the file is damaged; a line is not of the encoding, or too long.
     """
@@ -157,7 +146,7 @@ def _undecodable(path: Path, encoding: str, reason: str) -> Exception:
     first = None
     try:
         with _open(path, encoding) as (content, _, _):
-            for number, line in enumerate(content, 1):
+            for number, line in enumerate(content, 1):  # to the end, where damage may show
                 try:
                     line.decode(encoding)
                 except UnicodeError:
@@ -169,11 +158,7 @@ def _undecodable(path: Path, encoding: str, reason: str) -> Exception:
 
 
 def lines_sql(source: str, skip: int = 0) -> str:
-    """SQL of the lines of a file after the first `skip`, as a table of one column `line`; NULL where a line is empty.
-
-    Args:
-        source: the file's name as an SQL literal.
-    """
+    """SQL of a file's lines after the first `skip`, as a table of one column `line`; NULL where a line is empty."""
     return (
         f"read_csv({source}, columns={{'line': 'VARCHAR'}}, delim='{SEPARATOR}', quote='', escape='', header=false, skip={skip}, "
         f"auto_detect=false, null_padding=false, strict_mode=false, compression='none', max_line_size={LONGEST_LINE}, "
@@ -194,11 +179,7 @@ def named_text(path: Path, encoding: str | None) -> Iterator[str]:
 
 
 def named_lines(lines: Iterable[str]) -> contextlib.AbstractContextManager[str]:
-    """A name under which DuckDB can read some lines once.
-
-    Raises:
-        Exception: when the block ends: what `lines` raised.
-    """
+    """A name under which DuckDB can read some lines once; when the block ends, what `lines` raised is raised."""
     lines = iter(lines)
     batches = iter(lambda: "".join(f"{line}\n" for line in itertools.islice(lines, 1000)), "")
     return _pipe(batch.encode(errors="replace") for batch in batches)
