@@ -4,7 +4,6 @@ Users and items with fewer than --core interactions are removed, round by round,
 image are left out before; those whose image fails are left out after, and the core is formed again. Interrupted, the same command
 continues.
 """
-
 import argparse
 from pathlib import Path
 

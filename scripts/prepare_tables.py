@@ -4,7 +4,6 @@ CSV, TSV or any separator, plain, .gz or .zst; Parquet; JSON lines; RecBole's at
 Columns are recognised by their usual names. Rows that cannot be used are left out and counted by reason. Interrupted, the same
 command continues.
 """
-
 import argparse
 
 from utils.common.console import HelpFormatter, number, run_main

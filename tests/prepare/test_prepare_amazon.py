@@ -208,25 +208,10 @@ def test_files_of_no_use_are_one_sentence(category, run, data, capsys):
     assert "no user has the 3 interactions" in printed("--core", 1, reviews=reviews[:24])
     assert "with 5 interactions each are left; lower --core\n" in printed(reviews=reviews[:24])
     assert "with 6 interactions each are left; lower --core or raise --max_users\n" in printed("--core", 6, "--max_users", 5)
+    for option in ("--reviews", "--meta"):
+        assert "none: no such file" in printed(option, data / "none")
+    assert "cannot be read (No such file or directory)" in printed("--images", data / "none")
     assert not list(data.glob("lamps_*"))
-
-
-def test_cut_and_missing_files(category, run, tmp_path, capsys):
-    options = category(*many())
-
-    def error(*more):
-        assert run(prepare_amazon.main, *options, *more) == 2
-        return capsys.readouterr().err
-
-    for path in (options[1], options[3]):
-        whole = path.read_bytes()
-        for content in (whole[:-20], whole[:-8] + b"\0" * 8, whole[:40] + b"\xff" * 20 + whole[60:]):
-            path.write_bytes(content)
-            assert f"{path} is cut off or damaged" in error()
-        path.unlink()
-        assert f"{path}: no such file" in error()
-        path.write_bytes(whole)
-    assert "cannot be read (No such file or directory)" in error("--images", tmp_path / "none")
 
 
 def test_own_images_of_any_kind(category, run, data, capsys):

@@ -1,5 +1,4 @@
 """The image that a table's cell names: a path, an address, or lists and objects of them as shops and libraries write them."""
-
 import ast
 import collections
 import json
@@ -79,11 +78,9 @@ def images_by_id(folder: Path) -> dict[str, str]:
 
 
 class ImageFinder:
-    """Where each item's image is.
+    """Where each item's image is: paths in cells are relative to `folder`, or name files in `images`.
 
-    Args:
-        folder: of which paths in cells are relative.
-        images: a folder of images named by the item's id, which count before cells, or as cells name them; None has none.
+    In `images`, files named by the item's id count before cells.
     """
 
     def __init__(self, folder: Path, images: Path | None = None):

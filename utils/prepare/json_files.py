@@ -71,12 +71,9 @@ def json_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def json_part(path: Path, keys: dict[str, tuple[str, ...]], whole: bool = False) -> Part:
-    """A file of JSON; only the named keys are read.
+    """A file of JSON, which is lines unless it is a `whole` document; only the named keys are read.
 
-    Args:
-        path: of the file.
-        keys: by role, the keys of which the first with a value counts; all values of the role "image" become one JSON list.
-        whole: whether the file is a document and not lines.
+    Of a role's keys, the first with a value counts; all values of the role "image" become one JSON list.
     """
     texts = [name for role, names in keys.items() if role != "image" for name in names]
     images = keys.get("image", ())

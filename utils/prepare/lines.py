@@ -92,7 +92,6 @@ def _open(path: Path, encoding: str | None) -> Iterator[tuple[BinaryIO, str, boo
 
 
 def _recognise_encoding(start: bytes, path: Path) -> str:
-    """UTF-8 unless the first bytes of a file say otherwise."""
     if encoding := next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None):
         return encoding
     for place, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):

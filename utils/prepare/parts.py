@@ -1,5 +1,4 @@
 """How DuckDB reads a file of a table: a SELECT of rows of text; here for Parquet and text, for JSON in `json_files`."""
-
 import glob
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ class Part:
     DuckDB reads with all cores only where nobody asks for the number of a row; it is found by counting where it is needed.
 
     Attributes:
-        path: of the file.
         fast: a SELECT of SOURCE, the file's text, for files without damage and odd lines; it raises for others.
         careful: a SELECT of SOURCE, the texts of `rows`.
         rows: the number of the line and the text of each row among the file's lines; None for a file that is no text.

@@ -1,5 +1,4 @@
 """The two tables of a shop, read into DuckDB and reduced to the interactions that a data set holds."""
-
 from dataclasses import dataclass, field
 
 import duckdb

@@ -111,7 +111,6 @@ def train_small_clip(
     Args:
         images: uint8 [pairs, 3, image_size, image_size], from `read_images`.
         titles: one an image; the same title may stand at many.
-        seed: of the weights, the batches and the pairs held out.
         vary: whether to shift and mirror images at random in every step, so that a few thousand are not memorised.
     Returns:
         `image_to_title` and `title_to_image`, the shares of `held_out` unseen pairs whose partner comes first among all of
@@ -250,13 +249,11 @@ def contrastive_loss(logits: torch.Tensor, title_numbers: torch.Tensor) -> torch
 
 
 def retrieval(similarity: torch.Tensor, title_numbers: torch.Tensor) -> dict[str, float]:
-    """Top-1 retrieval in both directions; a pair with the same title as the asked one is right too.
+    """Top-1 retrieval in both directions, and chance, as shares of the pairs; of those with the same title, all are right.
 
     Args:
         similarity: [images, titles], pair i at (i, i).
         title_numbers: the same number for the same title, [pairs].
-    Returns:
-        `image_to_title`, `title_to_image` and `chance`, as shares of the pairs.
     """
     same = (title_numbers[:, None] == title_numbers[None, :]).float()  # [pairs, pairs]
     return {

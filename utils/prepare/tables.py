@@ -1,5 +1,4 @@
 """A table of any usual format: its files, its columns recognised by their names, and queries on its rows."""
-
 import bisect
 import contextlib
 import functools

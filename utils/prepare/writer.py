@@ -1,5 +1,4 @@
 """A data set's files from a shop's tables: the core, titles, images, and a report of what was left out."""
-
 import argparse
 import csv
 import shlex
