@@ -122,7 +122,7 @@ def test_what_no_other_attempt_helps_is_asked_for_once(server, status):
 def waits_of(getter, url):
     """The waits between attempts, in seconds."""
     waits = []
-    getter._stopped.wait = waits.append
+    getter._pause = waits.append
     getter.get(url)
     return waits
 

@@ -224,6 +224,11 @@ def test_a_quotation_mark_that_is_a_character_swallows_no_row(shop, title, separ
     assert made.titles == {item: f"Thing {item}" for item in ITEMS} | {"A-1": title, "A-3": "Quoted"}
 
 
+def test_marks_in_two_rows_do_not_make_one_of_them(shop):
+    made = shop(PLAIN_BUYS, PLAIN_GOODS.replace("Thing A-1", '"Begins').replace("Thing A-3", 'ends"'))
+    assert made.titles == {item: f"Thing {item}" for item in ITEMS} | {"A-1": '"Begins', "A-3": 'ends"'}
+
+
 @pytest.mark.parametrize("title", ['a, "b"\nc', "Lamp, red\nbig, 12", "Lamp, red\nround, oak, 7\nnew, old", "a\n\nb"])
 def test_quoted_cells_hold_separators_line_breaks_and_marks(title, shop):
     made = shop(PLAIN_BUYS, table(ITEM, [("A-0", title, GOODS[0][2]), *GOODS[1:]]) + "A-9,,\n")

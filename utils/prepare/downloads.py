@@ -1,9 +1,7 @@
 """One file from the web, whatever the server does: retries, limits of time and size, http and https only."""
-import contextlib
 import threading
 import time
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one only since Python 3.11
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -47,8 +45,7 @@ class Downloader:
         self._session.max_redirects = MOST_REDIRECTS
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=256, max_retries=0))
-        self._stopped = threading.Event()
-        self._running: set[Future] = set()
+        self._stopped: Future[None] = Future()
 
     def get(self, url: str) -> bytes:
         """The content behind an address.
@@ -58,40 +55,40 @@ class Downloader:
             ImageError: no attempt can succeed.
         """
         result: Future[bytes] = Future()
-        self._running.add(result)
         # A thread of its own, which is left behind at the deadline: no timeout of a socket ends a server that trickles.
         threading.Thread(target=self._fetch, args=(url, result, time.monotonic() + self.deadline), daemon=True).start()
-        try:
-            if self._stopped.is_set():
-                raise PassingError("stopped")
-            return result.result(self.deadline)
-        except FutureTimeoutError:
-            raise PassingError(f"not fetched within {self.deadline:g} seconds") from None
-        finally:
-            self._running.discard(result)
+        wait((result, self._stopped), self.deadline, FIRST_COMPLETED)
+        if not result.done():
+            raise PassingError("stopped" if self._stopped.done() else f"not fetched within {self.deadline:g} seconds")
+        return result.result()
 
     def stop(self) -> None:
-        """End all calls of `get` now, and let no other begin."""
-        self._stopped.set()
-        for result in list(self._running):
-            _settle(result, PassingError("stopped"))
+        """End all calls of `get` now, and let no other begin; to be called once."""
+        self._stopped.set_result(None)
 
     def _fetch(self, url: str, result: Future, end: float) -> None:
+        try:
+            result.set_result(self._content_after_retries(url, end))
+        except BaseException as error:
+            result.set_exception(error)
+
+    def _content_after_retries(self, url: str, end: float) -> bytes:
         retry = self._retry
         while True:
             try:
-                return _settle(result, self._attempt(url, end))
+                return self._attempt(url, end)
             except PassingError as error:
                 try:
                     retry = retry.increment(error=error)
                 except MaxRetryError:
-                    return _settle(result, error)
+                    raise error from None
                 asked = None if error.response is None else _retry_after(retry, error.response)
-                wait = min(retry.get_backoff_time() if asked is None else asked, LONGEST_WAIT)
-                if self._stopped.wait(wait) or time.monotonic() > end:
-                    return _settle(result, error)
-            except BaseException as error:
-                return _settle(result, error)
+                if self._pause(min(retry.get_backoff_time() if asked is None else asked, LONGEST_WAIT)) or time.monotonic() > end:
+                    raise
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; whether all was stopped meanwhile."""
+        return bool(wait((self._stopped,), seconds).done)
 
     def _attempt(self, url: str, end: float) -> bytes:
         try:
@@ -133,12 +130,3 @@ def _retry_after(retry: Retry, response: requests.Response) -> float | None:
         return retry.get_retry_after(response.raw)
     except Exception:  # urllib3 has an error of its own for a header that it cannot read
         return None
-
-
-def _settle(result: Future, value: bytes | BaseException) -> None:
-    """Set a future unless it is set."""
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(value, BaseException):
-            result.set_exception(value)
-        else:
-            result.set_result(value)

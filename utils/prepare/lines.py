@@ -11,9 +11,9 @@ import io
 import itertools
 import lzma
 import os
-import threading
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -196,26 +196,18 @@ def _decoded(content: BinaryIO, encoding: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _pipe(blocks: Iterator[bytes]) -> Iterator[str]:
-    """A pipe's name, and a thread that writes blocks into it until their end, or until nobody reads any more."""
-    errors: list[Exception] = []
+    """A pipe's name, while a thread writes blocks into it until their end, or until nobody reads any more."""
 
     def write() -> None:
-        try:
-            with os.fdopen(target, "wb", buffering=0) as pipe:
-                for block in blocks:
-                    pipe.write(block)
-        except BrokenPipeError:
-            pass
-        except Exception as error:
-            errors.append(error)
+        with contextlib.suppress(BrokenPipeError), os.fdopen(target, "wb", buffering=0) as pipe:
+            for block in blocks:
+                pipe.write(block)
 
     source, target = os.pipe()
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    try:
-        yield f"/dev/fd/{source}"
-    finally:
-        os.close(source)
-        writer.join()
-        if errors:
-            raise errors[0]
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(write)
+        try:
+            yield f"/dev/fd/{source}"
+        finally:
+            os.close(source)
+            written.result()
