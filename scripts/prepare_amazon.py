@@ -4,12 +4,11 @@ Users and items with fewer than --core interactions are removed, round by round,
 image are left out before; those whose image fails are left out after, and the core is formed again. Interrupted, the same command
 continues.
 """
-
 import argparse
 from pathlib import Path
 
 from utils.common.console import HelpFormatter, run_main
-from utils.prepare.amazon import open_meta, open_reviews
+from utils.prepare.amazon import META, REVIEWS, open_amazon
 from utils.prepare.image_cells import ImageFinder
 from utils.prepare.shop import Shop
 from utils.prepare.writer import add_image_options, add_target_options, prepare
@@ -25,7 +24,8 @@ def main() -> None:
     options = parser.parse_args()
 
     def open_shop(_con) -> Shop:
-        reviews, meta = open_reviews(options.reviews), open_meta(options.meta, with_images=options.images is None)
+        meta_fields = META if options.images is None else META | {"image": ()}  # a folder stands in for the addresses
+        reviews, meta = open_amazon(options.reviews, REVIEWS), open_amazon(options.meta, meta_fields)
         return Shop(reviews, meta, ImageFinder(options.meta.parent, options.images), first_row_counts=True)
 
     print(prepare(options, open_shop))

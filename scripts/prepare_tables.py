@@ -4,7 +4,6 @@ CSV, TSV or any separator, plain, .gz or .zst; Parquet; JSON lines; RecBole's at
 Columns are recognised by their usual names. Rows that cannot be used are left out and counted by reason. Interrupted, the same
 command continues.
 """
-
 import argparse
 
 from utils.common.console import HelpFormatter, number, run_main
@@ -28,16 +27,15 @@ def main() -> None:
     add_image_options(parser, "folder of images named by the item's id or as the table names them")
     add_table_options(parser)
     options = parser.parse_args()
-    form = table_options_of(options)
     columns = ("user", "item", "time") + (("rating",) if options.min_rating is not None else ())
 
     def open_shop(con) -> Shop:
         required, optional = (("item", "title"), ("image",)) if options.images else (("item", "title", "image"), ())
-        interactions = open_table(con, options.interactions, columns, (), form)
+        interactions = open_table(con, options.interactions, columns, (), table_options_of(options))
         items = open_table(con, options.items, required, optional, table_options_of(options, of_items=True))
         require_item_columns(options, interactions.columns, items.columns)
         finder = ImageFinder(items.files[0].parent, options.images)
-        return Shop(interactions, items, finder, form, options.min_rating)
+        return Shop(interactions, items, finder, options.time_format, options.min_rating)
 
     print(prepare(options, open_shop))
 

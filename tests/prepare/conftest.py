@@ -1,29 +1,14 @@
 """Running the prepare scripts in this process, and reading what they wrote."""
-import signal
-import sys
-
 import pytest
 
-from utils.common.console import run_main
+from tests.conftest import exit_code
 from utils.data.dataset import read_dataset
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run():
     """Run a script's `main` with options; the exit code."""
-
-    def run_script(main, *options):
-        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, options)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            run_main(main)
-        except SystemExit as end:
-            return end.code
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return 0
-
-    return run_script
+    return lambda main, *options: exit_code(options, main)
 
 
 def histories_of(folder, name):

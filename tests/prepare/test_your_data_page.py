@@ -21,10 +21,6 @@ COMMANDS = [
 BUYS = [(user, item, 1_600_000_000 + 10 * user + item) for user in range(1, 10) for item in range(1, 7)]
 
 
-def write_csv(path, header, rows):
-    path.write_text("\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n")
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working folder with the files that the page names."""
@@ -33,16 +29,21 @@ def folder(tmp_path, monkeypatch):
     for item in range(1, 7):
         draw_image(item).save(tmp_path / "images" / f"{item}.png")
         draw_image(item).save(tmp_path / "posters" / f"{item}.jpg")
-    write_csv(tmp_path / "interactions.csv", ("user", "item", "time"), BUYS)
-    write_csv(tmp_path / "items.csv", ("item", "title", "image"), [(i, f"Thing {i}", f"images/{i}.png") for i in range(1, 7)])
-    write_csv(tmp_path / "ratings.csv", ("userId", "movieId", "rating", "timestamp"), [(u, i, 4.5, t) for u, i, t in BUYS])
-    movies = [(item, f'"President, The ({1990 + item})"', "Comedy|Drama") for item in range(1, 7)]
-    write_csv(tmp_path / "movies.csv", ("movieId", "title", "genres"), movies)
-    reviews = [{"user_id": f"u{u}", "parent_asin": f"B{i}", "timestamp": 1000 * t} for u, i, t in BUYS]
+    tables = {
+        "interactions.csv": ["user,item,time", *(f"{user},{item},{time}" for user, item, time in BUYS)],
+        "items.csv": ["item,title,image", *(f"{item},Thing {item},images/{item}.png" for item in range(1, 7))],
+        "ratings.csv": ["userId,movieId,rating,timestamp", *(f"{user},{item},4.5,{time}" for user, item, time in BUYS)],
+        "movies.csv": ["movieId,title,genres", *(f'{item},"President, The ({item})",Comedy|Drama' for item in range(1, 7))],
+    }
+    for name, lines in tables.items():
+        (tmp_path / name).write_text("\n".join(lines))
     image = [{"large": str(tmp_path / "images" / "1.png"), "variant": "MAIN"}]
-    meta = [{"parent_asin": f"B{i}", "title": f"Thing {i}", "images": image} for i in range(1, 7)]
-    for name, rows in (("Arts.jsonl.gz", reviews), ("meta_Arts.jsonl.gz", meta)):
-        (tmp_path / name).write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    rows = {
+        "Arts.jsonl.gz": [{"user_id": f"u{u}", "parent_asin": f"B{i}", "timestamp": 1000 * t} for u, i, t in BUYS],
+        "meta_Arts.jsonl.gz": [{"parent_asin": f"B{i}", "title": f"Thing {i}", "images": image} for i in range(1, 7)],
+    }
+    for name, objects in rows.items():
+        (tmp_path / name).write_bytes(gzip.compress("\n".join(map(json.dumps, objects)).encode()))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

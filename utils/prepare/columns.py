@@ -1,5 +1,6 @@
 """Which column of a table holds what: usual names, options that name others, and the choice."""
 import argparse
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +21,7 @@ NAMES = {  # usual names of each column, lower case, without "_", " ", "-"; the 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How a table is to be read where that is not to be recognised.
-
-    Attributes:
-        separator, encoding, time_format: None recognises them.
-        columns: names of columns by role; a number counts the columns of a table without a header.
-    """
+    """How a table is to be read; None recognises it. `columns`: names by role; a number counts those without a header."""
 
     separator: str | None = None
     encoding: str | None = None
@@ -36,17 +32,13 @@ class TableOptions:
 def add_table_options(parser: argparse.ArgumentParser) -> None:
     """The options that `table_options_of` reads."""
     group = parser.add_argument_group("how the tables are written (recognised where not given)")
-    group.add_argument("--separator", type=_separator, default=None, help="between the columns, for example ';' or '\\t'")
-    group.add_argument("--encoding", default=None, help="of the text, for example latin-1")
-    group.add_argument("--time_format", default=None, help="of dates, for example '%%d.%%m.%%Y %%H:%%M'")
+    group.add_argument("--separator", type=_separator, help="between the columns, for example ';' or '\\t'")
+    group.add_argument("--encoding", help="of the text, for example latin-1")
+    group.add_argument("--time_format", help="of dates, for example '%%d.%%m.%%Y %%H:%%M'")
     for role in NAMES:
-        group.add_argument(
-            f"--{role}_column",
-            default=None,
-            metavar="NAME",
-            help=f"column of the {role}; a number where no header names it",
-        )
-    group.add_argument("--items_item_column", default=None, metavar="NAME", help="that of the items' table, if it is another")
+        role_help = f"column of the {role}; a number where no header names it"
+        group.add_argument(f"--{role}_column", metavar="NAME", help=role_help)
+    group.add_argument("--items_item_column", metavar="NAME", help="that of the items' table, if it is another")
 
 
 def _separator(text: str) -> str:
@@ -64,11 +56,6 @@ def table_options_of(options: argparse.Namespace, of_items: bool = False) -> Tab
     return TableOptions(options.separator, options.encoding, options.time_format, chosen)
 
 
-def _plain_name(name: str) -> str:
-    """A column's name without RecBole's type, case and word separators."""
-    return "".join(letter for letter in name.split(":")[0].lower() if letter not in "_- ")
-
-
 def _named(header: list[str], named: str) -> list[str]:
     """The columns that a user's name stands for: exactly, else in any case and without RecBole's type."""
     exact = [name for name in header if name == named]
@@ -77,11 +64,12 @@ def _named(header: list[str], named: str) -> list[str]:
 
 def _usual(header: list[str], role: str, is_interactions: bool) -> list[str]:
     """The columns with a role's first usual name that is there."""
-    plain = {usual: [name for name in header if _plain_name(name) == usual] for usual in NAMES[role]}
+    plain = {name: re.sub("[_ -]", "", name.split(":")[0].lower()) for name in header}  # also without RecBole's type
+    columns = {usual: [name for name in header if plain[name] == usual] for usual in NAMES[role]}
     if is_interactions:
-        plain.pop("id", None)  # the row's there, not the item's
-    found = next((names for names in plain.values() if names), [])
-    return plain["date"] + found if found == plain.get("time") else found  # a day and its hour, of which neither is enough
+        columns.pop("id", None)  # the row's there, not the item's
+    found = next(filter(None, columns.values()), [])
+    return columns["date"] + found if found == columns.get("time") else found  # a day and its hour: neither is enough
 
 
 def recognise_columns(
@@ -99,30 +87,23 @@ def recognise_columns(
         found = [] if named is None else _named(header, named)
         if named is not None and not found and role != "item":  # which may be the other table's, see `require_item_columns`
             raise PerPEFTError(f"{path} has no column '{named}' (--{role}_column); its columns are {shown}")
-        if not found:
-            found = _usual(header, role, "user" in required)
+        found = found or _usual(header, role, "user" in required)
         if not found and role in required:
             raise PerPEFTError(f"{path} has no column of the {role}; name it by --{role}_column (its columns are {shown})")
         if len(found) > 1:
-            raise PerPEFTError(
-                f"{path}, line 1: the columns {', '.join(map(repr, found))} could be the {role}; rename or remove all but one"
-                + ("" if len(set(found)) == 1 else f", or choose one by --{role}_column")
-            )
-        taken = {name: other for other, name in chosen.items() if name is not None}
-        if found and found[0] in taken:
-            both = f"the {taken[found[0]]} and the {role}"
-            hint = " (--items_item_column names the item's here)" if role == "title" else ""
-            raise PerPEFTError(f"{path}: the column '{found[0]}' cannot be {both}; choose two{hint}")
+            several, same = ", ".join(map(repr, found)), len(set(found)) == 1
+            choose = "" if same else f", or choose one by --{role}_column"
+            raise PerPEFTError(f"{path}, line 1: the columns {several} could be the {role}; rename or remove all but one{choose}")
         chosen[role] = found[0] if found else None
+        first, *others = [other for other, name in chosen.items() if name == chosen[role]]
+        if found and others:
+            hint = " (--items_item_column names the item's here)" if role == "title" else ""
+            raise PerPEFTError(f"{path}: the column '{found[0]}' cannot be the {first} and the {role}; choose two{hint}")
     return chosen
 
 
 def require_item_columns(options: argparse.Namespace, interactions: dict[str, str | None], items: dict[str, str | None]) -> None:
-    """Do nothing if one of two tables has the column of the item that an option names.
-
-    Raises:
-        PerPEFTError: neither has it.
-    """
+    """Raise a PerPEFTError unless one of two tables has the column of the item that an option names."""
     for option, tables in (("item_column", (interactions, items)), ("items_item_column", (items,))):
         named = getattr(options, option)
         if named is not None and not _named([columns["item"] for columns in tables], named):

@@ -5,7 +5,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.common.files import build_once, folder_written_atomically, write_pickle, write_text_atomically
-from utils.prepare.demo_drawing import COLOURS, IMAGE_SIZE, MATERIALS, Item, draw_image
+from utils.prepare.demo_drawing import COLOURS, MATERIALS, Item, draw_image
 
 # --- The items: every item has one value of each aspect, drawn independently, so that no aspect predicts another.
 CATEGORIES = ("bag", "clock", "cushion", "kite", "lamp", "mirror", "mug", "planter")  # shown by handles, hands, leaves, ...
@@ -33,7 +33,7 @@ POPULARITY_SPREAD = 0.6  # standard deviation of log popularity: some items sell
 
 def draw_items(num: int, rng: np.random.Generator) -> list[Item]:
     """Draw the aspects of `num` items, each value as likely as any other of its aspect."""
-    kinds = (CATEGORIES, SHAPES, tuple(COLOURS), PATTERNS, BRANDS, tuple(MATERIALS))
+    kinds = (CATEGORIES, SHAPES, tuple(COLOURS), PATTERNS, BRANDS, tuple(MATERIALS))  # in the order of Item
     columns = [[kind[value] for value in rng.integers(len(kind), size=num)] for kind in kinds]
     return [Item(*values) for values in zip(*columns)]
 
@@ -76,13 +76,9 @@ def _pick(values: tuple[str, ...], rng: np.random.Generator) -> str:
 def choose_histories(items: list[Item], num_users: int, rng: np.random.Generator) -> tuple[list[list[int]], list[int]]:
     """Draw histories: mostly items with a value that the user likes of the group's aspect, mostly in the group's categories.
 
-    Args:
-        items: aspects of item 1, 2, ...
-        num_users: how many users; the groups are as equal in size as can be.
-        rng: of all draws.
     Returns:
         The histories (of each user, item numbers from 1 in time order, none twice; together every item occurs) and
-        the group of each user, 0 to len(GROUPS) - 1.
+        the group of each user, 0 to len(GROUPS) - 1; groups are as equal in size as can be.
     """
     groups = rng.permutation(np.arange(num_users) % len(GROUPS)).tolist()
     popularity = np.exp(rng.normal(0, POPULARITY_SPREAD, size=len(items)))  # [items]
@@ -122,64 +118,34 @@ def _liked_items(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_demo(train_dir: str | Path, num_users: int = 1200, num_items: int = 400, seed: int = 0) -> None:
-    """Write the demo data set into a folder, unless it is there already.
+    """Write the demo data set into a folder, unless it is there already; the same seed makes the same files.
 
-    The files are the ones of any data set (`demo_final.txt`, `demo_item2id_final.pickle`, `demo_texts_final.pickle`,
-    `demo_images/{raw id}.jpg`) and two that only drawn data can have: `demo_true_groups.csv` (user, group) and
-    `demo_attributes.csv` (item, raw_id and its aspects). Each is written in full and then moved into place,
-    `demo_final.txt` last: where it exists, the data set is complete.
-
-    Args:
-        train_dir: the folder; made if missing.
-        num_users: users, numbered from 1.
-        num_items: items, numbered from 1.
-        seed: the same seed makes the same files.
-    Raises:
-        ValueError: there is not one user a group, or not one item.
+    The files are the ones of any data set, and two that only drawn data can have: `demo_true_groups.csv` (user, group) and
+    `demo_attributes.csv` (item, raw_id and its aspects). Each is written in full and then moved into place, `demo_final.txt`
+    last: where it exists, the data set is complete.
     """
-    if num_users < len(GROUPS) or num_items < 1:
-        raise ValueError(f"the demo needs at least {len(GROUPS)} users and 1 item, not {num_users} and {num_items}")
     train_dir = Path(train_dir)
     with build_once(train_dir / "demo_final.txt") as missing:
-        if missing:
-            _write_demo(train_dir, num_users, num_items, np.random.default_rng([seed, 0]))
+        if not missing:
+            return
+        rng = np.random.default_rng([seed, 0])
+        items = draw_items(num_items, rng)
+        raw_ids = [f"D{number:04d}" for number in range(1, num_items + 1)]
+        titles = {raw_id: shop_title(item, rng) for raw_id, item in zip(raw_ids, items)}
+        histories, groups = choose_histories(items, num_users, rng)
 
-
-def _write_demo(train_dir: Path, num_users: int, num_items: int, rng: np.random.Generator) -> None:
-    items = draw_items(num_items, rng)
-    raw_ids = [f"D{number:04d}" for number in range(1, num_items + 1)]
-    titles = {raw_id: shop_title(item, rng) for raw_id, item in zip(raw_ids, items)}
-    histories, groups = choose_histories(items, num_users, rng)
-
-    with folder_written_atomically(train_dir / "demo_images") as folder:
-        for raw_id, item in zip(tqdm(raw_ids, "Drawing the demo's items", unit="item", leave=False, disable=None), items):
-            draw_image(item, rng).save(folder / f"{raw_id}.jpg", quality=92)
-    aspects = [f"{number},{raw_id},{','.join(item)}" for number, (raw_id, item) in enumerate(zip(raw_ids, items), start=1)]
-    _write_lines(train_dir / "demo_attributes.csv", [f"item,raw_id,{','.join(Item._fields)}", *aspects])
-    _write_lines(train_dir / "demo_true_groups.csv", ["user,group", *(f"{user},{group}" for user, group in enumerate(groups, 1))])
-    write_pickle(train_dir / "demo_item2id_final.pickle", dict(enumerate(raw_ids, start=1)))
-    write_pickle(train_dir / "demo_texts_final.pickle", titles)
-    interactions = [f"{user} {item}" for user, history in enumerate(histories, start=1) for item in history]
-    _write_lines(train_dir / "demo_final.txt", interactions)
+        with folder_written_atomically(train_dir / "demo_images") as folder:
+            for raw_id, item in zip(tqdm(raw_ids, "Drawing the demo's items", unit="item", leave=False, disable=None), items):
+                draw_image(item, rng).save(folder / f"{raw_id}.jpg", quality=92)
+        aspects = [f"{number},{raw_id},{','.join(item)}" for number, (raw_id, item) in enumerate(zip(raw_ids, items), start=1)]
+        _write_lines(train_dir / "demo_attributes.csv", [f"item,raw_id,{','.join(Item._fields)}", *aspects])
+        of_groups = [f"{user},{group}" for user, group in enumerate(groups, start=1)]
+        _write_lines(train_dir / "demo_true_groups.csv", ["user,group", *of_groups])
+        write_pickle(train_dir / "demo_item2id_final.pickle", dict(enumerate(raw_ids, start=1)))
+        write_pickle(train_dir / "demo_texts_final.pickle", titles)
+        interactions = [f"{user} {item}" for user, history in enumerate(histories, start=1) for item in history]
+        _write_lines(train_dir / "demo_final.txt", interactions)
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
     write_text_atomically(path, "\n".join(lines) + "\n")
-
-
-def draw_caption_pairs(num: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """Draw other items than the demo's, with captions as on the web: what the demo's CLIP is pretrained on.
-
-    Args:
-        num: how many.
-        seed: the same seed makes the same pairs.
-    Returns:
-        Images, uint8 [num, 3, IMAGE_SIZE, IMAGE_SIZE], and as many captions.
-    """
-    rng = np.random.default_rng([seed, 1])  # another stream than make_demo's, so the items differ
-    items = draw_items(num, rng)
-    captions = [web_caption(item, rng) for item in items]
-    images = np.empty((num, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    for row, item in enumerate(tqdm(items, "Drawing images with captions", unit="image", leave=False, disable=None)):
-        images[row] = np.asarray(draw_image(item, rng)).transpose(2, 0, 1)
-    return images, captions

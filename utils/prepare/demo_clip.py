@@ -1,23 +1,28 @@
-"""The demo's CLIP: drawn images with captions, and a small CLIP trained on them on first use."""
+"""The demo's CLIP: a small one, trained on first use on drawn images with captions as on the web."""
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from tqdm import tqdm
 
 from utils.common.files import build_once
-from utils.prepare.demo import draw_caption_pairs
+from utils.prepare.demo import draw_items, web_caption
+from utils.prepare.demo_drawing import draw_image
 from utils.prepare.small_clip import IMAGE_SIZE, image_processor, train_small_clip
 
 DEMO_PAIRS = 8000  # drawn images with captions that the demo's CLIP learns from
 
 
 def demo_pairs(image_size: int = IMAGE_SIZE, seed: int = 0, num: int = DEMO_PAIRS) -> tuple[torch.Tensor, list[str]]:
-    """Draw what the demo's CLIP learns from: uint8 [num, 3, image_size, image_size] and as many captions."""
-    images, captions = draw_caption_pairs(num, seed)  # [num, 3, drawn size, drawn size]
+    """Draw other items than the demo's: uint8 [num, 3, image_size, image_size] and as many captions, by the seed."""
+    rng = np.random.default_rng([seed, 1])  # another stream than make_demo's, so the items differ
+    items = draw_items(num, rng)
+    captions = [web_caption(item, rng) for item in items]
     resample = image_processor().resample
-    small = [Image.fromarray(image.transpose(1, 2, 0)).resize((image_size, image_size), resample) for image in images]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in small]).transpose(0, 3, 1, 2).copy()), captions
+    images = np.empty((num, image_size, image_size, 3), dtype=np.uint8)
+    for row, item in enumerate(tqdm(items, "Drawing images with captions", unit="image", leave=False, disable=None)):
+        images[row] = draw_image(item, rng).resize((image_size, image_size), resample)
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), captions
 
 
 def demo_clip(cache_folder: str | Path) -> Path:

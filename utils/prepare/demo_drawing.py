@@ -11,21 +11,14 @@ COLOURS = {  # hue of the body, as a share of the colour circle
     "red": 0.995, "orange": 0.075, "yellow": 0.15, "green": 0.36, "turquoise": 0.485, "blue": 0.61, "purple": 0.75, "pink": 0.9,
 }  # fmt: skip
 MATERIALS = {  # the tint of the rim around the body: hue, saturation, value; _material_texture adds grain, shine, ...
-    "wooden": (0.075, 0.6, 0.62),
-    "metal": (0.6, 0.08, 0.66),
-    "glass": (0.52, 0.18, 0.95),
-    "ceramic": (0.11, 0.06, 0.98),
-    "woollen": (0.72, 0.12, 0.42),
-    "wicker": (0.12, 0.42, 0.87),
-}
+    "wooden": (0.075, 0.6, 0.62), "metal": (0.6, 0.08, 0.66), "glass": (0.52, 0.18, 0.95),
+    "ceramic": (0.11, 0.06, 0.98), "woollen": (0.72, 0.12, 0.42), "wicker": (0.12, 0.42, 0.87),
+}  # fmt: skip
 IMAGE_SIZE = 96  # pixels a side: enough for the rim and the brand mark to be seen, and 400 of them are drawn in seconds
 _POLYGONS = {  # corners, where the first one lies (a share of a full turn, from the right, clockwise), size beside the circle
-    "round": (60, 0.0, 1.0),
-    "square": (4, 0.125, 1.22),
-    "triangular": (3, 0.75, 1.25),
-    "hexagonal": (6, 0.0, 1.08),
+    "round": (60, 0.0, 1.0), "square": (4, 0.125, 1.22), "triangular": (3, 0.75, 1.25), "hexagonal": (6, 0.0, 1.08),
     "star": (10, 0.75, 1.22),
-}
+}  # fmt: skip
 _SCALE = 2  # drawn this many times larger and then shrunk, which smooths the edges
 _CANVAS = IMAGE_SIZE * _SCALE
 
@@ -42,14 +35,7 @@ class Item(NamedTuple):
 
 
 def draw_image(item: Item, rng: np.random.Generator) -> Image.Image:
-    """Draw an item. Place, size, tilt, tints, background and noise vary, so that no two images are the same.
-
-    Args:
-        item: its aspects.
-        rng: of the variation.
-    Returns:
-        An RGB image of IMAGE_SIZE x IMAGE_SIZE pixels.
-    """
+    """Draw an item, RGB, IMAGE_SIZE x IMAGE_SIZE; place, size, tilt, tints, background and noise vary by `rng`."""
     centre = _CANVAS * np.array([0.47, 0.5]) + rng.uniform(-5, 5, size=2)
     radius = _CANVAS * rng.uniform(0.31, 0.34)
     outline = _outline(item.shape, tilt=rng.uniform(-0.12, 0.12))  # [points, 2]
@@ -110,8 +96,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def _hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), min(value, 1))
-    return round(red * 255), round(green * 255), round(blue * 255)
+    return tuple(round(part * 255) for part in colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), min(value, 1)))
 
 
 def _print_texture(colour: str, pattern: str, rng: np.random.Generator) -> Image.Image:

@@ -1,8 +1,7 @@
 """One file from the web, whatever the server does: retries, limits of time and size, http and https only."""
 import threading
 import time
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one only since Python 3.11
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -21,11 +20,7 @@ class ImageError(Exception):
 
 
 class PassingError(ImageError):
-    """Why an image cannot be fetched now.
-
-    Attributes:
-        response: the server's answer, if there was one.
-    """
+    """Why an image cannot be fetched now; `response` is the server's answer, if there was one."""
 
     def __init__(self, reason: str, response: requests.Response | None = None):
         super().__init__(reason)
@@ -33,19 +28,16 @@ class PassingError(ImageError):
 
 
 class Downloader:
-    """Fetches files; may be used by many threads at once.
+    """Fetches files of up to `max_bytes`; may be used by many threads at once.
 
     Args:
         retries: further attempts after one that may pass.
         timeout: seconds without an answer after which an attempt fails.
         deadline: seconds that a file may take altogether, with all attempts.
-        max_bytes: the largest file taken.
         backoff: seconds before the third attempt (the second follows at once); each further wait is twice as long.
     """
 
-    def __init__(
-        self, retries: int = 3, timeout: float = 30, deadline: float = 120, max_bytes: int = 10 * 2**20, backoff: float = 1
-    ):
+    def __init__(self, retries: int, timeout: float, deadline: float, max_bytes: int, backoff: float = 1):
         self.timeout, self.deadline, self.max_bytes = timeout, deadline, max_bytes
         self._retry = Retry(retries, backoff_factor=backoff / 2)
         self._session = requests.Session()
@@ -53,8 +45,7 @@ class Downloader:
         self._session.max_redirects = MOST_REDIRECTS
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=256, max_retries=0))
-        self._stopped = threading.Event()
-        self._running: set[Future] = set()
+        self._stopped: Future[None] = Future()
 
     def get(self, url: str) -> bytes:
         """The content behind an address.
@@ -64,41 +55,40 @@ class Downloader:
             ImageError: no attempt can succeed.
         """
         result: Future[bytes] = Future()
-        self._running.add(result)
         # A thread of its own, which is left behind at the deadline: no timeout of a socket ends a server that trickles.
         threading.Thread(target=self._fetch, args=(url, result, time.monotonic() + self.deadline), daemon=True).start()
-        try:
-            if self._stopped.is_set():
-                raise PassingError("stopped")
-            return result.result(self.deadline)
-        except FutureTimeoutError:
-            raise PassingError(f"not fetched within {self.deadline:g} seconds") from None
-        finally:
-            self._running.discard(result)
+        wait((result, self._stopped), self.deadline, FIRST_COMPLETED)
+        if not result.done():
+            raise PassingError("stopped" if self._stopped.done() else f"not fetched within {self.deadline:g} seconds")
+        return result.result()
 
     def stop(self) -> None:
-        """End all calls of `get` now, and let no other begin."""
-        self._stopped.set()
-        for result in list(self._running):
-            _settle(result, PassingError("stopped"))
+        """End all calls of `get` now, and let no other begin; to be called once."""
+        self._stopped.set_result(None)
 
     def _fetch(self, url: str, result: Future, end: float) -> None:
-        """Try until an attempt succeeds, fails for good, or time is up."""
+        try:
+            result.set_result(self._content_after_retries(url, end))
+        except BaseException as error:
+            result.set_exception(error)
+
+    def _content_after_retries(self, url: str, end: float) -> bytes:
         retry = self._retry
         while True:
             try:
-                return _settle(result, self._attempt(url, end))
+                return self._attempt(url, end)
             except PassingError as error:
                 try:
                     retry = retry.increment(error=error)
                 except MaxRetryError:
-                    return _settle(result, error)
+                    raise error from None
                 asked = None if error.response is None else _retry_after(retry, error.response)
-                wait = min(retry.get_backoff_time() if asked is None else asked, LONGEST_WAIT)
-                if self._stopped.wait(wait) or time.monotonic() > end:
-                    return _settle(result, error)
-            except BaseException as error:
-                return _settle(result, error)
+                if self._pause(min(retry.get_backoff_time() if asked is None else asked, LONGEST_WAIT)) or time.monotonic() > end:
+                    raise
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; whether all was stopped meanwhile."""
+        return bool(wait((self._stopped,), seconds).done)
 
     def _attempt(self, url: str, end: float) -> bytes:
         try:
@@ -120,16 +110,16 @@ class Downloader:
 
     def _content(self, response: requests.Response, end: float) -> bytes:
         length = response.headers.get("Content-Length", "")
-        expected = int(length) if length.isdecimal() else None
+        expected = int(length) if length.isdecimal() else 0
         content = bytearray()
-        if (expected or 0) <= self.max_bytes:
+        if expected <= self.max_bytes:
             for block in response.iter_content(BLOCK):
                 content += block
                 if len(content) > self.max_bytes or time.monotonic() > end:
                     break
-        if max(expected or 0, len(content)) > self.max_bytes:
+        if max(expected, len(content)) > self.max_bytes:
             raise ImageError(f"more than {self.max_bytes:,} bytes")
-        if len(content) < (expected or 0) and "Content-Encoding" not in response.headers:
+        if len(content) < expected and "Content-Encoding" not in response.headers:
             raise PassingError(f"cut off, {expected - len(content):,} bytes are missing")
         return bytes(content)
 
@@ -140,14 +130,3 @@ def _retry_after(retry: Retry, response: requests.Response) -> float | None:
         return retry.get_retry_after(response.raw)
     except Exception:  # urllib3 has an error of its own for a header that it cannot read
         return None
-
-
-def _settle(result: Future, value: bytes | BaseException) -> None:
-    """Set a future unless it is set."""
-    try:
-        if isinstance(value, BaseException):
-            result.set_exception(value)
-        else:
-            result.set_result(value)
-    except InvalidStateError:
-        pass

@@ -60,7 +60,6 @@ def shown_progress(con: duckdb.DuckDBPyConnection, name: str) -> Iterator[None]:
         yield
         return
     con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")  # else DuckDB measures none
-    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     ended = threading.Event()
 
     def show() -> None:
@@ -69,7 +68,7 @@ def shown_progress(con: duckdb.DuckDBPyConnection, name: str) -> Iterator[None]:
             if percent > bar.n:
                 bar.update(percent - bar.n)
 
-    with tqdm(desc=name, total=100, bar_format=form, delay=1) as bar:
+    with tqdm(desc=name, total=100, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", delay=1) as bar:
         thread = threading.Thread(target=show, daemon=True)
         thread.start()
         try:

@@ -1,5 +1,4 @@
 """The image that a table's cell names: a path, an address, or lists and objects of them as shops and libraries write them."""
-
 import ast
 import collections
 import json
@@ -23,8 +22,7 @@ NUMPY_ARRAY = re.compile(r"""array\(\[\s*(['"])(.*?)\1|\[\s*(['"])([^'"]*)\3\s+[
 def first_image(cell: str | None) -> str | None:
     """The main image that a cell names, else its first; None if it names none.
 
-    Args:
-        cell: a path or address, or JSON or a Python literal: a list, an object by size, or an object of lists.
+    A cell is a path or address, or JSON or a Python literal: a list, an object by size, or an object of lists.
     """
     if cell is None or not cell.startswith(("[", "{", '"', "array(")):
         return cell
@@ -63,10 +61,7 @@ def images_by_id(folder: Path) -> dict[str, str]:
     """Paths of the files in a folder and its subfolders by their names with and without the ending; .jpg counts before others.
 
     A file in a subfolder is also found without the subfolder's name, unless another has the same name; a name of decomposed
-    letters, as macOS writes them, also by the composed ones.
-
-    Raises:
-        PerPEFTError: the folder cannot be read.
+    letters, as macOS writes them, also by the composed ones. A folder that cannot be read is a PerPEFTError.
     """
 
     def fail(error: OSError) -> None:
@@ -83,11 +78,9 @@ def images_by_id(folder: Path) -> dict[str, str]:
 
 
 class ImageFinder:
-    """Where each item's image is.
+    """Where each item's image is: paths in cells are relative to `folder`, or name files in `images`.
 
-    Args:
-        folder: of which paths in cells are relative.
-        images: a folder of images named by the item's id, which count before cells, or as cells name them; None has none.
+    In `images`, files named by the item's id count before cells.
     """
 
     def __init__(self, folder: Path, images: Path | None = None):
@@ -101,8 +94,7 @@ class ImageFinder:
             for name in (item, image_file_name(item).removesuffix(".jpg"), named):
                 if found := self._images.get(name) or self._images.get(unicodedata.normalize("NFC", name)):
                     return found
-        found = first_image(cell)
-        if found is None:
+        if (found := first_image(cell)) is None:
             return None
         if found.lower().startswith((*WEB, "//")):
             first = NEXT_ADDRESS.split(found)[0]
@@ -114,9 +106,4 @@ class ImageFinder:
 
 def is_there(source: str | None) -> bool:
     """Whether a source is an address, or the path of a file."""
-    if source is None:
-        return False
-    try:
-        return source.lower().startswith(WEB) or os.path.isfile(source)
-    except ValueError:  # a zero byte
-        return False
+    return source is not None and (source.lower().startswith(WEB) or os.path.isfile(source))

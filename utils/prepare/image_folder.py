@@ -1,10 +1,11 @@
 """A data set's folder of images filled by many threads: existing images stay, only whole images get their names."""
 import contextlib
 import io
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +22,7 @@ QUALITY = 95
 
 
 def read_image(path: str) -> bytes:
-    """A file's content.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
+    """A file's content, or an ImageError."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -33,11 +30,7 @@ def read_image(path: str) -> bytes:
 
 
 def keep_image(content: bytes, path: Path) -> None:
-    """Save an image under its final name once it is known to be whole: a JPEG as it came, another kind as RGB JPEG.
-
-    Raises:
-        ImageError: the content is no image.
-    """
+    """Save a whole image under its final name: a JPEG as it came, another kind as RGB JPEG; else raise an ImageError."""
     try:
         with decoded_image(io.BytesIO(content)) as image:
             if not content.startswith(JPEG):
@@ -57,13 +50,7 @@ def keep_image(content: bytes, path: Path) -> None:
 
 @dataclass
 class Filling:
-    """The outcome of filling a folder.
-
-    Attributes:
-        kept: how many were there already.
-        fetched: how many are new.
-        failed: raw id to why there is none.
-    """
+    """Of a folder's images, how many were there already and how many are new; raw id to why there is none."""
 
     kept: int = 0
     fetched: int = 0
@@ -86,9 +73,7 @@ def fill_folder(
         get: returns a source's content or raises ImageError.
         workers: how many threads fetch.
         stop: makes running calls of `get` end soon; called when this function is interrupted or fails.
-        give_up: after so many images in a row of which each failed in a way that may pass; 0 is never.
-    Raises:
-        PerPEFTError: it was given up.
+        give_up: raise a PerPEFTError after so many images in a row of which each failed in a way that may pass; 0 never does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -101,9 +86,9 @@ def fill_folder(
             return raw_id, False
         try:
             keep_image(get(sources[raw_id]), path)
+            return raw_id, True
         except ImageError as error:
             return raw_id, error
-        return raw_id, True
 
     filling, in_a_row = Filling(), 0
     bar = tqdm(total=len(sources), desc="images", unit="image", disable=None)
@@ -129,14 +114,9 @@ def fill_folder(
 def _in_threads(work: Callable, tasks: Iterable, workers: int, stop: Callable[[], None]) -> Iterator:
     """`work(task)` of every task, as they are done; only as many wait in line as keep all threads busy."""
     pool = ThreadPoolExecutor(workers)
-    running: set[Future] = set()
+    tasks, running = iter(tasks), set()
     try:
-        for task in tasks:
-            running.add(pool.submit(work, task))
-            if len(running) == 2 * workers:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while running:
+        while running := running | {pool.submit(work, task) for task in itertools.islice(tasks, 2 * workers - len(running))}:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)
     except BaseException:  # GeneratorExit included, which comes when the caller is interrupted

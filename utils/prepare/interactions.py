@@ -1,9 +1,7 @@
 """First interactions in time order, the k-core and a sample of users, in DuckDB: out of core, so memory is bounded."""
-
 import duckdb
 
 from utils.common.errors import PerPEFTError
-from utils.prepare.columns import TableOptions
 from utils.prepare.engine import shown_progress
 from utils.prepare.parts import BLANK, PROBLEMS, quote
 from utils.prepare.tables import ROWS, Table
@@ -19,7 +17,7 @@ SHOWN_ROWS = 3  # of each reason for leaving rows out
 
 
 def stage(
-    con: duckdb.DuckDBPyConnection, table: Table, options: TableOptions, min_rating: float | None, stable_keys: bool
+    con: duckdb.DuckDBPyConnection, table: Table, time_format: str | None, min_rating: float | None, stable_keys: bool
 ) -> int:
     """Read all interactions once; make the view `staged` of them: place, reason, user (a key), item (its number), time, kind.
 
@@ -27,20 +25,17 @@ def stage(
 
     Args:
         con: with a table `items` (number, raw_id) of the items that can be used.
-        table: of the roles user, item, time and, with `min_rating`, rating.
-        options: for the format of dates.
-        min_rating: rows with a lower rating are left out; None keeps all.
         stable_keys: whether a user's key is the same in every version of DuckDB, which takes longer.
     Returns:
         how many rows there are, blank ones not counted
     """
-    if options.time_format is not None:
-        require_time_format(con, options.time_format)
+    if time_format is not None:
+        require_time_format(con, time_format)
     rating = "TRY_CAST(replace(rating, ',', '.') AS DOUBLE)"
     low = "" if min_rating is None else f"WHEN {rating} IS NULL THEN '{NO_RATING}' WHEN {rating} < {min_rating!r} THEN '{LOW}'"
     user_key = "md5_number_lower" if stable_keys else "hash"  # 64 bits each
     table.create(con, "interactions", f"""
-        WITH timed AS ({timed_sql(ROWS, options.time_format)})
+        WITH timed AS ({timed_sql(ROWS, time_format)})
         SELECT file, {user_key}(timed.user) AS user, hash(item) AS item, value AS time, kind,
                CASE WHEN problem IS NOT NULL THEN problem
                     WHEN timed.user IS NULL THEN '{NO_USER}'
@@ -62,17 +57,11 @@ def _one(con: duckdb.DuckDBPyConnection, query: str) -> int:
 
 
 def require_one_kind_of_time(con: duckdb.DuckDBPyConnection, table: Table) -> None:
-    """Do nothing unless dates stand beside numbers that are no times since 1970.
-
-    Raises:
-        PerPEFTError: they do; with a line of each.
-    """
+    """Raise a PerPEFTError where dates stand beside numbers that are no times since 1970; with a line of each."""
     rows = dict(con.execute("SELECT kind, min(rowid) FROM interactions WHERE time IS NOT NULL GROUP BY kind").fetchall())
     if DATE in rows and COUNTER in rows:
-        date, number = table.where(rows[DATE]), table.where(rows[COUNTER])
-        raise PerPEFTError(
-            f"{table.files[0].name}: the time is a date in {date} and a number in {number}; write all as dates, or all as numbers"
-        )
+        kinds = f"a date in {table.where(rows[DATE])} and a number in {table.where(rows[COUNTER])}"
+        raise PerPEFTError(f"{table.files[0].name}: the time is {kinds}; write all as dates, or all as numbers")
 
 
 def left_out(con: duckdb.DuckDBPyConnection, table: Table, relation: str) -> dict[str, tuple[int, list[str]]]:
@@ -84,10 +73,9 @@ def left_out(con: duckdb.DuckDBPyConnection, table: Table, relation: str) -> dic
 
 
 def keep_first(con: duckdb.DuckDBPyConnection) -> int:
-    """Make the table `kept` (user, item, rank): each user's first interaction with every item; ranks order by time, then place.
+    """Make the table `kept` (user, item, rank) of each user's first interaction with every item; return how many were repeated.
 
-    Returns:
-        how many interactions are repeated ones
+    Ranks order by time, then place.
     """
     usable, counters, largest = con.execute(f"""
         SELECT count(*), count(*) FILTER (kind = {COUNTER}), max(abs(time)) FILTER (kind <> {DATE}) FROM staged

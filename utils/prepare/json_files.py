@@ -13,7 +13,7 @@ from utils.prepare.parts import NO_OBJECT, SOURCE, Part, name_sql, quote, trimme
 
 ARRAY = re.compile(r"\s*\[\s*[{\[\]]")
 SPACE = re.compile(r"\s*")
-START = 1000  # lines within which a document's first object begins, and all keys are usually named
+START = 1000  # lines within which a document's first object begins
 
 
 def is_document(start: str) -> bool:
@@ -29,11 +29,7 @@ def is_document(start: str) -> bool:
 
 
 def _document_rows(text: str) -> list:
-    """The objects of a JSON document: of an array, one after the other, or in one of the forms of pandas' `to_json`.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The objects of a JSON document: of an array, one after the other, or in one of the forms of pandas' `to_json`."""
     values, place = [], 0
     text, decoder = text.strip(), json.JSONDecoder()
     while place < len(text):
@@ -55,10 +51,8 @@ def _document_rows(text: str) -> list:
 def json_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """The numbers and the JSON of the lines that are not blank, or of the objects of a document.
 
-    Python dicts, as in the release of 2014, become JSON; lines that are neither stay.
-
-    Raises:
-        PerPEFTError: what begins as a document is none.
+    Python dicts, as in the release of 2014, become JSON; lines that are neither stay. What begins as a document and is none
+    is a PerPEFTError.
     """
     lines = iter(lines)
     head = list(itertools.islice(lines, START))
@@ -77,34 +71,30 @@ def json_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def json_part(path: Path, keys: dict[str, tuple[str, ...]], whole: bool = False) -> Part:
-    """A file of JSON; only the named keys are read.
+    """A file of JSON, which is lines unless it is a `whole` document; only the named keys are read.
 
-    Args:
-        path: of the file.
-        keys: by role, the keys of which the first with a value counts; all values of the role "image" become one JSON list.
-        whole: whether the file is a document and not lines.
+    Of a role's keys, the first with a value counts; all values of the role "image" become one JSON list.
     """
     texts = [name for role, names in keys.items() if role != "image" for name in names]
-    images = list(keys.get("image", ()))
+    images = keys.get("image", ())
 
-    def select(values: list[str], image: str, source: str) -> str:
-        texts_sql = dict(zip(texts, map(_json_text, values)))
-        lists = {role: ", ".join([*map(texts_sql.get, names), "NULL"]) for role, names in keys.items() if role != "image"}
-        found = {role: f"coalesce({values})" for role, values in lists.items()}
-        found |= {"image": f"to_json({image})::VARCHAR"} if "image" in keys else {}
-        roles = ", ".join(f"{value} AS {role}" for role, value in found.items())
-        problem = f"CASE WHEN coalesce({', '.join(values)}, NULL) IS NULL THEN '{NO_OBJECT}' END"
-        return f"SELECT {problem} AS problem, {roles} FROM {source}"
+    def select(values: dict[str, str], image: str, source: str) -> str:
+        cells = {name: _json_text(value) for name, value in values.items()}
+        found = {role: ", ".join([*map(cells.get, names), "NULL"]) for role, names in keys.items() if role != "image"}
+        roles = [f"coalesce({values}) AS {role}" for role, values in found.items()]
+        roles += [f"to_json({image})::VARCHAR AS image"] if "image" in keys else []
+        problem = f"CASE WHEN coalesce({', '.join(values.values())}, NULL) IS NULL THEN '{NO_OBJECT}' END"
+        return f"SELECT {problem} AS problem, {', '.join(roles)} FROM {source}"
 
     columns = [f"{quote(name)}: 'VARCHAR'" for name in texts] + [f"{quote(name)}: 'JSON'" for name in images]
     options = f"format='newline_delimited', maximum_object_size={LONGEST_LINE}, compression='none'"
     fast = select(
-        list(map(name_sql, texts)), f"[{', '.join(map(name_sql, images))}]::JSON[]",
+        {name: name_sql(name) for name in texts}, f"[{', '.join(map(name_sql, images))}]::JSON[]",
         f"read_json({SOURCE}, columns={{{', '.join(columns)}}}, {options})",
     )  # fmt: skip
     extracted = f"{_extract('json_extract_string', texts)} AS texts, {_extract('json_extract', images)} AS images"
-    places = range(1, len(texts) + 1)
-    careful = select([f"texts[{place}]" for place in places], "images", f"(SELECT {extracted} FROM {lines_sql(SOURCE)})")
+    places = {name: f"texts[{place}]" for place, name in enumerate(texts, 1)}
+    careful = select(places, "images", f"(SELECT {extracted} FROM {lines_sql(SOURCE)})")
     return Part(path, "SELECT error('a document')" if whole else fast, careful, json_rows, skipped=None)
 
 
@@ -123,21 +113,12 @@ def _extract(function: str, keys: Sequence[str]) -> str:
     return f"coalesce(try({function}(line, {paths})), try({function}({repaired}, {paths})))"
 
 
-def first_keys(path: Path, encoding: str | None) -> list[str]:
-    """All keys of the first objects of a JSON file."""
-    return _keys(itertools.islice(json_rows(text_lines(path, encoding)), START))
-
-
-def all_keys(files: Iterable[Path], encoding: str | None) -> list[str]:
-    """All keys of files of JSON, which takes as long as reading them in Python."""
-    return _keys(row for path in files for row in json_rows(text_lines(path, encoding)))
-
-
-def _keys(rows: Iterable[tuple[int, str]]) -> list[str]:
-    """All keys of some JSON objects."""
+def json_keys(files: Iterable[Path], encoding: str | None, first: int | None = None) -> list[str]:
+    """All keys of the first objects of each JSON file; of all objects takes as long as reading them in Python."""
     keys: dict[str, None] = {}
-    for _, text in rows:
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text)
-            keys.update(dict.fromkeys(value) if isinstance(value, dict) else {})
+    for path in files:
+        for _, text in itertools.islice(json_rows(text_lines(path, encoding)), first):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(text)
+                keys.update(dict.fromkeys(value) if isinstance(value, dict) else {})
     return list(keys)

@@ -11,9 +11,9 @@ import io
 import itertools
 import lzma
 import os
-import threading
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,8 +35,7 @@ class _ShownFile(io.FileIO):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        size = os.path.getsize(path)
-        self._bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, delay=1, disable=None)
+        self._bar = tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, delay=1, disable=None)
 
     def readinto(self, buffer: memoryview) -> int:
         count = super().readinto(buffer)
@@ -64,12 +63,13 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self._ready:
-            packed = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(2**16)
-            if not packed:
-                if self._frame.eof:
-                    return 0
+            ended = self._frame.eof
+            packed = (self._frame.unused_data if ended else b"") or self._file.read(2**16)
+            if not packed and not ended:
                 raise EOFError
-            if self._frame.eof:  # another frame follows
+            if not packed:
+                return 0
+            if ended:  # another frame follows
                 self._frame = self._start()
             self._ready = self._frame.decompress(packed)
         count = min(len(buffer), len(self._ready))
@@ -79,10 +79,7 @@ class _ZstdStream(io.RawIOBase):
 
 @contextlib.contextmanager
 def _open(path: Path, encoding: str | None) -> Iterator[tuple[BinaryIO, str, bool]]:
-    """A file's unpacked content, its encoding, and whether the file itself holds it as it is.
-
-    Its first bytes say how it is compressed, whatever its name.
-    """
+    """A file's unpacked content, its encoding, and whether it is not packed, which its first bytes say, whatever its name."""
     with io.BufferedReader(_ShownFile(path), BLOCK) as file:
         start = file.peek(8)[:8]
         if start.startswith(ZIP):
@@ -95,10 +92,8 @@ def _open(path: Path, encoding: str | None) -> Iterator[tuple[BinaryIO, str, boo
 
 
 def _recognise_encoding(start: bytes, path: Path) -> str:
-    """UTF-8 unless the first bytes of a file say otherwise."""
-    for mark, encoding in MARKS.items():
-        if start.startswith(mark):
-            return encoding
+    if encoding := next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None):
+        return encoding
     for place, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
         if start[place::2].count(0) > len(start) // 8 and not start[1 - place :: 2].count(0):
             return encoding
@@ -108,11 +103,7 @@ def _recognise_encoding(start: bytes, path: Path) -> str:
 
 
 def require_encoding(encoding: str | None) -> None:
-    """Do nothing if Python knows an encoding, or None is named.
-
-    Raises:
-        PerPEFTError: it does not.
-    """
+    """Raise a PerPEFTError for an encoding that Python does not know."""
     try:
         "".encode(encoding or "utf-8")
     except (LookupError, ValueError):
@@ -120,11 +111,8 @@ def require_encoding(encoding: str | None) -> None:
 
 
 def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
-    """The lines of a text file without their ends.
+    """The lines of a text file, which may be compressed, without their ends.
 
-    Args:
-        path: also compressed by gzip, bzip2, xz or zstd.
-        encoding: None: UTF-8, or what its byte order mark says.
     Raises:
         PerPEFTError: the file is damaged; a line is not of the encoding, or too long.
     """
@@ -157,7 +145,7 @@ def _undecodable(path: Path, encoding: str, reason: str) -> Exception:
     first = None
     try:
         with _open(path, encoding) as (content, _, _):
-            for number, line in enumerate(content, 1):
+            for number, line in enumerate(content, 1):  # to the end, where damage may show
                 try:
                     line.decode(encoding)
                 except UnicodeError:
@@ -169,11 +157,7 @@ def _undecodable(path: Path, encoding: str, reason: str) -> Exception:
 
 
 def lines_sql(source: str, skip: int = 0) -> str:
-    """SQL of the lines of a file after the first `skip`, as a table of one column `line`; NULL where a line is empty.
-
-    Args:
-        source: the file's name as an SQL literal.
-    """
+    """SQL of a file's lines after the first `skip`, as a table of one column `line`; NULL where a line is empty."""
     return (
         f"read_csv({source}, columns={{'line': 'VARCHAR'}}, delim='{SEPARATOR}', quote='', escape='', header=false, skip={skip}, "
         f"auto_detect=false, null_padding=false, strict_mode=false, compression='none', max_line_size={LONGEST_LINE}, "
@@ -194,11 +178,7 @@ def named_text(path: Path, encoding: str | None) -> Iterator[str]:
 
 
 def named_lines(lines: Iterable[str]) -> contextlib.AbstractContextManager[str]:
-    """A name under which DuckDB can read some lines once.
-
-    Raises:
-        Exception: when the block ends: what `lines` raised.
-    """
+    """A name under which DuckDB can read some lines once; when the block ends, what `lines` raised is raised."""
     lines = iter(lines)
     batches = iter(lambda: "".join(f"{line}\n" for line in itertools.islice(lines, 1000)), "")
     return _pipe(batch.encode(errors="replace") for batch in batches)
@@ -216,26 +196,18 @@ def _decoded(content: BinaryIO, encoding: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _pipe(blocks: Iterator[bytes]) -> Iterator[str]:
-    """A pipe's name, and a thread that writes blocks into it until their end, or until nobody reads any more."""
-    errors: list[Exception] = []
+    """A pipe's name, while a thread writes blocks into it until their end, or until nobody reads any more."""
 
     def write() -> None:
-        try:
-            with os.fdopen(target, "wb", buffering=0) as pipe:
-                for block in blocks:
-                    pipe.write(block)
-        except BrokenPipeError:
-            pass
-        except Exception as error:
-            errors.append(error)
+        with contextlib.suppress(BrokenPipeError), os.fdopen(target, "wb", buffering=0) as pipe:
+            for block in blocks:
+                pipe.write(block)
 
     source, target = os.pipe()
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    try:
-        yield f"/dev/fd/{source}"
-    finally:
-        os.close(source)
-        writer.join()
-        if errors:
-            raise errors[0]
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(write)
+        try:
+            yield f"/dev/fd/{source}"
+        finally:
+            os.close(source)
+            written.result()

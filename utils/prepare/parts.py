@@ -1,5 +1,4 @@
 """How DuckDB reads a file of a table: a SELECT of rows of text; here for Parquet and text, for JSON in `json_files`."""
-
 import glob
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,12 +7,8 @@ from pathlib import Path
 from utils.prepare.lines import lines_sql
 from utils.prepare.text_tables import CELL, NEWLINE, TextForm
 
-BLANK, TOO_MANY, TOO_FEW, NO_OBJECT = (
-    "blank",
-    "more values than columns",
-    "fewer values than columns",
-    "not a JSON object with these fields",
-)
+BLANK, TOO_MANY, TOO_FEW = "blank", "more values than columns", "fewer values than columns"
+NO_OBJECT = "not a JSON object with these fields"
 PROBLEMS = (BLANK, TOO_MANY, TOO_FEW, NO_OBJECT)
 SOURCE = "{source}"
 NULL, NULL_TEXT = r"\N", "NULL"  # as databases write a missing value; the latter may also be an id
@@ -26,7 +21,6 @@ class Part:
     DuckDB reads with all cores only where nobody asks for the number of a row; it is found by counting where it is needed.
 
     Attributes:
-        path: of the file.
         fast: a SELECT of SOURCE, the file's text, for files without damage and odd lines; it raises for others.
         careful: a SELECT of SOURCE, the texts of `rows`.
         rows: the number of the line and the text of each row among the file's lines; None for a file that is no text.
@@ -56,15 +50,10 @@ def parquet_source(path: Path) -> str:
 
 
 def parquet_part(path: Path, columns: dict[str, str | None], types: dict[str, str]) -> Part:
-    """A Parquet file.
-
-    Args:
-        columns: by role, the name of its column or None.
-        types: of all columns.
-    """
+    """A Parquet file, its columns by role, and the types of all."""
     texts = {role: "NULL::VARCHAR" if name is None else _parquet_text(name, types[name]) for role, name in columns.items()}
-    roles = [f"{text} AS {role}" for role, text in texts.items()]
-    select = f"SELECT NULL AS problem, {', '.join(roles)} FROM {parquet_source(path)}"
+    roles = ", ".join(f"{text} AS {role}" for role, text in texts.items())
+    select = f"SELECT NULL AS problem, {roles} FROM {parquet_source(path)}"
     return Part(path, select, select, rows=None, skipped=0)
 
 
@@ -81,12 +70,7 @@ def _parquet_text(name: str, kind: str) -> str:
 
 
 def text_part(form: TextForm, columns: dict[str, str | None], needed: list[str]) -> Part:
-    """A text file of rows; without a quotation mark, each line is a row as it stands.
-
-    Args:
-        columns: by role, the name of its column or None.
-        needed: names of the columns without which a row cannot be used.
-    """
+    """A text file of rows, its columns by role, and those that a row needs; without a quotation mark, each line is a row."""
     places = {role: form.header.index(name) + 1 for role, name in columns.items() if name is not None}
     nulls = {role: (NULL,) if role in ("user", "item") else (NULL, NULL_TEXT) for role in columns}
     values = {role: trimmed(f"cells[{place}]", *nulls[role]) for role, place in places.items()}

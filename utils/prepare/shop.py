@@ -1,5 +1,4 @@
 """The two tables of a shop, read into DuckDB and reduced to the interactions that a data set holds."""
-
 from dataclasses import dataclass, field
 
 import duckdb
@@ -7,7 +6,6 @@ import duckdb
 from utils.common.errors import PerPEFTError
 from utils.data.image_names import is_raw_id
 from utils.prepare import interactions
-from utils.prepare.columns import TableOptions
 from utils.prepare.image_cells import ImageFinder, is_there
 from utils.prepare.parts import BLANK, NO_OBJECT
 from utils.prepare.tables import ROWS, Table
@@ -24,19 +22,16 @@ class Shop:
     Attributes:
         interactions: with the roles user, item, time and, if `min_rating` is set, rating.
         items: with the roles item, title, image.
-        finder: of the items' images.
-        options: for the format of dates.
-        min_rating: interactions with a lower rating are left out.
+        time_format: of dates; None for ISO dates and numbers.
+        min_rating: interactions with a lower rating are left out; None keeps all.
         first_row_counts: of differing rows for one item the first counts; otherwise they are an error.
-        items_left_out, interactions_left_out: after `read`, why rows were left out.
-        items_again, interactions_read: after `read`, how many.
-        removed: how many usable interactions were then removed, by reason.
+        removed: how many usable interactions were removed after `read`, by reason.
     """
 
     interactions: Table
     items: Table
     finder: ImageFinder
-    options: TableOptions = field(default_factory=TableOptions)
+    time_format: str | None = None
     min_rating: float | None = None
     first_row_counts: bool = False
     items_again: int = 0
@@ -46,39 +41,32 @@ class Shop:
     interactions_left_out: LeftOut = field(default_factory=dict)
 
     def read(self, con: duckdb.DuckDBPyConnection, strict: bool, stable_keys: bool) -> None:
-        """Make the tables `items` (number, raw_id, title, source) and `kept` (user, item, rank).
+        """Make the tables `items` (number, raw_id, title, source) and `kept` (user, item, rank); `stable_keys` as in `stage`.
 
-        Args:
-            con: a connection on which nothing was made before.
-            strict: raise where rows cannot be used, instead of leaving them out.
-            stable_keys: as in `utils.prepare.interactions.stage`.
         Raises:
-            PerPEFTError: nothing can be used, rows of one item differ, or times of two kinds are mixed.
+            PerPEFTError: nothing can be used, rows of one item differ, times of two kinds are mixed, or, if `strict`, a row
+                cannot be used.
         """
         self._read_items(con)
         if strict:
             _refuse(self.items, self.items_left_out)
-        self.interactions_read = interactions.stage(con, self.interactions, self.options, self.min_rating, stable_keys)
+        self.interactions_read = interactions.stage(con, self.interactions, self.time_format, self.min_rating, stable_keys)
         self.interactions_left_out = interactions.left_out(con, self.interactions, "staged")
         if strict:
             _refuse(self.interactions, self.interactions_left_out)
         interactions.require_one_kind_of_time(con, self.interactions)
-        repeated = interactions.keep_first(con)
+        self.removed["not the user's first of the item"] = interactions.keep_first(con)
         if not con.execute("SELECT count(*) FROM kept").fetchone()[0]:
             raise PerPEFTError(self._why_nothing(con))
         con.execute("DROP VIEW staged; DROP TABLE interactions")
-        self.removed["not the user's first of the item"] = repeated
 
     def _read_items(self, con: duckdb.DuckDBPyConnection) -> None:
-        for name, function, arguments, kind in (
-            ("clean", lambda title: clean_title(title or "") or None, 1, "VARCHAR"),
-            ("find_image", self.finder.find, 2, "VARCHAR"),
-            ("is_there", is_there, 1, "BOOLEAN"),
-            ("is_raw_id", is_raw_id, 1, "BOOLEAN"),
-        ):
-            con.create_function(name, function, ["VARCHAR"] * arguments, kind, null_handling="special")
+        con.create_function("find_image", self.finder.find, ["VARCHAR"] * 2, "VARCHAR", null_handling="special")
+        for function, kind in ((clean_title, "VARCHAR"), (is_there, "BOOLEAN"), (is_raw_id, "BOOLEAN")):
+            con.create_function(function.__name__, function, ["VARCHAR"], kind, null_handling="special")
         self.items.create(con, "item_rows", f"""
-            WITH found AS (SELECT file, problem, item AS raw_id, clean(title) AS title, find_image(item, image) AS source
+            WITH found AS (SELECT file, problem, item AS raw_id, nullif(clean_title(coalesce(title, '')), '') AS title,
+                                  find_image(item, image) AS source
                            FROM {ROWS})
             SELECT *, CASE WHEN problem IS NOT NULL THEN problem WHEN raw_id IS NULL THEN 'item missing'
                       WHEN NOT is_raw_id(raw_id) THEN 'item with a line break' WHEN title IS NULL THEN 'no title'
@@ -132,13 +120,12 @@ class Shop:
 
     def describe(self, con: duckdb.DuckDBPyConnection) -> str:
         """The columns chosen in each table, and its first rows."""
-        parts = []
+        lines = []
         for heading, table in (("interactions", self.interactions), ("items", self.items)):
-            parts.append(format_columns(heading, table))
             roles = ", ".join(role for role, name in table.columns.items() if name)
-            for row in _first(con, table, roles, FIRST_ROWS):
-                parts.append("| " + " | ".join("" if cell is None else " ".join(cell.split())[:60] for cell in row))
-        return "\n".join(parts)
+            rows = [[" ".join((cell or "").split())[:60] for cell in row] for row in _first(con, table, roles, FIRST_ROWS)]
+            lines += [format_columns(heading, table), *("| " + " | ".join(cells) for cells in rows)]
+        return "\n".join(lines)
 
 
 def _first(con: duckdb.DuckDBPyConnection, table: Table, roles: str, count: int) -> list[tuple]:

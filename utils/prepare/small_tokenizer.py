@@ -15,14 +15,8 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # CLIP's own; EOS also pads, as i
 def train_tokenizer(titles: Sequence[str], vocab_size: int = VOCAB_SIZE, max_tokens: int = MAX_TITLE_TOKENS) -> CLIPTokenizerFast:
     """Train CLIP's kind of tokenizer (lower case, byte-level BPE, words end in `</w>`) on titles.
 
-    Every byte is in the vocabulary, so no text is unknown to it. BOS and EOS come last, as in CLIP.
-
-    Args:
-        titles: the texts to learn merges from.
-        vocab_size: the most tokens there may be; 514 are the bytes, BOS and EOS.
-        max_tokens: the tokenizer's model_max_length.
-    Returns:
-        The tokenizer; the same for the same titles.
+    Every byte is in the vocabulary, so no text is unknown to it. BOS and EOS come last, as in CLIP. Of `vocab_size` tokens at
+    most, 514 are the bytes, BOS and EOS. The same titles make the same tokenizer.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     last_letters = [letter + "</w>" for letter in letters]

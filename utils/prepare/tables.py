@@ -1,11 +1,9 @@
 """A table of any usual format: its files, its columns recognised by their names, and queries on its rows."""
-
 import bisect
 import contextlib
 import functools
 import glob
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
@@ -13,22 +11,19 @@ import duckdb
 from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.columns import TableOptions, recognise_columns
 from utils.prepare.engine import shown_progress
-from utils.prepare.json_files import all_keys, first_keys, is_document, json_part
+from utils.prepare.json_files import is_document, json_keys, json_part
 from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
 from utils.prepare.parts import SOURCE, Part, name_sql, parquet_part, parquet_source, quote, text_part
 from utils.prepare.text_tables import recognise_form
 
 ROWS = "{rows}"
-HEAD = 1000  # lines by which a file's form is recognised
+HEAD = 1000  # lines by which a file's form is recognised, and within which all keys of JSON are usually named
 
 
 class Table:
     """A table opened. Its rows have a file (its number), a problem (VARCHAR, NULL for a usable row), and each role (VARCHAR).
 
-    Args:
-        parts: its files, of which each SELECT returns such rows.
-        columns: the name of each role's column in the first file; None where there is none.
-        encoding: of text files; None recognises it.
+    `columns` names each role's column in the first file, None where there is none.
     """
 
     def __init__(self, parts: list[Part], columns: dict[str, str | None], encoding: str | None = None):
@@ -38,41 +33,34 @@ class Table:
         self._first_places: list[int] = []  # of each file
 
     def create(self, con: duckdb.DuckDBPyConnection, name: str, query: str) -> None:
-        """Make a table of a query that selects `file` and more of ROWS; `rowid`, the order of the rows, is their place.
-
-        Raises:
-            PerPEFTError: as `execute`.
-        """
+        """Make a table of a query that selects `file` and more of ROWS; `rowid`, the order of the rows, is their place."""
         self.execute(con, f"CREATE OR REPLACE TABLE {name} AS {query}")
         counts = dict(con.execute(f"SELECT file, count(*) FROM {name} GROUP BY file").fetchall())
         ends = itertools.accumulate(counts.get(file, 0) for file in range(len(self.parts)))
         self._first_places = [0, *ends][:-1]
 
     def execute(self, con: duckdb.DuckDBPyConnection, query: str) -> list[tuple]:
-        """Run a query in which ROWS stands for the rows of all files; return its result.
-
-        It runs twice if a file cannot be read the fast way.
+        """Run a query in which ROWS stands for the rows of all files; twice if a file cannot be read the fast way.
 
         Raises:
             PerPEFTError: a file is damaged, not in its encoding, or has a line that cannot be read.
         """
-        while True:
-            try:
-                with contextlib.ExitStack() as opened:
-                    parts = [self._select(part, opened) for part in self.parts]
-                    rows = " UNION ALL ".join(f"SELECT {n}::USMALLINT AS file, * FROM ({part})" for n, part in enumerate(parts))
-                    opened.enter_context(shown_progress(con, self.files[0].name))
-                    return con.execute(query.replace(ROWS, f"({rows})")).fetchall()
-            except (duckdb.OutOfMemoryException, RuntimeError):  # the latter after a signal
+        try:
+            with contextlib.ExitStack() as opened:
+                parts = [self._select(part, opened) for part in self.parts]
+                rows = " UNION ALL ".join(f"SELECT {n}::USMALLINT AS file, * FROM ({part})" for n, part in enumerate(parts))
+                opened.enter_context(shown_progress(con, self.files[0].name))
+                return con.execute(query.replace(ROWS, f"({rows})")).fetchall()
+        except (duckdb.OutOfMemoryException, RuntimeError):  # the latter after a signal
+            raise
+        except Exception as error:
+            if self._careful and isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)):
+                names, reason = ", ".join(map(str, self.files[:3])), first_line(error)[:200]
+                raise PerPEFTError(f"{names} cannot be read; is it cut off or damaged? ({reason})") from error
+            if self._careful:
                 raise
-            except Exception as error:
-                if not self._careful:
-                    self._careful = True  # the errors of this way name the line
-                elif isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)):
-                    names, reason = ", ".join(map(str, self.files[:3])), first_line(error)[:200]
-                    raise PerPEFTError(f"{names} cannot be read; is it cut off or damaged? ({reason})") from error
-                else:
-                    raise
+        self._careful = True  # the errors of this way name the line
+        return self.execute(con, query)
 
     def _select(self, part: Part, opened: contextlib.ExitStack) -> str:
         if part.rows is None:
@@ -116,57 +104,51 @@ def open_table(
     optional: tuple[str, ...],
     options: TableOptions,
 ) -> Table:
-    """Recognise the format and the columns of a table.
+    """Recognise the format and the columns of a file, or of several by a pattern; roles are the keys of `columns.NAMES`.
 
-    Args:
-        con: reads the names of Parquet's columns.
-        pattern: a file, or several by a pattern.
-        required, optional: the roles (keys of `columns.NAMES`) of the columns to read.
-        options: what need not be recognised.
     Raises:
         PerPEFTError: a file cannot be read, a column is missing, named twice, or ambiguous.
     """
     require_encoding(options.encoding)
     files = files_of(pattern)
-    json_keys = functools.cache(lambda: all_keys(files, options.encoding))  # at most once for all parts
-    opened = [_open_part(con, path, json_keys, required, optional, options) for path in files]
+    all_keys = functools.cache(lambda: json_keys(files, options.encoding))  # at most once for all parts
+
+    def recognise(path: Path, header: list[str]) -> dict[str, str | None]:
+        return recognise_columns(path, header, required, optional, options)
+
+    def open_part(path: Path) -> tuple[Part, dict[str, str | None]]:
+        with path.open("rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+        if is_parquet:
+            types = _parquet_types(con, path)
+            columns = recognise(path, list(types))
+            if "image" in required:
+                _require_text(con, path, columns["image"], types[columns["image"]])
+            return parquet_part(path, columns, types), columns
+        head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
+        start = "\n".join(head)
+        whole = is_document(start)
+        if whole or start.lstrip().startswith("{"):
+            try:
+                columns = recognise(path, json_keys([path], options.encoding, first=HEAD))
+            except PerPEFTError:  # writers that leave empty values out may name a key late, or only in another file
+                columns = recognise(path, all_keys())
+            return json_part(path, {role: (name,) if name else () for role, name in columns.items()}, whole), columns
+        numbered = all(options.columns.get(role, "").isdecimal() for role in required)
+        form = recognise_form(path, head, options.separator, has_header=not numbered)
+        columns = recognise(path, form.header)
+        return text_part(form, columns, [columns[role] for role in required]), columns
+
+    opened = [open_part(path) for path in files]
     return Table([part for part, _ in opened], opened[0][1], options.encoding)
 
 
-def _open_part(
-    con: duckdb.DuckDBPyConnection,
-    path: Path,
-    json_keys: Callable[[], list[str]],
-    required: tuple[str, ...],
-    optional: tuple[str, ...],
-    options: TableOptions,
-) -> tuple[Part, dict[str, str | None]]:
-    """A file of a table, and its columns by role; `json_keys` returns the keys of all files, if they are JSON."""
-    with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
-    if is_parquet:
-        try:
-            described = con.execute(f"DESCRIBE FROM {parquet_source(path)}").fetchall()
-        except duckdb.Error as error:
-            raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({first_line(error)[:200]})") from error
-        types = {row[0]: row[1] for row in described}
-        columns = recognise_columns(path, list(types), required, optional, options)
-        if "image" in required:
-            _require_text(con, path, columns["image"], types[columns["image"]])
-        return parquet_part(path, columns, types), columns
-    head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
-    start = "\n".join(head)
-    whole = is_document(start)
-    if whole or start.lstrip().startswith("{"):
-        try:
-            columns = recognise_columns(path, first_keys(path, options.encoding), required, optional, options)
-        except PerPEFTError:  # writers that leave empty values out may name a key late, or only in another file
-            columns = recognise_columns(path, json_keys(), required, optional, options)
-        return json_part(path, {role: (name,) if name else () for role, name in columns.items()}, whole), columns
-    numbered = all(options.columns.get(role, "").isdecimal() for role in required)
-    form = recognise_form(path, head, options.separator, has_header=not numbered)
-    columns = recognise_columns(path, form.header, required, optional, options)
-    return text_part(form, columns, [columns[role] for role in required]), columns
+def _parquet_types(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
+    """The types of a Parquet file's columns by their names."""
+    try:
+        return {row[0]: row[1] for row in con.execute(f"DESCRIBE FROM {parquet_source(path)}").fetchall()}
+    except duckdb.Error as error:
+        raise PerPEFTError(f"{path} is cut off or damaged, or no Parquet file ({first_line(error)[:200]})") from error
 
 
 def _require_text(con: duckdb.DuckDBPyConnection, path: Path, column: str, kind: str) -> None:

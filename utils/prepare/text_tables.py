@@ -22,8 +22,6 @@ class TextForm:
     """How a text file holds rows.
 
     Attributes:
-        path: of the file.
-        separator: between its cells.
         header: the names of the columns; "1", "2", ... where the file begins with a row.
         header_line: the number of the line that names the columns, 0 where none does.
         starts: the usual shapes of what rows begin with.
@@ -36,21 +34,13 @@ class TextForm:
     starts: frozenset[str]
 
     def one_line_rows(self, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-        """Each row after the header: the number of its first line, and its cells on one line with CELL between.
+        """Each row of a file's lines after the header: the number of its first line, and its cells on one line, CELL between.
 
         A quotation mark opens a cell only if the cell also ends with one; otherwise it is a character like others.
 
-        Args:
-            lines: all of the file.
         Raises:
             PerPEFTError: a quoted cell has no end and its line cannot be read without it; the message names the line.
         """
-        for number, cells in self._rows(lines):
-            if number > self.header_line:
-                yield number, CELL.join(cell.strip().translate(ONE_LINE) for cell in cells)
-
-    def _rows(self, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-        """The number of the first line and the cells of each row, the header's included."""
         waiting: collections.deque[str] = collections.deque()  # lines read ahead and returned
         source = iter(lines)
 
@@ -61,15 +51,17 @@ class TextForm:
         number = 1
         for line in take():
             plain = [_bare(cell) for cell in line.split(self.separator)]
-            taken = [line]
-            if '"' not in line or len(self.separator) > 1:
-                cells = plain
-            elif (cells := self._escaped(line)) is None and not self._is_row(cells := self._quoted(taken, take()), plain, taken):
-                if not self._fits(plain):
-                    raise PerPEFTError(f"{self.path}, line {number}: a quotation mark opens a value and none ends it; remove it")
-                waiting.extendleft(reversed(taken[1:]))
-                cells, taken = plain, [line]
-            yield number, cells
+            cells, taken = plain, [line]
+            if '"' in line and len(self.separator) == 1:
+                cells = self._escaped(line) or self._quoted(taken, take())
+                if not self._is_row(cells, plain, taken):
+                    if not self._fits(plain):
+                        error = "a quotation mark opens a value and none ends it; remove it"
+                        raise PerPEFTError(f"{self.path}, line {number}: {error}")
+                    waiting.extendleft(reversed(taken[1:]))
+                    cells, taken = plain, [line]
+            if number > self.header_line:
+                yield number, CELL.join(cell.strip().translate(ONE_LINE) for cell in cells)
             number += len(taken)
 
     def _is_row(self, cells: list[str] | None, plain: list[str], taken: list[str]) -> bool:
@@ -109,17 +101,8 @@ class TextForm:
             return None
 
 
-def recognise_form(path: Path, lines: list[str], separator: str | None, has_header: bool = True) -> TextForm:
-    """How a file holds rows.
-
-    Args:
-        path: named in errors.
-        lines: the file's first.
-        separator: None recognises it.
-        has_header: whether the first line names the columns.
-    Raises:
-        PerPEFTError: there is no line.
-    """
+def recognise_form(path: Path, lines: list[str], separator: str | None, has_header: bool) -> TextForm:
+    """How a file holds rows, by its first lines; a file without any is a PerPEFTError."""
     header_line = next((number for number, line in enumerate(lines) if line.strip()), None)
     if header_line is None:
         raise PerPEFTError(f"{path} is empty")
@@ -145,14 +128,12 @@ def _shape(cell: str) -> str:
 
 def _separator_of(lines: list[str]) -> str:
     """The separator that splits most of the first lines as it splits the header; of equal ones that of more columns."""
-    header = lines[0]
-    scores = []
+    scores = [(0, 0, ",")]
     for separator in SEPARATORS:
-        columns = len(_split(header, separator))
+        columns, *others = [len(_split(line, separator)) for line in lines]
         if columns > 1:
-            alike = sum(len(_split(line, separator)) == columns for line in lines)
-            scores.append((alike / len(lines), columns, separator))
-    return max(scores)[2] if scores else ","
+            scores.append((others.count(columns), columns, separator))
+    return max(scores)[2]
 
 
 def _split(line: str, separator: str) -> list[str]:

@@ -7,12 +7,8 @@ from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.parts import quote
 
 COUNTER, EPOCH, DATE = 0, 1, 2  # kinds of times: any number, one as of 1990 to 2100, a date
-UNITS = (  # of numbers as of 1990 to 2100, which their size tells apart: least, most, microseconds in one
-    (6.3e8, 4.2e9, 1e6),
-    (6.3e11, 4.2e12, 1e3),
-    (6.3e14, 4.2e15, 1),
-    (6.3e17, 4.2e18, 1e-3),
-)
+# Of numbers as of 1990 to 2100, which their size tells apart: least, most, microseconds in one.
+UNITS = (6.3e8, 4.2e9, 1e6), (6.3e11, 4.2e12, 1e3), (6.3e14, 4.2e15, 1), (6.3e17, 4.2e18, 1e-3)
 UNIT = " ".join(f"WHEN {{number}} BETWEEN {least} AND {most} THEN {unit}" for least, most, unit in UNITS)
 # A number with a decimal comma, which has more than three digits before it.
 NUMBER = r"""coalesce(TRY_CAST(time AS DOUBLE),
@@ -28,11 +24,8 @@ MICROSECONDS = f"CASE WHEN kind = {EPOCH} THEN time * CASE {UNIT.format(number='
 def timed_sql(rows: str, form: str | None) -> str:
     """SQL that adds to rows with the text `time` its `value`, NULL where it cannot be read, and its `kind`.
 
-    The value is microseconds since 1970 of a date, and a number as it is.
-
-    Args:
-        rows: an SQL relation.
-        form: of dates, as of strptime; None for ISO dates and numbers.
+    The value is microseconds since 1970 of a date, and a number as it is. Without a form as of strptime, times are ISO dates
+    and numbers.
     """
     date, number = (ISO, NUMBER) if form is None else (f"try_strptime(time, {quote(form)})", "NULL::DOUBLE")
     return f"""
@@ -44,20 +37,12 @@ def timed_sql(rows: str, form: str | None) -> str:
 
 
 def scaled_sql(largest: float) -> str:
-    """SQL of the numbers `time` scaled by a power of two, which is exact, so that whole parts tell them apart.
-
-    Args:
-        largest: of their absolute values.
-    """
+    """SQL of the numbers `time`, at most `largest`, times a power of two, which is exact, so that whole parts tell them apart."""
     return f"time * {2.0 ** min(60 - math.frexp(largest)[1], 1000)!r}"
 
 
 def require_time_format(con: duckdb.DuckDBPyConnection, form: str) -> None:
-    """Do nothing if DuckDB knows a form of dates.
-
-    Raises:
-        PerPEFTError: it does not.
-    """
+    """Raise a PerPEFTError for a form of dates that DuckDB does not know."""
     try:
         con.execute("SELECT try_strptime('', ?)", [form])
     except duckdb.Error as error:

@@ -1,5 +1,4 @@
 """A data set's files from a shop's tables: the core, titles, images, and a report of what was left out."""
-
 import argparse
 import csv
 import shlex
@@ -29,38 +28,31 @@ LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a tempo
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
     """The options of the data set that `prepare` makes."""
-    parser.add_argument("--name", required=True, help="name of the data set to make")
-    parser.add_argument("--train_dir", type=Path, default=Path("./dataset"), help="folder of the data sets")
-    parser.add_argument(
-        "--core", type=number(int, 1), default=5, help="interactions that every user and item kept must have; 1 keeps all"
-    )
-    parser.add_argument(
-        "--max_users",
-        type=number(int, 1, 2**31),
-        default=None,
-        help="a seeded random sample of so many of the users with --core interactions, taken before the core is formed, so that "
-        "fewer remain (default: all)",
-    )
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of --max_users")
-    parser.add_argument("--restart", action="store_true", help="replace a data set of that name; its images stay")
-    parser.add_argument("--strict", action="store_true", help="rows that cannot be used are an error instead of being left out")
-    parser.add_argument("--dry_run", action="store_true", help="show columns, first rows and counts, and write nothing")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add = parser.add_argument
+    add("--name", required=True, help="name of the data set to make")
+    add("--train_dir", type=Path, default=Path("./dataset"), help="folder of the data sets")
+    add("--core", type=number(int, 1), default=5, help="interactions that every user and item kept must have; 1 keeps all")
+    sample_help = "a seeded random sample of so many of the users with --core interactions, taken before the core is formed"
+    add("--max_users", type=number(int, 1, 2**31), help=f"{sample_help}, so that fewer remain (default: all)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of --max_users")
+    add("--restart", action="store_true", help="replace a data set of that name; its images stay")
+    add("--strict", action="store_true", help="rows that cannot be used are an error instead of being left out")
+    add("--dry_run", action="store_true", help="show columns, first rows and counts, and write nothing")
+    add("--debug", action="store_true", help="show tracebacks")
 
 
 def add_image_options(parser: argparse.ArgumentParser, images_help: str) -> None:
     """The options of the images that `prepare` fetches."""
-    images = parser.add_argument_group("images")
-    images.add_argument("--images", type=Path, default=None, help=images_help)
-    images.add_argument("--workers", type=number(int, 1, 256), default=16, help="images fetched at once")
-    images.add_argument("--retries", type=number(int, 0, 20), default=3, help="further attempts where one may help")
-    images.add_argument("--timeout", type=number(float, 0, 3600, above=True), default=30, help="seconds without an answer")
+    add = parser.add_argument_group("images").add_argument
+    add("--images", type=Path, help=images_help)
+    add("--workers", type=number(int, 1, 256), default=16, help="images fetched at once")
+    add("--retries", type=number(int, 0, 20), default=3, help="further attempts where one may help")
+    add("--timeout", type=number(float, 0, 3600, above=True), default=30, help="seconds without an answer")
     seconds = number(float, 0, 86400, above=True)
-    images.add_argument("--deadline", type=seconds, default=120, help="seconds an image may take with all attempts")
-    images.add_argument("--max_image_bytes", type=number(int, 1, 2**30), default=10 * 2**20, help="largest image taken")
-    images.add_argument(
-        "--give_up", type=number(int, 0), default=100, help="stop after so many images in a row without a usable answer; 0: never"
-    )
+    add("--deadline", type=seconds, default=120, help="seconds an image may take with all attempts")
+    add("--max_image_bytes", type=number(int, 1, 2**30), default=10 * 2**20, help="largest image taken")
+    give_up_help = "stop after so many images in a row without a usable answer; 0: never"
+    add("--give_up", type=number(int, 0), default=100, help=give_up_help)
 
 
 def prepare(options: argparse.Namespace, open_shop: Callable[[duckdb.DuckDBPyConnection], Shop]) -> str:
@@ -69,20 +61,20 @@ def prepare(options: argparse.Namespace, open_shop: Callable[[duckdb.DuckDBPyCon
     Items whose image fails are left out and the core is formed again. Interrupted, the same call continues with the images
     that are missing.
 
-    Args:
-        options: of `add_target_options` and `add_image_options`.
-        open_shop: opens the tables on a connection.
     Returns:
         a report: what was read, what was left out and why, what remained, and the next command
     Raises:
         PerPEFTError: the name cannot be used or is in use, nothing is left, or every image failed.
     """
     _require_name(options)
+    if options.dry_run:
+        with engine(Path(tempfile.gettempdir())) as con:
+            shop = open_shop(con)
+            described = shop.describe(con)
+            _select(options, shop, con)
+            return f"{described}\n{_tables(options, shop, con, {})}\nNothing was written (--dry_run); no image was opened."
+    options.train_dir.mkdir(parents=True, exist_ok=True)
     try:
-        if options.dry_run:
-            with engine(Path(tempfile.gettempdir())) as con:
-                return _dry_run(options, open_shop(con), con)
-        options.train_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(options.train_dir / f".{options.name}_prepare.lock", timeout=0), engine(options.train_dir) as con:
             shop = open_shop(con)
             _select(options, shop, con)
@@ -94,7 +86,6 @@ def prepare(options: argparse.Namespace, open_shop: Callable[[duckdb.DuckDBPyCon
 
 
 def _file(options: argparse.Namespace, ending: str) -> Path:
-    """One of the data set's files."""
     return options.train_dir / f"{options.name}{ending}"
 
 
@@ -103,8 +94,9 @@ def _require_name(options: argparse.Namespace) -> None:
         raise PerPEFTError(f"--name '{options.name[:60]}': expected a short name, not a path; --train_dir is its folder")
     if options.name == "demo":
         raise PerPEFTError("'demo' is the data set that the training scripts draw themselves; choose another --name")
-    if _file(options, "_final.txt").exists() and not options.restart:
-        raise PerPEFTError(f"{_file(options, '_final.txt')} exists already; choose another --name, or replace it by --restart")
+    final = _file(options, "_final.txt")
+    if final.exists() and not options.restart:
+        raise PerPEFTError(f"{final} exists already; choose another --name, or replace it by --restart")
 
 
 def _select(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> None:
@@ -124,12 +116,6 @@ def _require_enough(con: duckdb.DuckDBPyConnection, options: argparse.Namespace,
         raise PerPEFTError(f"no users and items with {options.core} interactions each are left{when}; lower --core{more_users}")
     if longest < FEWEST_INTERACTIONS:
         raise PerPEFTError(f"no user has the {FEWEST_INTERACTIONS} interactions that evaluation needs{when}")
-
-
-def _dry_run(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> str:
-    described = shop.describe(con)
-    _select(options, shop, con)
-    return f"{described}\n{_tables(options, shop, con, {})}\nNothing was written (--dry_run); no image was opened."
 
 
 def _fetch(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> Filling:
@@ -170,8 +156,7 @@ def _write_failures(path: Path, sources: dict[str, str], failed: dict[str, str])
 
 def _write(options: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> None:
     """Number users and items from 1, users by their first interaction and items by their raw ids; write the three files."""
-    rows = con.execute("""
-        SELECT row_number() OVER (ORDER BY number), raw_id, title FROM items JOIN used ON number = item ORDER BY 1""").fetchall()
+    titles = con.execute("SELECT raw_id, title FROM items JOIN used ON number = item ORDER BY number").fetchall()
     con.execute("CREATE TABLE user_numbers AS SELECT user, (row_number() OVER (ORDER BY first))::INTEGER AS number FROM users")
     con.execute("CREATE TABLE item_numbers AS SELECT item, (row_number() OVER (ORDER BY item))::INTEGER AS number FROM used")
     lines = """
@@ -179,37 +164,37 @@ def _write(options: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> None:
         ORDER BY users.number, rank"""
     for ending in ("_final.txt", "_preX.pt", "_preX.json"):  # from here on an old data set is being replaced
         _file(options, ending).unlink(missing_ok=True)
-    raw_ids = {item: raw_id for item, raw_id, _ in rows}
-    titles = {raw_id: title for _, raw_id, title in rows}
-    write_pickle(_file(options, "_item2id_final.pickle"), raw_ids)
-    write_pickle(_file(options, "_texts_final.pickle"), titles)
-    with shown_progress(con, _file(options, "_final.txt").name):
-        write_atomically(
-            _file(options, "_final.txt"),
-            lambda path: con.execute(f"COPY ({lines}) TO {quote(path)} (FORMAT csv, DELIMITER ' ', HEADER false)"),
-        )
+    write_pickle(_file(options, "_item2id_final.pickle"), {item: raw_id for item, (raw_id, _) in enumerate(titles, 1)})
+    write_pickle(_file(options, "_texts_final.pickle"), dict(titles))
+
+    def write_lines(path: Path) -> None:
+        con.execute(f"COPY ({lines}) TO {quote(path)} (FORMAT csv, DELIMITER ' ', HEADER false)")
+
+    final = _file(options, "_final.txt")
+    with shown_progress(con, final.name):
+        write_atomically(final, write_lines)
 
 
 def _tables(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection, images: dict[str, int]) -> str:
     """What was read, left out and kept, as a table."""
     users, items, kept = con.execute("SELECT count(*), (SELECT count(*) FROM used), sum(count) FROM users").fetchone()
-    removed = [(what, count, "") for what, count in shop.removed.items()]
     parts = {
-        "items left out": [*_rows(shop.items_left_out), ("listed again", shop.items_again, "")],
-        "interactions": [("read", shop.interactions_read, "")],
-        "interactions left out": [*_rows(shop.interactions_left_out), *removed],
-        "images": [(what, count, "") for what, count in images.items()],
-        f"data set '{options.name}'": [("users", users, ""), ("items", items, ""), ("interactions", kept, "")],
+        "items left out": _counts(shop.items_left_out) | {"listed again": (shop.items_again, "")},
+        "interactions": {"read": (shop.interactions_read, "")},
+        "interactions left out": _counts(shop.interactions_left_out) | {what: (n, "") for what, n in shop.removed.items()},
+        "images": {what: (count, "") for what, count in images.items()},
+        f"data set '{options.name}'": {"users": (users, ""), "items": (items, ""), "interactions": (kept, "")},
     }
     lines = []
     for heading, rows in parts.items():
-        shown = [row for row in rows if row[1] or heading == "images"]
-        lines += [heading, *(f"  {what:<64}{count:>14,}  {first}".rstrip() for what, count, first in shown)] if shown else []
+        shown = {what: row for what, row in rows.items() if row[0] or heading == "images"}
+        lines += [heading] if shown else []
+        lines += [f"  {what:<64}{count:>14,}  {first}".rstrip() for what, (count, first) in shown.items()]
     return "\n".join(lines)
 
 
-def _rows(left_out: LeftOut) -> list[tuple[str, int, str]]:
-    return [(reason, count, format_lines(count, lines)) for reason, (count, lines) in left_out.items()]
+def _counts(left_out: LeftOut) -> dict[str, tuple[int, str]]:
+    return {reason: (count, format_lines(count, lines)) for reason, (count, lines) in left_out.items()}
 
 
 def _report(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection, filling: Filling) -> str:
