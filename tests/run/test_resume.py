@@ -17,7 +17,7 @@ from tests.run_files import change_json, leftovers, outcome
 from tests.zygote import read_until, start
 from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, remove_leftovers, write_atomically, write_text_atomically
-from utils.run.distributed import StopSignal
+from utils.run.distributed import stop_signals
 from utils.run.finished import open_finished
 from utils.run.run import Run
 from utils.training.trainer import Trainer
@@ -206,7 +206,7 @@ def test_restart_is_left_out_of_the_advice_to_go_on(begin, monkeypatch, capsys):
 
 
 def test_signal_after_the_last_step_was_checked_is_not_lost():
-    with pytest.raises(KeyboardInterrupt) as interrupt, StopSignal(Accelerator(cpu=True), 1):
+    with pytest.raises(KeyboardInterrupt) as interrupt, stop_signals(Accelerator(cpu=True), 1):
         os.kill(os.getpid(), signal.SIGTERM)
     assert interrupt.value.args == (signal.SIGTERM,)
 
@@ -214,9 +214,9 @@ def test_signal_after_the_last_step_was_checked_is_not_lost():
 def test_second_signal_stops_at_once_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     reached = []
-    with pytest.raises(KeyboardInterrupt), StopSignal(Accelerator(cpu=True), 1) as stop:
+    with pytest.raises(KeyboardInterrupt), stop_signals(Accelerator(cpu=True), 1) as requested:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested(1)
+        assert requested(1) == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
         reached.append(True)
     assert not reached and signal.getsignal(signal.SIGTERM) == before

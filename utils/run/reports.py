@@ -1,7 +1,7 @@
 """The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, the results table."""
 import csv
-import io
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,13 @@ from utils.common.files import write_text_atomically
 from utils.training.evaluation import METRICS, SPLITS, Ranks
 from utils.training.progress import best_row
 
-SPLIT_METRICS = tuple(f"{split}_{name}" for split in SPLITS for name in METRICS)
-METRIC_COLUMNS = ("stage", "epoch", "train_loss", "seconds", *SPLIT_METRICS)
+METRIC_COLUMNS = ("stage", "epoch", "train_loss", "seconds", *(f"{split}_{name}" for split in SPLITS for name in METRICS))
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write metrics.csv, a row an epoch; it is whole at any moment."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, METRIC_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({**row, "seconds": f"{row['seconds']:.2f}"})
-    write_text_atomically(path, text.getvalue())
+    rounded = [{**row, "seconds": f"{row['seconds']:.2f}"} for row in rows]
+    _write_table(path, METRIC_COLUMNS, ([row[name] for name in METRIC_COLUMNS] for row in rounded))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -36,10 +31,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _read_table(path, dict.fromkeys(METRIC_COLUMNS, float) | {"stage": str, "epoch": int})
 
 
-def _write_table(path: Path, **columns: np.ndarray) -> None:
-    """Write integers as CSV, a column an argument."""
-    rows = zip(*(column.tolist() for column in columns.values()))
-    write_text_atomically(path, "".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
+def _write_table(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write names and numbers as CSV."""
+    write_text_atomically(path, "".join(",".join(map(str, row)) + "\n" for row in (columns, *rows)))
 
 
 def _read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
@@ -58,7 +52,7 @@ def _read_integers(path: Path, *columns: str) -> list[np.ndarray]:
 
 def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
     """Write groups.csv: user, group."""
-    _write_table(path, user=user_ids, group=groups)
+    _write_table(path, ("user", "group"), zip(user_ids.tolist(), groups.tolist()))
 
 
 def read_groups(path: Path) -> np.ndarray:
@@ -72,7 +66,8 @@ def read_groups(path: Path) -> np.ndarray:
 
 def write_ranks(path: Path, user_ids: np.ndarray, ranks: Ranks) -> None:
     """Write user, valid_rank, test_rank, from 0; for tests of significance and figures by group."""
-    _write_table(path, user=user_ids[ranks.users], valid_rank=ranks.valid, test_rank=ranks.test)
+    columns = (column.tolist() for column in (user_ids[ranks.users], ranks.valid, ranks.test))
+    _write_table(path, ("user", "valid_rank", "test_rank"), zip(*columns))
 
 
 def read_ranks(path: Path) -> dict[str, np.ndarray]:
@@ -87,9 +82,7 @@ def read_ranks(path: Path) -> dict[str, np.ndarray]:
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Best epoch by valid NDCG@20 and its metrics as fractions."""
     best = best_row(rows)
-    return {"best_epoch": best["epoch"]} | {
-        split: {name: best[f"{split}_{name}"] for name in METRICS} for split in SPLITS
-    }
+    return {"best_epoch": best["epoch"]} | {split: {name: best[f"{split}_{name}"] for name in METRICS} for split in SPLITS}
 
 
 def versions() -> dict[str, str]:

@@ -14,14 +14,12 @@ from utils.common.files import write_json
 TRACKERS = ("tensorboard", "wandb")  # the names of their packages too
 
 
-def require_tracker(name: str | None) -> None:
+def require_tracker(name: str) -> None:
     """Check that a tracker's package is installed.
 
     Raises:
         PerPEFTError: it is not; says how to install it.
     """
-    if name is None:
-        return
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:  # without an origin it is only a folder of that name
         raise PerPEFTError(f"--log_with {name} needs a package that is not installed: pip install {name}")
