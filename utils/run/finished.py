@@ -23,9 +23,7 @@ def finished_options(
     """The options of a finished run, from its summary.json.
 
     Args:
-        folder: the run folder.
         train_dir: where the data sets lie now.
-        device: as in `choose_device`.
         models: where the run's models lie now, if elsewhere than in training, by option (MODEL_OPTIONS).
     Returns:
         the options as a training script parses them, and the fingerprints that the data had

@@ -1,4 +1,7 @@
-"""The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, the results table."""
+"""The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, the results table.
+
+Reading a file that is missing or damaged raises a PerPEFTError.
+"""
 import csv
 import platform
 from collections.abc import Iterable
@@ -23,11 +26,7 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv, numbers as numbers.
-
-    Raises:
-        PerPEFTError: it is missing or damaged.
-    """
+    """The rows of a metrics.csv, numbers as numbers."""
     return _read_table(path, dict.fromkeys(METRIC_COLUMNS, float) | {"stage": str, "epoch": int})
 
 
@@ -56,11 +55,7 @@ def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
 
 
 def read_groups(path: Path) -> np.ndarray:
-    """Each user row's group from groups.csv, [users].
-
-    Raises:
-        PerPEFTError: it is missing or damaged.
-    """
+    """Each user row's group from groups.csv, [users]."""
     return _read_integers(path, "group")[0]
 
 
@@ -71,11 +66,7 @@ def write_ranks(path: Path, user_ids: np.ndarray, ranks: Ranks) -> None:
 
 
 def read_ranks(path: Path) -> dict[str, np.ndarray]:
-    """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each.
-
-    Raises:
-        PerPEFTError: it is missing or damaged.
-    """
+    """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each."""
     return dict(zip(("users", "valid", "test"), _read_integers(path, "user", "valid_rank", "test_rank")))
 
 
@@ -106,8 +97,6 @@ def format_epoch(rows: list[dict[str, Any]], epochs: int) -> str:
     row = rows[-1]
     mark = " (best so far)" if best_row(rows) is row else ""
     skipped = f", {row['skipped_steps']} steps skipped for fp16 overflow" if row["skipped_steps"] else ""
-    return (
-        f"{row['stage']} epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, "
-        f"valid HR@20 {100 * row['valid_HR@20']:.2f} "
-        f"NDCG@20 {100 * row['valid_NDCG@20']:.2f}{mark}, {row['seconds']:.1f} s{skipped}"
-    )
+    metrics = f"valid HR@20 {100 * row['valid_HR@20']:.2f} NDCG@20 {100 * row['valid_NDCG@20']:.2f}"
+    loss = f"{row['stage']} epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}"
+    return f"{loss}, {metrics}{mark}, {row['seconds']:.1f} s{skipped}"
