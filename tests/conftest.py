@@ -45,15 +45,13 @@ def write_dataset(folder, name, histories, titles, raw_ids=None, draw=True):
     raw_ids = raw_ids or [f"B{item:03d}" for item in range(1, len(titles) + 1)]
     lines = [f"{user} {item}\n" for user, items in histories.items() for item in items]
     (folder / f"{name}_final.txt").write_text("".join(lines))
-    with (folder / f"{name}_item2id_final.pickle").open("wb") as file:
-        pickle.dump(dict(enumerate(raw_ids, 1)), file)
-    with (folder / f"{name}_texts_final.pickle").open("wb") as file:
-        pickle.dump({raw_id: title for raw_id, title in zip(raw_ids, titles) if title is not None}, file)
+    (folder / f"{name}_item2id_final.pickle").write_bytes(pickle.dumps(dict(enumerate(raw_ids, 1))))
+    known = {raw_id: title for raw_id, title in zip(raw_ids, titles) if title is not None}
+    (folder / f"{name}_texts_final.pickle").write_bytes(pickle.dumps(known))
     images = folder / f"{name}_images"
     images.mkdir(exist_ok=True)
-    if draw:
-        for item, raw_id in enumerate(raw_ids, 1):
-            draw_image(item).save(images / f"{raw_id}.jpg", quality=90)
+    for item, raw_id in enumerate(raw_ids if draw else [], 1):
+        draw_image(item).save(images / f"{raw_id}.jpg", quality=90)
     return folder
 
 
@@ -156,10 +154,8 @@ def tiny_arguments(tiny_dataset, tiny_clip, output_dir, peft_type="lora", **chan
         "dataset": tiny_dataset.name, "train_dir": tiny_dataset.train_dir, "clip_model": tiny_clip, "output_dir": output_dir,
         "peft_type": peft_type, "device": "cpu", "C": 3, "global_epochs": 2, "num_epochs": 2, "lr": 1e-3, "wdecay": 1e-4,
     }  # fmt: skip
-    options = {name: value for name, value in (options | changes).items() if value is not None}
-    flags = {name for name, value in options.items() if value is True}
-    pairs = [part for name, value in options.items() if name not in flags for part in (f"--{name}", str(value))]
-    return pairs + [f"--{name}" for name in sorted(flags)]
+    given = [(f"--{name}", value) for name, value in (options | changes).items() if value is not None]
+    return [part for name, value in given for part in ((name,) if value is True else (name, str(value)))]
 
 
 def iisan_arguments(dataset, clip, output_dir, **changes):

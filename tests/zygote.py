@@ -23,11 +23,16 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 
 
-def start(*command, **environment):
+def environment(**more):
+    """This process's, for one that takes one core and does not look for the hub."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def start(*command, prefix=(), **more):
     """Start Python with a script or module and its arguments, as a user does; stdout and stderr are one stream."""
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=settings, **pipes)
+    command = [*prefix, sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(**{"PYTHONUNBUFFERED": "1", **more}), **pipes)
 
 
 def read_until(process, text):
@@ -54,13 +59,26 @@ class Zygote:
     """The process that forks; close it at the end."""
 
     def __init__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "tests.zygote"]
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=-1, stdout=-1, text=True)
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=-1, stdout=-1, text=True)
 
     def close(self):
         self._process.stdin.close()
         self._process.wait()
+
+    def _write(self, line):
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def _order(self, arguments, script, kill_after=None, **order):
+        """Order a run; returns how each of its processes ended."""
+        self._write(json.dumps({"arguments": [str(part) for part in arguments], "script": script, **order}))
+        child = json.loads(self._process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child["pid"], signal.SIGKILL)  # waited for only after the next line, so the pid is still the child's
+        self._write("")
+        return [SimpleNamespace(**end) for end in json.loads(self._process.stdout.readline())]
 
     def run_together(self, arguments, script="perpeft_lora_ia3", size=2, signal_at=None):
         """Run a script in several processes that train together, as a launcher would start them.
@@ -72,14 +90,10 @@ class Zygote:
         Returns:
             for every process code, output and losses (of its steps, in order)
         """
-        order = {"arguments": [str(part) for part in arguments], "script": script, "kill_at": None, "full_at": None}
-        self._process.stdin.write(json.dumps({**order, "size": size, "port": free_port(), "signal_at": signal_at}) + "\n\n")
-        self._process.stdin.flush()
-        self._process.stdout.readline()
-        ends = json.loads(self._process.stdout.readline())
+        ends = self._order(arguments, script, size=size, port=free_port(), signal_at=signal_at)
         for end in ends:
-            end["losses"] = [float(label.split()[-1]) for label in end["events"] if ": loss " in label]
-        return [SimpleNamespace(**end) for end in ends]
+            end.losses = [float(label.split()[-1]) for label in end.events if ": loss " in label]
+        return ends
 
     def run(self, arguments, script="perpeft_lora_ia3", kill_at=None, kill_after=None, full_at=None):
         """Run a script in a child until it ends or is killed.
@@ -93,16 +107,7 @@ class Zygote:
         Returns:
             code (negative: the signal that ended it), output (stdout and stderr), events (labels, in order)
         """
-        order = {"arguments": [str(part) for part in arguments], "script": script, "kill_at": kill_at, "full_at": full_at}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        child = json.loads(self._process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(child["pid"], signal.SIGKILL)  # waited for only after the next order, so the pid is still the child's
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return SimpleNamespace(**json.loads(self._process.stdout.readline()))
+        return self._order(arguments, script, kill_after, kill_at=kill_at, full_at=full_at)[0]
 
 
 class Events:
@@ -123,11 +128,10 @@ class Events:
         self._counts[part] += 1
         os.write(self._file, f"{part}: {what}\n".encode())
         place = (part, self._counts[part])
-        if place == self._kill_at:
+        if place in (self._kill_at, self._full_at):
             half()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if place == self._full_at:
-            half()
+            if place == self._kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def part(self, owner, name, label, alone=False):
@@ -163,8 +167,7 @@ class Events:
 
         def wrapped(value, file, *args, **options):
             def half():
-                content = io.BytesIO()
-                original(value, content)
+                original(value, content := io.BytesIO())
                 file.write(content.getvalue()[: len(content.getvalue()) // 2])
                 file.flush()
 
@@ -191,7 +194,7 @@ class Events:
             return Path(os.fsdecode(path)).name if isinstance(path, (str, bytes, os.PathLike)) else ""
 
         for name in ("train_global", "group_users", "train_personalized", "report"):
-            self.part(run_module.Run, name, {"group_users": "grouping"}.get(name, name.removeprefix("train_")), alone=True)
+            self.part(run_module.Run, name, name.replace("group_users", "grouping").removeprefix("train_"), alone=True)
         self.part(run_module.Run, "evaluate", "evaluation")
         self.part(checkpoints, "save_weights", "best weights")
         self.part(RunFolder, "clear", "clearing")
@@ -219,23 +222,21 @@ def write_instead_of_drawing(figure, path, **options):
     Path(path).write_bytes(b"drawn")
 
 
-def _join(rank, order):
-    """The environment that a launcher sets for its processes."""
+def _join(rank, order, hooks):
+    """Make this process one of those that a launcher starts; every step's loss is an event, and one step may signal it."""
+    from utils.common import console
+    from utils.training.progress import Progress
+
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["size"], "LOCAL_WORLD_SIZE": order["size"]}
     launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}
     os.environ.update({name: str(value) for name, value in launched.items()})
-
-
-def _watch_steps(hooks, signal_step):
-    """Make every step's loss an event; in one of the steps this process sends itself SIGTERM."""
-    from utils.training.progress import Progress
-
+    console.ERROR_GRACE_SECONDS = 0  # no launcher is there that would end the others
     original, steps = Progress.add, []
 
     def add(self, step, batch, loss):
         hooks.happen(f"loss {loss.item()!r}")
         steps.append(step)
-        if len(steps) == signal_step:
+        if [rank, len(steps)] == order["signal_at"]:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, step, batch, loss)
 
@@ -243,17 +244,13 @@ def _watch_steps(hooks, signal_step):
 
 
 def _child(order, events, output, rank):
-    if "size" in order:
-        _join(rank, order)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = [f"{order['script']}.py", *order["arguments"]]
-    hooks = Events(events, order["kill_at"], order["full_at"])
+    hooks = Events(events, order.get("kill_at"), order.get("full_at"))
     hooks.install()
     if "size" in order:
-        importlib.import_module("utils.common.console").ERROR_GRACE_SECONDS = 0  # no launcher is there that would end the others
-        signal_rank, signal_step = order["signal_at"] or (None, None)
-        _watch_steps(hooks, signal_step if rank == signal_rank else None)
+        _join(rank, order, hooks)
     sys.modules["matplotlib.figure"].Figure.savefig = write_instead_of_drawing
     from utils.common.console import run_main
 
@@ -272,7 +269,7 @@ def _child(order, events, output, rank):
 
 def _read_all(descriptor):
     os.lseek(descriptor, 0, os.SEEK_SET)
-    with open(descriptor, "rb", closefd=False) as file:
+    with open(descriptor, "rb") as file:
         return file.read().decode()
 
 
@@ -298,12 +295,9 @@ def main():
         sys.stdin.readline()
         ends = []
         for pid, events, output in children:
-            _, status = os.waitpid(pid, 0)
-            code = os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             ends.append({"code": code, "output": _read_all(output), "events": _read_all(events).splitlines()})
-            os.close(events)
-            os.close(output)
-        print(json.dumps(ends if "size" in order else ends[0]), flush=True)
+        print(json.dumps(ends), flush=True)
 
 
 if __name__ == "__main__":

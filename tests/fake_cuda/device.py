@@ -144,8 +144,8 @@ class PretendedCuda(TorchDispatchMode):
         self.waits[self.phase][f"{what} @ {where}"] += 1
 
 
-def pinned(tensor):
-    """A copy that counts as being in pinned memory."""
+def pin_memory(tensor, *_):
+    """In place of `Tensor.pin_memory`."""
     copy = tensor.clone()
     copy.pinned = True
     return copy
@@ -175,7 +175,7 @@ def pretended_cuda(free_memory=MEMORY):
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, lambda *_, answer=answer: answer))
         stack.enter_context(mock.patch("torch.cuda.get_rng_state", lambda *_: torch.get_rng_state()))
-        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: pinned(tensor)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin_memory))
         torch.__future__.set_swap_module_params_on_conversion(True)  # a wrapper cannot take the place of a CPU tensor's data
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, False)
         PretendedCuda.current = mode = PretendedCuda()

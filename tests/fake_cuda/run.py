@@ -11,14 +11,15 @@ from unittest import mock
 
 from tests.fake_cuda.device import pretended_cuda  # before anything that imports torch
 
-import torch  # isort: skip
+import pytest  # isort: skip
+import torch
 from transformers import CLIPModel
 
 import perpeft_iisan
 import perpeft_lora_ia3
 from models import ClipPeftEncoder
 from models.peft_configs import peft_config
-from tests.conftest import iisan_arguments, save_tiny_clip, tiny_arguments, tiny_histories, tiny_titles, write_dataset
+from tests.conftest import save_tiny_clip, tiny_arguments, tiny_histories, tiny_titles, write_dataset
 from utils.run import opening
 from utils.training import evaluation
 from utils.training.trainer import Trainer
@@ -104,20 +105,15 @@ def first_scale(scale):
 @contextlib.contextmanager
 def interrupted(step):
     """Let the run get SIGTERM in that step."""
-    update, updated = Trainer.update, []
+    update, steps = Trainer.update, iter(range(1, 10**6))
 
     def counted(trainer, loss):
         update(trainer, loss)
-        updated.append(trainer)
-        if len(updated) == step:
+        if next(steps) == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with mock.patch.object(Trainer, "update", counted):
-        try:
-            yield
-        except KeyboardInterrupt:
-            return
-    raise AssertionError("the run was not interrupted")
+    with mock.patch.object(Trainer, "update", counted), pytest.raises(KeyboardInterrupt):
+        yield
 
 
 def watched_run(train, free_memory):
@@ -154,20 +150,17 @@ def weights_cast_once(clip):
 
 
 def own_rules():
-    """Whether the pretended device refuses and records what it should."""
+    """Check that the pretended device refuses what CUDA does; returns how many waits of five it has recorded."""
     with pretended_cuda() as mode:
         mode.phase = "rules"
         table, rows = torch.ones(3, device="cuda:0"), torch.tensor([0, 2])
-        refused = 0
         for operation in (lambda: table + torch.ones(3), lambda: torch.ones(3)[rows.to("cuda:0")], table.numpy):
-            try:
+            with pytest.raises((RuntimeError, TypeError)):
                 operation()
-            except (RuntimeError, TypeError):
-                refused += 1
         before = sum(mode.waits["rules"].values())
         table[table > 0], table[rows], table.sum().item(), table.cpu(), rows.to("cuda:0", non_blocking=True)
         rows.pin_memory().to("cuda:0", non_blocking=True)
-    return {"refused": refused, "waits": sum(mode.waits["rules"].values()) - before}
+    return sum(mode.waits["rules"].values()) - before
 
 
 def main():
@@ -176,19 +169,17 @@ def main():
     dataset = SimpleNamespace(train_dir=write_dataset(folder / "dataset", "tiny", tiny_histories(), tiny_titles()), name="tiny")
     clip = save_tiny_clip(folder / "clip", tiny_titles())
 
-    def train_lora(device, name, **changes):
-        perpeft_lora_ia3.main(tiny_arguments(dataset, clip, folder / name, device=device, **changes))
+    def train(device, name, peft_type="lora", script=perpeft_lora_ia3, **changes):
+        script.main(tiny_arguments(dataset, clip, folder / name, peft_type, device=device, **changes))
 
-    def train_iisan(device, name, **changes):
-        perpeft_iisan.main(iisan_arguments(dataset, clip, folder / name, device=device, **changes))
-
+    iisan = functools.partial(train, peft_type=None, script=perpeft_iisan)
     seen = {
-        "rules": own_rules(),
+        "waits": own_rules(),
         "cast_once": weights_cast_once(clip),
-        "lora": watched_run(train_lora, free_memory=2**36),
-        "ia3": watched_run(functools.partial(train_lora, peft_type="ia3"), free_memory=2**36),
-        "iisan": watched_run(train_iisan, free_memory=0),  # the states are copied in every step
-        "resumed": resumed_run(train_lora),
+        "lora": watched_run(train, free_memory=2**36),
+        "ia3": watched_run(functools.partial(train, peft_type="ia3"), free_memory=2**36),
+        "iisan": watched_run(iisan, free_memory=0),  # the states are copied in every step
+        "resumed": resumed_run(train),
     }
     print("\n" + json.dumps(seen))
 

@@ -1,22 +1,15 @@
 """The command line: the paper's defaults, a clear refusal of what cannot be used, help that shows all of it."""
-import argparse
+import re
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from models.peft_configs import UNSUITABLE
 from tests.conftest import parsed
 from utils.run import options as options_module
 from utils.run.options import build_parser, parse_options
 
-NUMERIC = {
-    name: action
-    for action in build_parser("", ("lora", "ia3"))._actions
-    for name in action.option_strings
-    if action.type is not None and name not in ("--peft_type", "--peft_config")
-}
+ACTIONS = build_parser("", ("lora", "ia3"))._actions
+NUMERIC = sorted(f"--{action.dest}" for action in ACTIONS if action.type and action.dest not in ("peft_type", "peft_config"))
 
 
 def test_help_groups_options_and_shows_the_papers_defaults_once(capsys, monkeypatch):
@@ -25,12 +18,7 @@ def test_help_groups_options_and_shows_the_papers_defaults_once(capsys, monkeypa
         parse_options("PerPEFT", ("lora", "ia3"), ["--help"])
     text = capsys.readouterr().out
     assert raised.value.code == 0
-    for option in (
-        "dataset", "device", "wdecay", "lr", "peft_type", "train_dir", "clip_model", "batch_size", "maxlen", "hidden_units",
-        "num_blocks", "num_heads", "dropout_rate", "l2_emb", "weight_scalar", "rank", "C", "global_epochs", "num_epochs",
-        "trial", "output_dir", "restart", "inference_only",
-    ):  # fmt: skip
-        assert f"--{option} " in text
+    assert set(re.findall(r"^  --(\w+)", text, re.M)) == set(vars(parsed(["--dataset", "x"])))
     for default in ("./dataset", "./runs", "openai/clip-vit-base-patch32", "1e-06", "0.3"):
         assert f"default: {default}" in text
     assert "(default: None)" not in text
@@ -48,21 +36,23 @@ def test_defaults_are_the_papers():
     assert {name: getattr(options, name) for name in expected} == expected
 
 
-def test_rate_and_decay_come_from_the_pickle_where_they_are_not_given():
-    def settings(*arguments):
-        options = parsed(list(arguments))
-        return options.lr, options.wdecay
+@pytest.mark.parametrize(
+    ("words", "rates"),
+    [
+        ("toys_games --peft_type lora", (1e-4, 5e-5)),
+        ("beauty_care --peft_type ia3", (1e-4, 1e-5)),
+        ("beauty_care --peft_type lora --lr 3e-4", (3e-4, 1e-5)),
+        ("beauty_care --peft_type lora --wdecay 0", (1e-4, 0)),
+        ("grocery", (1e-4, 1e-4)),
+    ],
+)
+def test_rate_and_decay_come_from_the_pickle_where_they_are_not_given(words, rates):
+    options = parsed(["--dataset", *words.split()])
+    assert (options.lr, options.wdecay) == rates
 
-    assert settings("--dataset", "toys_games", "--peft_type", "lora") == (1e-4, 5e-5)
-    assert settings("--dataset", "arts", "--peft_type", "ia3") == (1e-4, 5e-5)
-    assert settings("--dataset", "beauty_care", "--peft_type", "ia3") == (1e-4, 1e-5)
-    assert settings("--dataset", "beauty_care", "--peft_type", "lora", "--lr", "3e-4") == (3e-4, 1e-5)
-    assert settings("--dataset", "beauty_care", "--peft_type", "lora", "--wdecay", "0") == (1e-4, 0)
-    assert settings("--dataset", "grocery") == (1e-4, 1e-4)
 
-
-@pytest.mark.parametrize("option", sorted(NUMERIC))
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "9" * 400, "many", "", "0x10", "1,5"])
+@pytest.mark.parametrize("option", NUMERIC)
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "-1e-9", "2147483649", "1e400", "9" * 400, "many", "", "0x10", "1,5"])
 def test_no_number_option_takes_nonsense(option, value, capsys):
     with pytest.raises(SystemExit) as ended:
         parsed(["--dataset", "x", f"{option}={value}"])
@@ -73,7 +63,7 @@ def test_no_number_option_takes_nonsense(option, value, capsys):
 
 def test_zero_is_refused_where_it_means_nothing(capsys):
     may_be_zero = {"--wdecay", "--l2_emb", "--dropout_rate", "--weight_scalar", "--trial"}
-    for option in sorted(NUMERIC):
+    for option in NUMERIC:
         arguments = ["--dataset", "x", f"{option}=0"]
         if option in may_be_zero:
             assert getattr(parsed(arguments), option.strip("-")) == 0
@@ -81,17 +71,6 @@ def test_zero_is_refused_where_it_means_nothing(capsys):
             with pytest.raises(SystemExit):
                 parsed(arguments)
             assert option in capsys.readouterr().err
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(sorted(NUMERIC)), st.one_of(st.text(max_size=12), st.floats().map(str), st.integers().map(str)))
-def test_any_text_is_a_number_in_range_or_a_clear_refusal(option, value):
-    try:
-        number = NUMERIC[option].type(value)
-    except argparse.ArgumentTypeError as error:
-        assert "number" in str(error) or "must be" in str(error)
-    else:
-        assert 0 <= number <= 2**31 and np.isfinite(number)
 
 
 @pytest.mark.parametrize(

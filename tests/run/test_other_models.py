@@ -1,4 +1,5 @@
 """Runs on dual encoders other than CLIP, and on titles alone: training, attention, recommendations, tables."""
+import functools
 import json
 import re
 import shutil
@@ -29,14 +30,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def runs_of(tiny_dataset, tmp_path_factory):
     """The model folder and the run folder of a family: SigLIP's run has groups, the others' only the global adapter."""
-    made = {}
 
+    @functools.cache
     def of(family):
-        if family not in made:
-            model, runs = seeded(family, tmp_path_factory.mktemp(family)), tmp_path_factory.mktemp(f"{family}_runs")
-            method = {} if family == "siglip" else {"method": "global"}
-            made[family] = model, trained(tiny_dataset, model, runs, **EPOCHS, **method)
-        return made[family]
+        model = seeded(family, tmp_path_factory.mktemp(family))
+        method = "perpeft" if family == "siglip" else "global"
+        return model, trained(tiny_dataset, model, tmp_path_factory.mktemp(f"{family}_runs"), method=method, **EPOCHS)
 
     return of
 

@@ -44,19 +44,24 @@ def init(**options):
 
 @pytest.fixture
 def arguments(tiny_dataset, tiny_clip, tmp_path):
-    def make(log_with, **changes):
-        return tiny_arguments(tiny_dataset, tiny_clip, tmp_path, log_with=log_with, **changes)
+    return lambda log_with, **changes: tiny_arguments(tiny_dataset, tiny_clip, tmp_path, log_with=log_with, **changes)
 
-    return make
+
+def series_of(logged):
+    """{tag: [(step, value)]} from pairs of a step and its values by tag."""
+    series = {}
+    for step, values in logged:
+        for tag, value in values.items():
+            series.setdefault(tag, []).append((step, float(value)))
+    return series
 
 
 def metrics(folder):
-    """{stage/name: [value of every epoch that has it]} and the steps, from metrics.csv."""
-    series = {}
-    for step, row in enumerate(read_csv(folder / "metrics.csv"), 1):
-        for name in set(row) - {"stage", "epoch", "seconds"}:
-            series.setdefault(f"{row['stage']}/{name}", []).append((step, float(row[name])))
-    return series
+    """The series that metrics.csv holds."""
+    rows = enumerate(read_csv(folder / "metrics.csv"), 1)
+    return series_of(
+        (step, {f"{row['stage']}/{name}": row[name] for name in set(row) - {"stage", "epoch", "seconds"}}) for step, row in rows
+    )
 
 
 def scalars(folder):
@@ -65,19 +70,15 @@ def scalars(folder):
     return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def assert_equal_series(found, expected):
-    for tag, series in expected.items():
-        assert [step for step, _ in found[tag]] == [step for step, _ in series], tag
-        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in series], rel=1e-6), tag
-
-
-def calls(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def assert_logged(found, folder):
+    """The series hold what metrics.csv does."""
+    for tag, series in metrics(folder).items():
+        assert found[tag] == [(step, pytest.approx(value, rel=1e-6)) for step, value in series], tag
 
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    """Put the stand-in where it is imported from; returns the file of its calls."""
+    """Put the stand-in where it is imported from; returns a function that reads its calls."""
     place = tmp_path / "packages"
     place.mkdir()
     (place / "wandb.py").write_text(WANDB)
@@ -89,7 +90,7 @@ def wandb(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "")  # so that it is undone after the test
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    yield tmp_path / "calls"
+    yield lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     sys.modules.pop("wandb", None)
 
 
@@ -98,9 +99,9 @@ def test_tensorboard_holds_every_epoch_once_after_an_interruption_too(arguments,
     run_interrupted(arguments("tensorboard"), call=3, after=True)  # in the personalized stage
     assert len({step for series in scalars(folder / "tensorboard").values() for step, _ in series}) == 3
     run_script(arguments("tensorboard"))
-    found, expected = scalars(folder / "tensorboard"), metrics(folder)
-    assert [step for step, _ in expected["personalized/train_loss"]] == [3, 4]
-    assert_equal_series(found, expected)
+    found = scalars(folder / "tensorboard")
+    assert [step for step, _ in found["personalized/train_loss"]] == [3, 4]
+    assert_logged(found, folder)
     assert len(found["global/seconds"]) == 2
     settings = list((folder / "tensorboard").rglob("hparams.yml"))
     assert len(settings) == 1 and "\nlr: 0.001\n" in settings[0].read_text()
@@ -110,7 +111,7 @@ def test_tensorboard_holds_every_epoch_once_after_an_interruption_too(arguments,
 def test_epoch_whose_report_was_missed_is_logged_by_the_continuation(arguments, tmp_path):
     run_interrupted(arguments("tensorboard"))
     run_script(arguments("tensorboard"))
-    assert_equal_series(scalars(tmp_path / RUN / "tensorboard"), metrics(tmp_path / RUN))
+    assert_logged(scalars(tmp_path / RUN / "tensorboard"), tmp_path / RUN)
 
 
 def test_logging_changes_no_figure_and_may_begin_on_the_way(arguments, tiny_run, tmp_path):
@@ -118,39 +119,26 @@ def test_logging_changes_no_figure_and_may_begin_on_the_way(arguments, tiny_run,
     assert not (tmp_path / RUN / "tensorboard").exists()
     run_script(arguments("tensorboard"))
     assert metrics(tmp_path / RUN) == metrics(tiny_run.folder)
-    assert_equal_series(scalars(tmp_path / RUN / "tensorboard"), metrics(tmp_path / RUN))
-
-
-def test_restart_removes_what_trackers_wrote(arguments, tmp_path):
-    short = {"global_epochs": 1, "num_epochs": 1}
-    run_script(arguments("tensorboard", **short))
-    old = sorted((tmp_path / RUN / "tensorboard").iterdir())
-    run_script(arguments("none", restart=True, **short))
-    assert old and not (tmp_path / RUN / "tensorboard").exists()
+    assert_logged(scalars(tmp_path / RUN / "tensorboard"), tmp_path / RUN)
 
 
 def test_wandb_gets_settings_once_and_every_epoch_once_offline(arguments, wandb, tmp_path):
     run_interrupted(arguments("wandb"), call=1, after=True)
-    interrupted = calls(wandb)
-    assert [call[0] for call in interrupted] == ["init", "config", "log", "finish"]
+    assert [call[0] for call in wandb()] == ["init", "config", "log", "finish"]
     run_script(arguments("wandb"))
-    all_calls = calls(wandb)
+    all_calls = wandb()
     assert [call[0] for call in all_calls[4:]] == ["init", "log", "log", "log", "finish"]
     (_, first, mode), (_, second, _) = (call for call in all_calls if call[0] == "init")
     assert mode == "offline" and first == second and first["resume"] == "allow" and first["project"] == "perpeft"
     assert first["name"] == RUN and first["dir"] == str(tmp_path / RUN) and (tmp_path / RUN / "wandb").is_dir()
     assert all_calls[1][1]["lr"] == 1e-3 and all_calls[1][1]["C"] == 3
-    logged = {}
-    for _, step, values in (call for call in all_calls if call[0] == "log"):
-        for tag, value in values.items():
-            logged.setdefault(tag, []).append((step, value))
-    assert_equal_series(logged, metrics(tmp_path / RUN))
+    assert_logged(series_of(call[1:] for call in all_calls if call[0] == "log"), tmp_path / RUN)
 
 
 def test_wandb_mode_of_the_user_is_kept(arguments, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     run_script(arguments("wandb", global_epochs=1, method="none", num_epochs=1))
-    assert calls(wandb)[0][2] == "disabled"
+    assert wandb()[0][2] == "disabled"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -161,16 +149,16 @@ def test_package_that_is_not_installed_is_reported_before_anything_is_done(argum
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_note_is_reported_with_the_way_out(arguments, tmp_path):
-    run_interrupted(arguments("tensorboard"), call=1, after=True)
-    (tmp_path / RUN / "resume" / "tensorboard.json").write_text("{")
-    with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):
-        run_script(arguments("tensorboard"))
-
-
 def test_a_folder_of_the_packages_name_is_no_package(arguments, monkeypatch, tmp_path):
     (tmp_path / "elsewhere" / "wandb").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "elsewhere")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(PerPEFTError, match="--log_with wandb needs .* not installed"):
         run_script(arguments("wandb"))
+
+
+def test_damaged_note_is_reported_with_the_way_out(arguments, tmp_path):
+    run_interrupted(arguments("tensorboard"), call=1, after=True)
+    (tmp_path / RUN / "resume" / "tensorboard.json").write_text("{")
+    with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):
+        run_script(arguments("tensorboard"))

@@ -3,17 +3,7 @@ import argparse
 
 import torch
 
-from models import (
-    IISAN,
-    ClipPeftEncoder,
-    FrozenEncoder,
-    IISANEncoder,
-    ItemEncoder,
-    MMProjector,
-    NoProjector,
-    PerPEFT,
-    SASRec,
-)
+from models import IISAN, ClipPeftEncoder, FrozenEncoder, IISANEncoder, ItemEncoder, MMProjector, NoProjector, PerPEFT, SASRec
 from models.peft_configs import peft_config
 from models.towers import count_parameters, layers_of
 from utils.common.devices import PRECISIONS
@@ -79,16 +69,13 @@ def build_encoder(options: argparse.Namespace, dataset: Dataset) -> tuple[ItemEn
     if options.peft_type == "frozen":
         features = foundation.features(store, device, modality)
         return FrozenEncoder(features.shape[1], count_parameters(foundation.clip)), FeatureStore(features)
-    precision = PRECISIONS.get(options.precision)
-    return peft_encoder(options, foundation, options.gradient_checkpointing, precision), store
+    return peft_encoder(options, foundation, options.gradient_checkpointing, PRECISIONS.get(options.precision)), store
 
 
 def peft_encoder(
-    options: argparse.Namespace,
-    foundation: Foundation,
-    gradient_checkpointing: bool = False,
+    options: argparse.Namespace, foundation: Foundation, gradient_checkpointing: bool = False,
     autocast_dtype: torch.dtype | None = None,
-) -> ClipPeftEncoder:
+) -> ClipPeftEncoder:  # fmt: skip
     """A foundation model with adapters inside it.
 
     Args:
@@ -101,9 +88,7 @@ def peft_encoder(
     try:
         config = peft_config(options.peft_type, options.rank, options.peft_config, layers_of(foundation.clip))
         traits, processor, modality = foundation.traits, foundation.image_processor, options.modality
-        encoder = ClipPeftEncoder(
-            foundation.clip, config, processor, gradient_checkpointing, modality, autocast_dtype, traits
-        )
+        encoder = ClipPeftEncoder(foundation.clip, config, processor, gradient_checkpointing, modality, autocast_dtype, traits)
     except ValueError as error:  # peft's own words say which sizes do not go together
         reason = " ".join(str(error).split())
         raise PerPEFTError(f"--peft_type {options.peft_type}: {reason}; pass other settings by --peft_config FILE") from error
@@ -115,19 +100,14 @@ def peft_encoder(
 def iisan_encoder(states: HiddenStateStore, foundation_parameters: int | None, modality: str = "both") -> IISANEncoder:
     """IISAN on hidden states of a foundation model of so many parameters, None where that is not known."""
     _, num_states, image_dim = states.image_states.shape
-    iisan = IISAN(image_dim, states.text_states.shape[2], num_states, modality=modality)
-    return IISANEncoder(iisan, foundation_parameters)
+    return IISANEncoder(IISAN(image_dim, states.text_states.shape[2], num_states, modality=modality), foundation_parameters)
 
 
 def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:
     """Parameters of one group's adapter, of all, and one's share of the foundation model (None where its size is unknown)."""
-    one = sum(parameter.numel() for parameter in encoder.group_parameters(0).values())
-    return {
-        "adapter_of_one_group": one,
-        "adapters": one * encoder.num_groups,
-        "foundation_model": encoder.foundation_parameters,
-        "adapter_share_of_foundation_model": one / encoder.foundation_parameters if encoder.foundation_parameters else None,
-    }
+    one, whole = sum(parameter.numel() for parameter in encoder.group_parameters(0).values()), encoder.foundation_parameters
+    counts = {"adapter_of_one_group": one, "adapters": one * encoder.num_groups, "foundation_model": whole}
+    return {**counts, "adapter_share_of_foundation_model": one / whole if whole else None}
 
 
 def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT, ItemSource]:

@@ -1,7 +1,8 @@
-"""Several ranks through Hugging Face accelerate: the Accelerator of a run, and a stop signal that all ranks obey together."""
+"""Several ranks through Hugging Face accelerate: the Accelerator of a run, and stop signals that all ranks obey together."""
+import contextlib
 import signal
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from types import TracebackType
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -14,7 +15,7 @@ def make_accelerator(device: str, scaled: bool = False, log_with: str | None = N
     Args:
         device: "cpu", "cuda:N" or "mps".
         scaled: whether gradients are scaled against fp16 overflow; the encoder applies autocast itself.
-        log_with, folder: tracker, and the folder for its files.
+        log_with, folder: a tracker, and where its files go.
     """
     handlers = [
         AutocastKwargs(enabled=False),
@@ -29,44 +30,38 @@ def make_accelerator(device: str, scaled: bool = False, log_with: str | None = N
     )  # fmt: skip
 
 
-class StopSignal:
-    """Collects SIGINT and SIGTERM while a block runs, so that a step ends and its state is saved; a second one stops at once.
+@contextlib.contextmanager
+def stop_signals(accelerator: Accelerator, interval: int) -> Iterator[Callable[[int], int | None]]:
+    """Collect SIGINT and SIGTERM while a block runs, so that a step ends and its state is saved; a second one stops at once.
 
     Args:
         accelerator: the ranks, all of which stop after the same step when one gets a signal.
         interval: steps between exchanges of several ranks.
+    Yields:
+        a function of a step's number: the signal to stop for after this step, None to go on; of several ranks, all stop or none
     """
+    received: list[int] = []
 
-    def __init__(self, accelerator: Accelerator, interval: int):
-        self._accelerator, self._interval = accelerator, interval
-        self._number = 0
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if self._number and error is None:  # it came after the last step was checked
-            raise KeyboardInterrupt(self._number)
-
-    def _receive(self, number: int, _frame: object) -> None:
-        if self._number:
+    def receive(number: int, _frame: object) -> None:
+        if received:
             raise KeyboardInterrupt(number)
-        self._number = number
+        received.append(number)
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; of several ranks, all get the same answer."""
-        if self._accelerator.num_processes == 1:
-            return bool(self._number)
-        if step % self._interval:  # the ranks exchange it at intervals
-            return False
-        if self._number:
-            self._accelerator.set_trigger()
-        return self._accelerator.check_trigger()
+    def requested(step: int) -> int | None:
+        own = received[0] if received else None
+        if accelerator.num_processes == 1:
+            return own
+        if step % interval:
+            return None
+        if own:
+            accelerator.set_trigger()
+        return (own or signal.SIGTERM) if accelerator.check_trigger() else None
 
-    @property
-    def number(self) -> int:
-        """The signal's number; SIGTERM's where another rank got it."""
-        return self._number or signal.SIGTERM
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:  # after the last step was checked
+        raise KeyboardInterrupt(received[0])

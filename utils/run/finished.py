@@ -23,9 +23,7 @@ def finished_options(
     """The options of a finished run, from its summary.json.
 
     Args:
-        folder: the run folder.
         train_dir: where the data sets lie now.
-        device: as in `choose_device`.
         models: where the run's models lie now, if elsewhere than in training, by option (MODEL_OPTIONS).
     Returns:
         the options as a training script parses them, and the fingerprints that the data had
@@ -36,9 +34,9 @@ def finished_options(
     if not (folder / "summary.json").is_file():
         what = "is not there" if not folder.is_dir() else "holds no finished run (it has no summary.json)"
         raise PerPEFTError(f"{folder} {what}; name the folder of a run whose training has ended, as in ./runs")
-    found = settings_of(read_summary(folder / "summary.json"))
+    config = settings_of(read_summary(folder / "summary.json"))
+    fingerprints = {name: config.pop(name) for name in FINGERPRINTS}
     defaults = vars(build_parser("", ("lora", "ia3")).parse_args(["--dataset", "any"]))  # of options that change no figure
-    config = {name: value for name, value in found.items() if name not in FINGERPRINTS}
     options = argparse.Namespace(**{**defaults, **config})
     options.train_dir, options.output_dir, options.device = str(train_dir), str(folder.parent), choose_device(device)
     if options.precision == "fp16" and not options.device.startswith("cuda"):
@@ -46,7 +44,7 @@ def finished_options(
     for option, model in (models or {}).items():
         if model and getattr(options, option):  # several runs in one report need not have the same
             setattr(options, option, model)
-    return options, {name: found[name] for name in FINGERPRINTS}
+    return options, fingerprints
 
 
 def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None]) -> Dataset:
@@ -58,26 +56,23 @@ def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None
         PerPEFTError: the data set is not there, or no longer the one that the run was trained on.
     """
     folder, name = Path(options.train_dir), options.dataset
-    needed = needs_contents(options)
+    needed, images = needs_contents(options), image_use(options)
     at_hand = (folder / f"{name}_texts_final.pickle").is_file() and (folder / f"{name}_images").is_dir()
-    images = image_use(options)
     if at_hand and (not needed or images == "unused"):
         images = "blank"
     dataset = read_dataset(folder, name, needed or at_hand, images)
+    changed = f"data set '{name}' is not the one that this run was trained on"
     if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
-        raise _other_data(name, "dataset_fingerprint", "")
+        raise PerPEFTError(changed + FINGERPRINTS["dataset_fingerprint"])
     named = {option: getattr(options, option) for option in MODEL_OPTIONS if getattr(options, option)}
     # A model from the hub left no trace in the fingerprint; a copy of it in a folder may be named now.
     without = argparse.Namespace(**{**vars(options), **dict.fromkeys(named)})
     if expected["contents_fingerprint"] not in [contents_fingerprint(given, dataset) for given in (options, without)]:
         lost = [f"'{model}', which is no folder here, lies elsewhere: name it by --{option} DIR"
                 for option, model in named.items() if not Path(model).is_dir()]  # fmt: skip
-        raise _other_data(name, "contents_fingerprint", f"; or its model {' and '.join(lost)}" if lost else "")
+        moved = f"; or its model {' and '.join(lost)}" if lost else ""
+        raise PerPEFTError(changed + FINGERPRINTS["contents_fingerprint"] + moved)
     return dataset
-
-
-def _other_data(name: str, kind: str, more: str) -> PerPEFTError:
-    return PerPEFTError(f"data set '{name}' is not the one that this run was trained on{FINGERPRINTS[kind]}{more}")
 
 
 def open_finished(
@@ -85,10 +80,8 @@ def open_finished(
 ) -> Run:
     """Rebuild a finished run, its data and its model, which has one group and no trained weights yet; nothing is written.
 
-    Call `load_global` on it, then `load_personalized`, and use the model as it is in between.
+    Call `load_global` on it, then `load_personalized`, and use the model as it is in between. Arguments are `finished_options`'.
 
-    Args:
-        folder, device, train_dir, models: as in `finished_options`.
     Raises:
         PerPEFTError: the run is not finished, or its data or CLIP is missing or has changed.
     """

@@ -15,7 +15,7 @@ from utils.common.errors import PerPEFTError
 from utils.common.files import remove_leftovers, write_json
 from utils.data.dataset import Dataset
 from utils.items.hidden_states import made_by, states_path
-from utils.items.model_files import FoundationName, add_model_files, model_folders, model_hash
+from utils.items.model_files import add_model_files, model_folders, model_hash
 from utils.items.store import image_status
 from utils.run.build import MODEL_OPTIONS, foundation_name, image_use
 from utils.training.evaluation import METRICS, SPLITS
@@ -85,23 +85,14 @@ def contents_fingerprint(options: argparse.Namespace, dataset: Dataset) -> str |
 
 def run_settings(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
     """All that determines a run's metrics."""
-    return {
-        **fixed_options(options),
-        "dataset_fingerprint": dataset_fingerprint(dataset),
-        "contents_fingerprint": contents_fingerprint(options, dataset),
-    }
+    settings = fixed_options(options) | {"dataset_fingerprint": dataset_fingerprint(dataset)}
+    return settings | {"contents_fingerprint": contents_fingerprint(options, dataset)}
 
 
 def with_moved_models(
     settings: dict[str, Any], saved: dict[str, Any] | None, options: argparse.Namespace, dataset: Dataset
 ) -> dict[str, Any]:
-    """The settings of a run that continues, under the saved names of its model folders where these have only moved.
-
-    Args:
-        settings: of the command.
-        saved: of the run in the folder; None where there is none.
-        options, dataset: of the command.
-    """
+    """The command's settings, under the saved run's names of model folders where these have only moved."""
     name = foundation_name(options)
     adopted = ("contents_fingerprint", *MODEL_OPTIONS)
     if saved is None or name is None or all(saved.get(option) == settings[option] for option in adopted):
@@ -112,14 +103,11 @@ def with_moved_models(
     if options.peft_type == "iisan":
         states = states_path(dataset.folder, dataset.name)
         noted = states.with_suffix(".json").is_file()  # published states have no note
-        same = noted and made_by(states) == (str(_saved_name(saved)), model_hash(name))
+        saved_name = foundation_name(argparse.Namespace(**{**dict.fromkeys((*MODEL_OPTIONS, "text_pooling")), **saved}))
+        same = noted and made_by(states) == (str(saved_name), model_hash(name))
     else:
         same = saved.get("contents_fingerprint") == settings["contents_fingerprint"]
     return settings | {option: saved[option] for option in adopted if same and option in saved}
-
-
-def _saved_name(saved: dict[str, Any]) -> FoundationName | None:
-    return foundation_name(argparse.Namespace(**{**dict.fromkeys((*MODEL_OPTIONS, "text_pooling")), **saved}))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -152,11 +140,7 @@ def _damage_reported(path: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """One run folder.
-
-    Attributes:
-        path: `{output_dir}/{run name}`.
-    """
+    """One run folder, `path`: `{output_dir}/{run name}`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -174,8 +158,8 @@ class RunFolder:
             # Held by the operating system: a process that dies releases it.
             return FileLock(self.path / ".lock").acquire(blocking=False)
         except Timeout:
-            message = f"another process is training in {self.path}; wait for it, or choose another --output_dir"
-            raise PerPEFTError(message) from None
+            busy = f"another process is training in {self.path}; wait for it, or choose another --output_dir"
+            raise PerPEFTError(busy) from None
         except OSError as error:
             raise PerPEFTError(f"cannot make the run folder {self.path} ({error}); choose another --output_dir") from error
 
@@ -209,13 +193,13 @@ class RunFolder:
             PerPEFTError: the folder holds a run with other settings.
         """
         saved = self.saved_settings()
-        if saved is None:
-            return
-        names = [name for name in sorted(saved.keys() | settings.keys()) if saved.get(name) != settings.get(name)]
-        if names:
-            differences = "; ".join(
-                f"{name} was {saved.get(name)}, is now {settings.get(name)}{FINGERPRINTS.get(name, '')}" for name in names
-            )
+        names = [] if saved is None else sorted(saved.keys() | settings.keys())
+        differences = "; ".join(
+            f"{name} was {saved.get(name)}, is now {settings.get(name)}{FINGERPRINTS.get(name, '')}"
+            for name in names
+            if saved.get(name) != settings.get(name)
+        )
+        if differences:
             raise PerPEFTError(
                 f"{self.path} holds a run with other settings: {differences}. Use the same settings to continue it, --restart to "
                 "discard it, or another --output_dir or --trial beside it."
@@ -232,12 +216,9 @@ class RunFolder:
         write_json(self._config, settings)
 
     def clear(self) -> None:
-        """Remove the files of a run, and nothing else that is there.
-
-        The files that mark a run go first: after a kill in between there is nothing to continue, and the next start clears the
-        rest.
-        """
+        """Remove the files of a run, and nothing else that is there."""
         remove_leftovers(self.path)
+        # What marks a run goes first: after a kill in between there is nothing to continue, and the next start clears the rest.
         for path in (self._config, self._summary, *(self.path / name for name in RUN_FILES)):
             if path.is_dir():
                 shutil.rmtree(path)

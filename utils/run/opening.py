@@ -18,28 +18,14 @@ from utils.run.options import parse_options
 from utils.run.run import Run
 from utils.run.tracking import EpochLog, require_tracker
 
-FULL_MEMORY = (
-    "Less memory is needed with --gradient_checkpointing (LoRA and the like), with which a run continues, or with a smaller "
-    "--batch_size, which starts a new run and so needs --restart or another --output_dir"
-)
-
 
 def train(description: str, peft_types: tuple[str, ...], stages: Callable[[Run], None], arguments: list[str] | None) -> None:
-    """What both training scripts do around their stages.
-
-    Args:
-        description: for --help.
-        peft_types: the script's kinds of adapter.
-        stages: calls the stages of a run, in order.
-        arguments: of the command line; None for the process's own.
-    """
-    options = parse_options(description, peft_types=peft_types, arguments=arguments)
+    """What both training scripts do around `stages`, which calls those of a run, for some kinds of adapter."""
+    options = parse_options(description, peft_types, arguments)
     with open_run(options) as run:
-        if run is None:  # finished before
-            return
-        if options.inference_only:
+        if run and options.inference_only:
             run.evaluate_saved()
-        else:
+        elif run:
             stages(run)
             run.report()
 
@@ -55,7 +41,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     Raises:
         PerPEFTError: bad data, missing weights, a folder of other settings or one that another process trains in.
     """
-    require_tracker(options.log_with)
+    if options.log_with:
+        require_tracker(options.log_with)
     if options.dataset == "demo":
         make_demo(options.train_dir)
     require_dataset(options.train_dir, options.dataset)
@@ -78,7 +65,9 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
             raise PerPEFTError(f"{folder.path} holds no finished run; train it first, without --inference_only")
         if finished and writes:
             if accelerator.is_main_process:
-                _show_finished(folder)
+                folder.remove_state()  # left by a run that was killed right after its summary
+                print(f"{folder.path} is finished; --restart trains it again")
+                reports.print_results(read_summary(folder.path / "summary.json"), folder.path)
             yield None
             return
         run = Run(options, dataset, *build_model(options, dataset), folder.path, settings, accelerator)
@@ -98,12 +87,6 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
                 tracker.finish()
             raise
         accelerator.end_training()
-
-
-def _show_finished(folder: RunFolder) -> None:
-    folder.remove_state()  # left by a run that was killed right after its summary
-    print(f"{folder.path} is finished; --restart trains it again")
-    reports.print_results(read_summary(folder.path / "summary.json"), folder.path)
 
 
 def _settle_precision(options: argparse.Namespace, saved: dict[str, Any] | None, finished: bool) -> str:
@@ -134,4 +117,8 @@ def _say_how_to_go_on(run: Run, error: BaseException) -> None:
         comes_again = not (full or isinstance(error, (KeyboardInterrupt, OSError)))  # such as a loss that is not finite
         print(f"{run.folder} is saved up to {run.checkpoint.saved}{'' if comes_again else way_on}", file=sys.stderr)
     if full:
-        print(FULL_MEMORY, file=sys.stderr)
+        print(
+            "Less memory is needed with --gradient_checkpointing (LoRA and the like), with which a run continues, or with a "
+            "smaller --batch_size, which starts a new run and so needs --restart or another --output_dir",
+            file=sys.stderr,
+        )

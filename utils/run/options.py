@@ -12,10 +12,9 @@ from utils.common.console import SHARED_OPTIONS, HelpFormatter, number
 from utils.common.devices import PRECISIONS
 from utils.data.dataset import default_groups
 from utils.items.foundation import DEFAULT_CLIP
-from utils.run.hyperparameters import FALLBACK, demo_hyperparameters, read_hyperparameters
+from utils.run.hyperparameters import demo_hyperparameters, read_hyperparameters
 from utils.run.tracking import TRACKERS
 
-METHODS = ("perpeft", "global", "large_global", "frozen", "none")
 COUNT, BLOCKS, SEED = number(int, 1), number(int, 1, 1000), number(int, 0, 2**31)
 SIZE = number(int, 1, 10_000)  # of layers and tables: what is beyond would not fit into any memory
 RATE, WEIGHT, SHARE = number(float, 0, 10, above=True), number(float, 0, 1000), number(float, 0, 0.99)
@@ -43,116 +42,92 @@ def _peft_settings(path: str) -> dict[str, Any]:
 def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of a training script for some kinds of adapter; those that only one kind needs are left out for others."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-    _add_run_options(parser.add_argument_group("run"))
-    _add_training_options(parser.add_argument_group("training"))
-    _add_recommender_options(parser.add_argument_group("recommender"))
+    add = parser.add_argument_group("run").add_argument
+    add("--dataset", **SHARED_OPTIONS["--dataset"])
+    add("--train_dir", **SHARED_OPTIONS["--train_dir"])
+    add("--output_dir", default="./runs", help="where the run folder is made")
+    add("--device", **SHARED_OPTIONS["--device"])
+    add("--trial", type=SEED, default=0, help="the seed")
+    add("--restart", action="store_true", help="start over instead of continuing")
+    add("--inference_only", action="store_true", help="evaluate a finished run's saved weights")
+    add("--save_every", type=COUNT, default=500, help="steps between saves of the state to continue from")
+    add("--log_with", choices=("none", *TRACKERS), default="none", help="log every epoch there too (wandb: offline)")
+    add("--debug", **SHARED_OPTIONS["--debug"])
+
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=RATE, help="learning rate (default: perpeft_hyperparameter.pickle's)")
+    add("--wdecay", type=WEIGHT, help="weight decay (default: perpeft_hyperparameter.pickle's)")
+    add("--batch_size", type=COUNT, default=16, help="users a batch")
+    add("--global_epochs", type=COUNT, default=10, help="epochs of stage 1, global PEFT")
+    add("--num_epochs", type=COUNT, default=20, help="epochs of stage 3, personalized PEFT")
+    add("--l2_emb", type=WEIGHT, default=1e-6, help="weight of the L2 norm of the item embeddings")
+
+    add = parser.add_argument_group("recommender").add_argument
+    add("--maxlen", type=SIZE, default=10, help="longest history that is read")
+    add("--hidden_units", type=SIZE, default=32, help="width")
+    add("--num_blocks", type=BLOCKS, default=2, help="attention blocks")
+    add("--num_heads", type=SIZE, default=4, help="attention heads a block")
+    add("--dropout_rate", type=SHARE, default=0.3, help="dropout")
+    add("--weight_scalar", type=WEIGHT, default=0.5, help="weight of the multimodal item vector")
+
     adapters = parser.add_argument_group("foundation model and adapters")
     if "lora" in peft_types:
-        _add_peft_options(adapters, peft_types)
+        _add_peft_options(adapters.add_argument, ", ".join(peft_types[2:]))
+        methods = ("perpeft", "global", "large_global", "frozen", "none")
     else:
         settings = {"peft_config": None, "rank": None, "gradient_checkpointing": False, "precision": "fp32"}
         parser.set_defaults(peft_type=peft_types[0], **settings)
+        methods = ("perpeft", "global", "frozen", "none")
     add_model_options(adapters)
     adapters.add_argument("--C", **SHARED_OPTIONS["--C"])
     adapters.add_argument("--missing_images", **SHARED_OPTIONS["--missing_images"])
-    comparison = parser.add_argument_group("comparison (the paper's Tables 2 and 3)")
-    _add_comparison_options(comparison, [name for name in METHODS if name != "large_global" or "lora" in peft_types])
+
+    add = parser.add_argument_group("comparison (the paper's Tables 2 and 3)").add_argument
+    add(
+        "--method", choices=methods, default="perpeft",
+        help="perpeft: all three stages; the others train stage 1 alone, for --global_epochs + --num_epochs epochs: global (one "
+        "adapter), large_global (one of C times the rank; LoRA), frozen (CLIP as it is), none (item embeddings only)",
+    )  # fmt: skip
+    add("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
+    add(
+        "--negatives", choices=("group", "all", "mixed"), default="group",
+        help="items that stage 3 draws negatives from (mixed: half from the group's, half from all; not the paper's)",
+    )  # fmt: skip
+    add("--grouping", choices=("kmeans", "random"), default="kmeans", help="how stage 2 groups users")
+    add(
+        "--init_from",
+        help="start stage 3 from a global model instead of training one: a run folder, or the authors' pretrained_models folder",
+    )
     return parser
 
 
-def _add_run_options(run: argparse._ArgumentGroup) -> None:
-    run.add_argument("--dataset", **SHARED_OPTIONS["--dataset"])
-    run.add_argument("--train_dir", **SHARED_OPTIONS["--train_dir"])
-    run.add_argument("--output_dir", default="./runs", help="where the run folder is made")
-    run.add_argument("--device", **SHARED_OPTIONS["--device"])
-    run.add_argument("--trial", type=SEED, default=0, help="the seed")
-    run.add_argument("--restart", action="store_true", help="start over instead of continuing")
-    run.add_argument("--inference_only", action="store_true", help="evaluate a finished run's saved weights")
-    run.add_argument("--save_every", type=COUNT, default=500, help="steps between saves of the state to continue from")
-    run.add_argument("--log_with", choices=("none", *TRACKERS), default="none", help="log every epoch there too (wandb: offline)")
-    run.add_argument("--debug", **SHARED_OPTIONS["--debug"])
-
-
-def _add_training_options(training: argparse._ArgumentGroup) -> None:
-    training.add_argument("--lr", type=RATE, default=None, help="learning rate (default: perpeft_hyperparameter.pickle's)")
-    training.add_argument("--wdecay", type=WEIGHT, default=None, help="weight decay (default: perpeft_hyperparameter.pickle's)")
-    training.add_argument("--batch_size", type=COUNT, default=16, help="users a batch")
-    training.add_argument("--global_epochs", type=COUNT, default=10, help="epochs of stage 1, global PEFT")
-    training.add_argument("--num_epochs", type=COUNT, default=20, help="epochs of stage 3, personalized PEFT")
-    training.add_argument("--l2_emb", type=WEIGHT, default=1e-6, help="weight of the L2 norm of the item embeddings")
-
-
-def _add_recommender_options(recommender: argparse._ArgumentGroup) -> None:
-    recommender.add_argument("--maxlen", type=SIZE, default=10, help="longest history that is read")
-    recommender.add_argument("--hidden_units", type=SIZE, default=32, help="width")
-    recommender.add_argument("--num_blocks", type=BLOCKS, default=2, help="attention blocks")
-    recommender.add_argument("--num_heads", type=SIZE, default=4, help="attention heads a block")
-    recommender.add_argument("--dropout_rate", type=SHARE, default=0.3, help="dropout")
-    recommender.add_argument("--weight_scalar", type=WEIGHT, default=0.5, help="weight of the multimodal item vector")
-
-
-def _add_peft_options(adapters: argparse._ArgumentGroup, peft_types: tuple[str, ...]) -> None:
-    adapters.add_argument(
-        "--peft_type",
-        type=_peft_type,
-        default=None,
-        metavar="NAME",
-        help=f"adapter: lora or ia3 (the paper's), or another tuner of peft: {', '.join(peft_types[2:])} (default: lora)",
-    )
-    adapters.add_argument(
-        "--peft_config",
-        type=_peft_settings,
-        default=None,
-        metavar="FILE.json",
+def _add_peft_options(add: Callable[..., argparse.Action], other_tuners: str) -> None:
+    add(
+        "--peft_type", type=_peft_type, metavar="NAME",
+        help=f"adapter: lora or ia3 (the paper's), or another tuner of peft: {other_tuners} (default: lora)",
+    )  # fmt: skip
+    add(
+        "--peft_config", type=_peft_settings, metavar="FILE.json",
         help="the adapter's settings, as peft's adapter_config.json has them (default: the paper's, or peft's)",
-    )
-    adapters.add_argument("--rank", type=SIZE, default=PAPER_RANK, help="rank of lora and dora")
-    adapters.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
+    )  # fmt: skip
+    add("--rank", type=SIZE, default=PAPER_RANK, help="rank of lora and dora")
+    add(
+        "--gradient_checkpointing", action="store_true",
         help="compute layers twice instead of keeping them for the backward pass: less memory, the same result",
-    )
-    adapters.add_argument(
-        "--precision",
-        choices=tuple(PRECISIONS),
-        default=None,
+    )  # fmt: skip
+    add(
+        "--precision", choices=tuple(PRECISIONS),
         help="arithmetic of the foundation model (default: fp16 on CUDA, as in the paper's code; fp32 elsewhere)",
-    )
-
-
-def _add_comparison_options(comparison: argparse._ArgumentGroup, methods: list[str]) -> None:
-    comparison.add_argument(
-        "--method",
-        choices=methods,
-        default="perpeft",
-        help="perpeft: all three stages; the others train stage 1 alone, for --global_epochs + --num_epochs epochs: global (one "
-        "adapter), large_global (one of C times the rank; LoRA), frozen (CLIP as it is), none (item embeddings only)",
-    )
-    comparison.add_argument("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
-    comparison.add_argument(
-        "--negatives",
-        choices=("group", "all", "mixed"),
-        default="group",
-        help="items that stage 3 draws negatives from (mixed: half from the group's, half from all; not the paper's)",
-    )
-    comparison.add_argument("--grouping", choices=("kmeans", "random"), default="kmeans", help="how stage 2 groups users")
-    comparison.add_argument(
-        "--init_from",
-        default=None,
-        help="start stage 3 from a global model instead of training one: a run folder, or the authors' pretrained_models folder",
-    )
+    )  # fmt: skip
 
 
 def add_model_options(parser: argparse._ActionsContainer) -> None:
     """The options that name the foundation model."""
-    parser.add_argument(
-        "--clip_model",
-        default=None,
-        help=f"folder or hub name of a CLIP, SigLIP or another dual encoder (default: {DEFAULT_CLIP})",
-    )
-    parser.add_argument("--image_model", default=None, help="instead: an image encoder, as ViT or DINOv2, with --text_model")
-    parser.add_argument("--text_model", default=None, help="and a text encoder, as BERT, MiniLM or E5")
-    parser.add_argument("--text_pooling", choices=TEXT_POOLINGS, default=None, help="what the text encoder pools (default: mean)")
+    clip = f"folder or hub name of a CLIP, SigLIP or another dual encoder (default: {DEFAULT_CLIP})"
+    parser.add_argument("--clip_model", help=clip)
+    parser.add_argument("--image_model", help="instead: an image encoder, as ViT or DINOv2, with --text_model")
+    parser.add_argument("--text_model", help="and a text encoder, as BERT, MiniLM or E5")
+    parser.add_argument("--text_pooling", choices=TEXT_POOLINGS, help="what the text encoder pools (default: mean)")
 
 
 def resolve_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -215,7 +190,7 @@ def _check_method(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if options.peft_type != "lora":
             parser.error("--method large_global needs --peft_type lora: only LoRA's rank can be raised")
         options.rank *= options.C
-    if method in ("frozen", "none"):
+    if without_adapter:
         options.peft_type, options.rank, options.gradient_checkpointing, options.precision = method, None, False, "fp32"
     if method == "none":
         options.clip_model = options.image_model = options.text_model = options.text_pooling = None
@@ -232,22 +207,24 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     options.log_with = None if options.log_with == "none" else options.log_with
     if options.hidden_units % options.num_heads:
         parser.error(f"--num_heads {options.num_heads} must divide --hidden_units {options.hidden_units}")
-    is_demo = options.dataset == "demo"
     options.C = options.C or default_groups(options.dataset)
     resolve_model(parser, options)
     _resolve_adapter(parser, options)
     _check_method(parser, options)
-    known = demo_hyperparameters(options.peft_type) if is_demo else read_hyperparameters(options.dataset, options.peft_type)
-    source = "the demo's" if is_demo else "perpeft_hyperparameter.pickle" if known else "default"
-
-    def choose(name: str, given: float | None, check: Callable[[str], float]) -> tuple[float, str]:
+    if options.dataset == "demo":
+        known, source = demo_hyperparameters(options.peft_type), "the demo's"
+    else:
+        known, source = read_hyperparameters(options.dataset, options.peft_type), "perpeft_hyperparameter.pickle"
+    if known is None:
+        known, source = {"lr": 1e-4, "wdecay": 1e-4}, "default"
+    shown = []
+    for name, check in (("lr", RATE), ("wdecay", WEIGHT)):
+        is_given = getattr(options, name) is not None
         try:
-            value = check(str((known or FALLBACK)[name])) if given is None else given
+            value = getattr(options, name) if is_given else check(str(known[name]))
         except argparse.ArgumentTypeError as error:
             parser.error(f"perpeft_hyperparameter.pickle's {name} for {options.dataset} and {options.peft_type}: {error}")
-        return value, f"{name} {value:g} ({source if given is None else 'given'})"
-
-    options.lr, rate = choose("lr", options.lr, RATE)
-    options.wdecay, decay = choose("wdecay", options.wdecay, WEIGHT)
-    print(f"{rate}, {decay}", flush=True)
+        setattr(options, name, value)
+        shown.append(f"{name} {value:g} ({'given' if is_given else source})")
+    print(*shown, sep=", ", flush=True)
     return options

@@ -8,20 +8,15 @@ from matplotlib.figure import Figure
 from utils.common.files import write_atomically
 from utils.training.progress import best_row
 
-DOTS_PER_INCH = 110
-
 
 def _save_png(path: Path, figure: Figure) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH))
-
-
-STAGE_COLOURS = {"global": "tab:gray", "personalized": "tab:blue"}
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def _stages(rows: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]], list[int]]]:
     """Each stage's name, colour, rows, and epochs counted on from the stage before."""
     stages, first = [], 0
-    for stage, colour in STAGE_COLOURS.items():
+    for stage, colour in (("global", "tab:gray"), ("personalized", "tab:blue")):
         own = [row for row in rows if row["stage"] == stage]
         if own:
             stages.append((stage, colour, own, [first + row["epoch"] for row in own]))

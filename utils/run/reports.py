@@ -1,7 +1,10 @@
-"""The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, the results table."""
+"""The files and lines that a run reports: metrics.csv, summary.json, groups.csv, ranks, the results table.
+
+Reading a file that is missing or damaged raises a PerPEFTError.
+"""
 import csv
-import io
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,33 +16,23 @@ from utils.common.files import write_text_atomically
 from utils.training.evaluation import METRICS, SPLITS, Ranks
 from utils.training.progress import best_row
 
-SPLIT_METRICS = tuple(f"{split}_{name}" for split in SPLITS for name in METRICS)
-METRIC_COLUMNS = ("stage", "epoch", "train_loss", "seconds", *SPLIT_METRICS)
+METRIC_COLUMNS = ("stage", "epoch", "train_loss", "seconds", *(f"{split}_{name}" for split in SPLITS for name in METRICS))
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write metrics.csv, a row an epoch; it is whole at any moment."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, METRIC_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({**row, "seconds": f"{row['seconds']:.2f}"})
-    write_text_atomically(path, text.getvalue())
+    rounded = [{**row, "seconds": f"{row['seconds']:.2f}"} for row in rows]
+    _write_table(path, METRIC_COLUMNS, ([row[name] for name in METRIC_COLUMNS] for row in rounded))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv, numbers as numbers.
-
-    Raises:
-        PerPEFTError: it is missing or damaged.
-    """
+    """The rows of a metrics.csv, numbers as numbers."""
     return _read_table(path, dict.fromkeys(METRIC_COLUMNS, float) | {"stage": str, "epoch": int})
 
 
-def _write_table(path: Path, **columns: np.ndarray) -> None:
-    """Write integers as CSV, a column an argument."""
-    rows = zip(*(column.tolist() for column in columns.values()))
-    write_text_atomically(path, "".join(",".join(map(str, row)) + "\n" for row in [columns, *rows]))
+def _write_table(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write names and numbers as CSV."""
+    write_text_atomically(path, "".join(",".join(map(str, row)) + "\n" for row in (columns, *rows)))
 
 
 def _read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
@@ -58,38 +51,29 @@ def _read_integers(path: Path, *columns: str) -> list[np.ndarray]:
 
 def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
     """Write groups.csv: user, group."""
-    _write_table(path, user=user_ids, group=groups)
+    _write_table(path, ("user", "group"), zip(user_ids.tolist(), groups.tolist()))
 
 
 def read_groups(path: Path) -> np.ndarray:
-    """Each user row's group from groups.csv, [users].
-
-    Raises:
-        PerPEFTError: it is missing or damaged.
-    """
+    """Each user row's group from groups.csv, [users]."""
     return _read_integers(path, "group")[0]
 
 
 def write_ranks(path: Path, user_ids: np.ndarray, ranks: Ranks) -> None:
     """Write user, valid_rank, test_rank, from 0; for tests of significance and figures by group."""
-    _write_table(path, user=user_ids[ranks.users], valid_rank=ranks.valid, test_rank=ranks.test)
+    columns = (column.tolist() for column in (user_ids[ranks.users], ranks.valid, ranks.test))
+    _write_table(path, ("user", "valid_rank", "test_rank"), zip(*columns))
 
 
 def read_ranks(path: Path) -> dict[str, np.ndarray]:
-    """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each.
-
-    Raises:
-        PerPEFTError: it is missing or damaged.
-    """
+    """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each."""
     return dict(zip(("users", "valid", "test"), _read_integers(path, "user", "valid_rank", "test_rank")))
 
 
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Best epoch by valid NDCG@20 and its metrics as fractions."""
     best = best_row(rows)
-    return {"best_epoch": best["epoch"]} | {
-        split: {name: best[f"{split}_{name}"] for name in METRICS} for split in SPLITS
-    }
+    return {"best_epoch": best["epoch"]} | {split: {name: best[f"{split}_{name}"] for name in METRICS} for split in SPLITS}
 
 
 def versions() -> dict[str, str]:
@@ -113,8 +97,6 @@ def format_epoch(rows: list[dict[str, Any]], epochs: int) -> str:
     row = rows[-1]
     mark = " (best so far)" if best_row(rows) is row else ""
     skipped = f", {row['skipped_steps']} steps skipped for fp16 overflow" if row["skipped_steps"] else ""
-    return (
-        f"{row['stage']} epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, "
-        f"valid HR@20 {100 * row['valid_HR@20']:.2f} "
-        f"NDCG@20 {100 * row['valid_NDCG@20']:.2f}{mark}, {row['seconds']:.1f} s{skipped}"
-    )
+    metrics = f"valid HR@20 {100 * row['valid_HR@20']:.2f} NDCG@20 {100 * row['valid_NDCG@20']:.2f}"
+    loss = f"{row['stage']} epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}"
+    return f"{loss}, {metrics}{mark}, {row['seconds']:.1f} s{skipped}"

@@ -21,7 +21,7 @@ from utils.data.histories import leave_last_out
 from utils.items.source import ItemSource
 from utils.run import plots, reports
 from utils.run.build import has_groups, trainable_counts
-from utils.run.distributed import StopSignal
+from utils.run.distributed import stop_signals
 from utils.run.folder import FINGERPRINTS, RunFolder, read_summary
 from utils.run.tracking import EpochLog
 from utils.training import checkpoints
@@ -36,56 +36,40 @@ from utils.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained.
+    """What is trained."""
 
-    Attributes:
-        name: "global" or "personalized".
-        number: 1 or 3, as in the paper; the stage's random draws are a function of it.
-        epochs: how many.
-        candidates: for each group the items that negatives are drawn from.
-    """
-
-    name: str
-    number: int
+    name: str  # "global" or "personalized"
+    number: int  # 1 or 3, as in the paper; the stage's random draws are a function of it
     epochs: int
-    candidates: list[np.ndarray]
+    candidates: list[np.ndarray]  # for each group the items that negatives are drawn from
 
 
 class Run:
     """One training run: its data, its model, its folder, and the three stages as methods, to be called in order.
 
     Args:
-        options: as parsed by `utils.run.options`.
-        dataset: histories and items.
         model: with one group, freshly initialised.
         source: item inputs for the model's encoder.
-        folder: the run folder.
         settings: all that determines the run's metrics, options and fingerprints, as they were when it was opened.
         accelerator: the ranks that train together; all call every method, and rank 0 writes.
     """
 
     def __init__(
-        self,
-        options: argparse.Namespace,
-        dataset: Dataset,
-        model: PerPEFT,
-        source: ItemSource,
-        folder: Path,
-        settings: dict[str, Any],
-        accelerator: Accelerator,
-    ):
+        self, options: argparse.Namespace, dataset: Dataset, model: PerPEFT, source: ItemSource, folder: Path,
+        settings: dict[str, Any], accelerator: Accelerator,
+    ):  # fmt: skip
         self.options, self.settings = options, settings
         self.dataset, self.model, self.source = dataset, model, source
-        self.folder = folder
-        self.accelerator = accelerator
+        self.folder, self.accelerator = folder, accelerator
         self.device = torch.device(options.device)
         self.split = leave_last_out(dataset.histories)
         self.evaluator = Evaluator(self.split, source, self.device, accelerator)
         self.groups = np.zeros(dataset.num_users, dtype=np.int64)  # before stage 2, everyone is in group 0
         self.checkpoint: Checkpoint | None = None  # of the stage that is trained
+        self.epoch_log: EpochLog | None = None  # of rank 0, with --log_with
+        self._all_items = np.arange(1, dataset.num_items + 1)
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
         self._grouping_seconds = 0.0
-        self.epoch_log: EpochLog | None = None  # of rank 0, with --log_with
 
     def train_global(self) -> None:
         """Stage 1: one adapter and one projector for all users, negatives from all items.
@@ -95,10 +79,10 @@ class Run:
         options = self.options
         if options.init_from:
             self._copy_global()
-            return
-        epochs = options.global_epochs + (0 if has_groups(options) else options.num_epochs)
-        self._train(Stage("global", 1, epochs, [self._all_items()]))
-        self.load_global()
+        else:
+            epochs = options.global_epochs + (0 if has_groups(options) else options.num_epochs)
+            self._train(Stage("global", 1, epochs, [self._all_items]))
+            self.load_global()
 
     def group_users(self) -> None:
         """Stage 2: users into C groups by the global model's last state over their train and valid interactions."""
@@ -116,18 +100,19 @@ class Run:
             self.accelerator.wait_for_everyone()
         self.groups = self._read_groups()
         self._grouping_seconds = time.monotonic() - started
-        sizes = self.group_sizes()
+        sizes, true_groups = self.group_sizes(), read_true_groups(self.dataset)
         if self.accelerator.is_main_process:
             plots.draw_groups(self.folder / "groups.png", sizes)
-        agreement = self.agreement()
-        shown = "" if agreement is None else f"; adjusted Rand index to the true groups {agreement:.2f} (chance 0)"
-        print(f"groups of {', '.join(map(str, sizes))} users{shown}", flush=True)
+        agreement = ""
+        if true_groups is not None:
+            agreement = f"; adjusted Rand index to the true groups {adjusted_rand_score(true_groups, self.groups):.2f} (chance 0)"
+        print(f"groups of {', '.join(map(str, sizes))} users{agreement}", flush=True)
 
     def train_personalized(self) -> None:
         """Stage 3: an adapter and a projector a group, warm-started from stage 1, negatives from the group's own items."""
         num_groups, from_all = self.options.C, self.options.negatives == "all"
         self.model.clone_groups(num_groups)
-        candidates = [self._all_items()] * num_groups if from_all else group_items(self.split.train, self.groups, num_groups)
+        candidates = [self._all_items] * num_groups if from_all else group_items(self.split.train, self.groups, num_groups)
         self._train(Stage("personalized", 3, self.options.num_epochs, candidates))
         checkpoints.load_weights(self.model, self.folder / "personalized", "personalized")
 
@@ -145,15 +130,9 @@ class Run:
         options = self.options
         seed_everything(options.trial * 10 + stage.number, self.accelerator.process_index)
         sampler = Sampler(
-            self.split.train,
-            self.dataset.num_items,
-            self.groups,
-            stage.candidates,
-            options.batch_size,
-            options.maxlen,
-            seed=(options.trial, stage.number),
-            mixed=options.negatives == "mixed" and stage.name == "personalized",
-        )
+            self.split.train, self.dataset.num_items, self.groups, stage.candidates, options.batch_size, options.maxlen,
+            seed=(options.trial, stage.number), mixed=options.negatives == "mixed" and stage.name == "personalized",
+        )  # fmt: skip
         trainer = Trainer(self.model, self.source, self.accelerator, lr=options.lr, wdecay=options.wdecay, l2_emb=options.l2_emb)
         progress = Progress(stage.name, stage.epochs, sampler.num_batches, self.device, self.accelerator)
         self.checkpoint = checkpoint = Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
@@ -161,23 +140,20 @@ class Run:
         self._rows[stage.name] = progress.rows
         for epoch in progress.remaining():
             self.model.train()
-            with StopSignal(self.accelerator, steps_between_reads(self.device)) as stop:
+            with stop_signals(self.accelerator, steps_between_reads(self.device)) as stop_requested:
                 for step, batch, loss in trainer.steps(sampler, epoch, progress.step):
                     progress.add(step, batch, loss)
-                    stopping = stop.requested(step)
-                    if stopping or step % options.save_every == 0 or step == sampler.num_batches:
+                    signal_number = stop_requested(step)
+                    if signal_number or step % options.save_every == 0 or step == sampler.num_batches:
                         checkpoint.save(trainer, progress)
-                    if stopping:
-                        raise KeyboardInterrupt(stop.number)
+                    if signal_number:
+                        raise KeyboardInterrupt(signal_number)
             ranks = self.evaluate()
             if progress.end_epoch(ranks.metrics(), trainer.skipped_steps):
                 self._save_best(stage.name, ranks)
             # The best weights are on disk before the state that says so: a kill between the two repeats the same epoch.
             checkpoint.save(trainer, progress)
             self._report_epoch(stage.name, stage.epochs)
-
-    def _all_items(self) -> np.ndarray:
-        return np.arange(1, self.dataset.num_items + 1)
 
     def read_initial_global(self) -> None:
         """Load the global model that `--init_from` names; called before anything in the run folder is changed.
@@ -220,11 +196,7 @@ class Run:
         return self.evaluator.item_table(self.model, group)
 
     def user_vectors(self, item_table: torch.Tensor) -> np.ndarray:
-        """What users are grouped by: the global model's last state over their train and valid interactions, [users, hidden].
-
-        Args:
-            item_table: the global model's.
-        """
+        """What users are grouped by: the global model's last state over their train and valid interactions, [users, hidden]."""
         everyone = np.arange(self.dataset.num_users)
         return last_states(self.model.sasrec, item_table, self.split.train_and_valid, everyone).cpu().numpy()
 
@@ -254,11 +226,6 @@ class Run:
     def group_sizes(self) -> list[int]:
         """Users in each group."""
         return np.bincount(self.groups, minlength=self.options.C).tolist()
-
-    def agreement(self) -> float | None:
-        """Adjusted Rand index of the groups to the data set's true groups, where it has some."""
-        true_groups = read_true_groups(self.dataset)
-        return None if true_groups is None else adjusted_rand_score(true_groups, self.groups)
 
     def _read_groups(self) -> np.ndarray:
         path = self.folder / "groups.csv"

@@ -14,14 +14,12 @@ from utils.common.files import write_json
 TRACKERS = ("tensorboard", "wandb")  # the names of their packages too
 
 
-def require_tracker(name: str | None) -> None:
+def require_tracker(name: str) -> None:
     """Check that a tracker's package is installed.
 
     Raises:
         PerPEFTError: it is not; says how to install it.
     """
-    if name is None:
-        return
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:  # without an origin it is only a folder of that name
         raise PerPEFTError(f"--log_with {name} needs a package that is not installed: pip install {name}")
@@ -30,13 +28,8 @@ def require_tracker(name: str | None) -> None:
 class EpochLog:
     """Logs each epoch once, also when a run is continued; a step is the epoch's number counted over both stages.
 
-    The number of logged rows is kept in the run's `resume/` and written before they are logged.
-
-    Args:
-        accelerator: made with `log_with`.
-        name: of the tracker.
-        folder: the run folder; the files go into its `tensorboard/` or `wandb/`.
-        settings: of the run.
+    The number of logged rows is kept in the run's `resume/` and written before they are logged. The tracker's files go into the
+    run folder's `tensorboard/` or `wandb/`.
     """
 
     def __init__(self, accelerator: Accelerator, name: str, folder: Path, settings: dict[str, Any]):
@@ -54,11 +47,7 @@ class EpochLog:
         write_json(self._note_path, self._note)
 
     def log(self, rows: list[dict[str, Any]]) -> None:
-        """Log the rows that are new.
-
-        Args:
-            rows: one an epoch, of both stages, in order, from the first on.
-        """
+        """Log those that are new of all rows so far, one an epoch, of both stages in order."""
         first = self._note["rows"]
         self._note["rows"] = len(rows)
         write_json(self._note_path, self._note)
