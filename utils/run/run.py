@@ -100,13 +100,11 @@ class Run:
             self.accelerator.wait_for_everyone()
         self.groups = self._read_groups()
         self._grouping_seconds = time.monotonic() - started
-        sizes, true_groups = self.group_sizes(), read_true_groups(self.dataset)
+        sizes, agreement = self.group_sizes(), self.agreement()
         if self.accelerator.is_main_process:
             plots.draw_groups(self.folder / "groups.png", sizes)
-        agreement = ""
-        if true_groups is not None:
-            agreement = f"; adjusted Rand index to the true groups {adjusted_rand_score(true_groups, self.groups):.2f} (chance 0)"
-        print(f"groups of {', '.join(map(str, sizes))} users{agreement}", flush=True)
+        shown = "" if agreement is None else f"; adjusted Rand index to the true groups {agreement:.2f} (chance 0)"
+        print(f"groups of {', '.join(map(str, sizes))} users{shown}", flush=True)
 
     def train_personalized(self) -> None:
         """Stage 3: an adapter and a projector a group, warm-started from stage 1, negatives from the group's own items."""
@@ -226,6 +224,11 @@ class Run:
     def group_sizes(self) -> list[int]:
         """Users in each group."""
         return np.bincount(self.groups, minlength=self.options.C).tolist()
+
+    def agreement(self) -> float | None:
+        """Adjusted Rand index of the groups to the data set's true groups, where it has some."""
+        true_groups = read_true_groups(self.dataset)
+        return None if true_groups is None else adjusted_rand_score(true_groups, self.groups)
 
     def _read_groups(self) -> np.ndarray:
         path = self.folder / "groups.csv"
