@@ -101,7 +101,7 @@ class IISAN(nn.Module):
 def _own_stream(layers: Tensor, gates: Tensor, blocks: nn.ModuleList) -> Tensor:
     """One modality's stream up its own layers, [S, items, width] and [S] -> [items, width]."""
     state = blocks[0](layers[0]) + layers[0]
-    for layer, gate, block in zip(layers[1:], gates.unbind()[1:], blocks[1:]):
+    for layer, gate, block in zip(layers[1:], gates[1:].unbind(), blocks[1:], strict=True):
         state = torch.lerp(layer, state, gate)  # w * state + (1 - w) * this layer
         state = block(state) + state
     return state
@@ -110,7 +110,7 @@ def _own_stream(layers: Tensor, gates: Tensor, blocks: nn.ModuleList) -> Tensor:
 def _joint_stream(layers: Tensor, blocks: nn.ModuleList) -> Tensor:
     """The stream of both modalities, [S, items, width] -> [items, width]."""
     state: Tensor | float = 0.0
-    for layer, block in zip(layers.unbind(), blocks):
+    for layer, block in zip(layers.unbind(), blocks, strict=True):
         state = layer + state
         state = block(state) + state
     return state

@@ -13,7 +13,7 @@ CLASS_TOKENS = {"cls_token", "class_embedding", "class_token"}  # what image enc
 
 @dataclass
 class PairConfig:
-    """What peft reads of a model's configuration."""
+    """What a dual encoder's configuration holds, of a pair; without an image encoder, `vision_config` is None."""
 
     vision_config: PretrainedConfig | None
     text_config: PretrainedConfig

@@ -24,6 +24,8 @@ def export_vectors(run: Run, folder: Path, histories: str) -> dict[str, tuple[in
     in `items_global.npy` in runs without groups.
 
     Args:
+        run: from `open_finished`.
+        folder: a new folder.
         histories: "all", or "train_and_valid" for those that the test metrics were computed from.
     Returns:
         each array's shape by its file's name

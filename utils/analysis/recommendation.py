@@ -64,6 +64,7 @@ def best_items(state: torch.Tensor, table: torch.Tensor, excluded: np.ndarray, t
     Args:
         state: the user's, [hidden].
         table: the e_i of all items, [num_items + 1, hidden].
+        top_k: how many, or as many as there are.
     """
     scores = (table @ state).cpu().double().numpy()  # [num_items + 1]
     candidates = np.setdiff1d(np.arange(1, len(scores)), excluded)
@@ -108,6 +109,8 @@ class Recommender:
         run: from `open_finished`; its model is in use from now on.
     Attributes:
         user_vectors: what users were grouped by, [users, hidden].
+    Raises:
+        PerPEFTError: weights cannot be read.
     """
 
     def __init__(self, run: Run):

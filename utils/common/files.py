@@ -42,7 +42,10 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary path beside `path`, and rename it into place; one process at a time, see `build_once`."""
+    """Call `write` with a temporary path beside `path`, sync the file and rename it into place.
+
+    `path` holds either its old content or all of the new. One process at a time may write a path, see `build_once`.
+    """
     path = Path(path)
     temporary = _hidden(path, TEMPORARY)
     with _naming(path):

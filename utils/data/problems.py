@@ -28,7 +28,7 @@ class Problems:
     """Problems of several kinds, each with its first ten examples and its count."""
 
     def __init__(self):
-        self._kinds: dict[str, tuple[list[str], int]] = {}  # by kind
+        self._kinds: dict[str, tuple[list[str], int]] = {}  # by kind: the first examples, and how many there are
 
     def add(self, kind: str, examples: Iterable[object], count: int | None = None) -> None:
         """Note one kind of problem, if there are examples; `count` is how often it occurs, by default their number."""

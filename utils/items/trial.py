@@ -109,14 +109,16 @@ def _image_reading(model: nn.Module, processor: BaseImageProcessor) -> tuple[boo
     if (own - image).abs().max() > 1e-3:
         raise ValueError("its image processor does more than resize, crop, rescale and normalise")
     try:
-        _, pooled, features = _pooled_tokens(model, "image", pixel_values=image[None])
+        with torch.no_grad():
+            part_features(model, "image", pixel_values=image[None])
     except Exception as error:
         side = getattr(tower(model, "image").config, "image_size", None)
         if side in (None, height, [height, width]):
             raise
         sizes = f"its image processor makes images of {height} x {width} pixels, its image tower takes {side} x {side}"
         raise ValueError(f"its parts do not fit together: {sizes}") from error
-    return pooled.shape[1] > 1 and bool(pooled[0, 0]) and not pooled[0, 1:].any(), features
+    _, pooled, width = _pooled_tokens(model, "image", pixel_values=image[None])
+    return pooled.shape[1] > 1 and bool(pooled[0, 0]) and not pooled[0, 1:].any(), width
 
 
 def _longest_title(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -81,7 +81,7 @@ def json_part(path: Path, keys: dict[str, tuple[str, ...]], whole: bool = False)
     def select(values: dict[str, str], image: str, source: str) -> str:
         cells = {name: _json_text(value) for name, value in values.items()}
         found = {role: ", ".join([*map(cells.get, names), "NULL"]) for role, names in keys.items() if role != "image"}
-        roles = [f"coalesce({values}) AS {role}" for role, values in found.items()]
+        roles = [f"coalesce({alternatives}) AS {role}" for role, alternatives in found.items()]
         roles += [f"to_json({image})::VARCHAR AS image"] if "image" in keys else []
         problem = f"CASE WHEN coalesce({', '.join(values.values())}, NULL) IS NULL THEN '{NO_OBJECT}' END"
         return f"SELECT {problem} AS problem, {', '.join(roles)} FROM {source}"
@@ -114,7 +114,7 @@ def _extract(function: str, keys: Sequence[str]) -> str:
 
 
 def json_keys(files: Iterable[Path], encoding: str | None, first: int | None = None) -> list[str]:
-    """All keys of the first objects of each JSON file; of all objects takes as long as reading them in Python."""
+    """All keys of the first objects of each JSON file, or of all its objects, which takes as long as reading it in Python."""
     keys: dict[str, None] = {}
     for path in files:
         for _, text in itertools.islice(json_rows(text_lines(path, encoding)), first):

@@ -11,9 +11,9 @@ import io
 import itertools
 import lzma
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -196,18 +196,26 @@ def _decoded(content: BinaryIO, encoding: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _pipe(blocks: Iterator[bytes]) -> Iterator[str]:
-    """A pipe's name, while a thread writes blocks into it until their end, or until nobody reads any more."""
+    """A pipe's name, and a thread that writes blocks into it until their end, or until nobody reads any more."""
+    errors: list[Exception] = []
 
     def write() -> None:
-        with contextlib.suppress(BrokenPipeError), os.fdopen(target, "wb", buffering=0) as pipe:
-            for block in blocks:
-                pipe.write(block)
+        try:
+            with os.fdopen(target, "wb", buffering=0) as pipe:
+                for block in blocks:
+                    pipe.write(block)
+        except BrokenPipeError:
+            pass
+        except Exception as error:
+            errors.append(error)
 
     source, target = os.pipe()
-    with ThreadPoolExecutor(1) as pool:
-        written = pool.submit(write)
-        try:
-            yield f"/dev/fd/{source}"
-        finally:
-            os.close(source)
-            written.result()
+    writer = threading.Thread(target=write, daemon=True)  # not a pool, which a signal before `try` would wait for
+    writer.start()
+    try:
+        yield f"/dev/fd/{source}"
+    finally:
+        os.close(source)
+        writer.join()
+        if errors:
+            raise errors[0]

@@ -8,7 +8,10 @@ from threadpoolctl import threadpool_limits
 
 
 def kmeans_groups(user_vectors: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
-    """Each user's group, 0..C-1, [users], by k-means on [users, hidden]: at most 100 iterations, the best of 10 seeded starts."""
+    """Each user's group, 0..C-1, [users], by k-means: at most 100 iterations, the best of 10 seeded starts.
+
+    `user_vectors` are those of real users, [users, hidden], at least C, which reading the data checks.
+    """
     kmeans = KMeans(num_groups, max_iter=100, n_init=10, random_state=seed)
     # One thread: several sum in the order in which they finish, so the last bits would differ from run to run.
     with threadpool_limits(1), warnings.catch_warnings():

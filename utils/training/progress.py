@@ -56,7 +56,11 @@ class Progress:
                 yield self.epoch
 
     def add(self, step: int, batch: Batch, loss: torch.Tensor) -> None:
-        """Note a finished step (from 1); `read_losses` is called at intervals, so that the host rarely waits for the device."""
+        """Note a finished step (from 1); losses are read at intervals, so that the host rarely waits for the device.
+
+        Raises:
+            PerPEFTError: one of the losses that are read is not finite.
+        """
         self.step, self._last_batch = step, batch
         self._unread.append((step, batch, loss))
         if len(self._unread) >= self._interval:
