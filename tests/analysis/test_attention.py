@@ -125,9 +125,10 @@ def test_raw_id_that_begins_with_a_dash_is_found(copied_run, tiny_dataset, tmp_p
     assert [item["item"] for item in history] == [1, 3]
 
 
-def test_run_without_adapters_inside_clip_is_refused(copied_run, analyse):
-    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(peft_type="iisan"))
-    with pytest.raises(PerPEFTError, match="--peft_type iisan, which leaves CLIP's attention as it is") as raised:
+@pytest.mark.parametrize("peft_type", ["iisan", "frozen", "none"])
+def test_run_without_adapters_inside_clip_is_refused(copied_run, analyse, peft_type):
+    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(peft_type=peft_type))
+    with pytest.raises(PerPEFTError, match=f"--peft_type {peft_type}, which leaves CLIP's attention as it is") as raised:
         analyse(explain_item, copied_run.folder, "--item", 1)
     assert len(str(raised.value).splitlines()) == 1
 

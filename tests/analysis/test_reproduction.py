@@ -216,6 +216,14 @@ def test_runs_of_different_data_make_no_table(plan):
         blocks_of(runs, "arts")
 
 
+def test_a_damaged_summary_is_one_clear_sentence(plan):
+    run = plan(1)[0]
+    finish(run, 0.5)
+    (run.folder / "summary.json").write_text("{}")
+    with pytest.raises(PerPEFTError, match="summary.json is damaged"):
+        blocks_of([run], "arts")
+
+
 def test_markdown_csv_and_latex_of_the_same_figures(arts_blocks, tmp_path):
     write_tables(tmp_path / "tables", "arts", arts_blocks, trials=3)
     text = (tmp_path / "tables" / "arts.md").read_text()

@@ -53,6 +53,7 @@ def test_transparent_images_are_put_on_white(tmp_path):
     palette.putpixel((0, 0), 0)
     for kind in ("PNG", "GIF"):
         assert decoded(palette, kind, tmp_path, transparency=0)[0, :, 0].tolist() == [255, 9]
+    assert decoded(palette, "PNG", tmp_path, transparency=bytes((0, 51)))[0, :, 0].tolist() == [255, 206]
     for mode, key in (("L", 7), ("RGB", (7, 7, 7))):
         assert decoded(Image.new(mode, (1, 1), key), "PNG", tmp_path, transparency=key).tolist() == [[[255, 255, 255]]]
     opaque = io.BytesIO()

@@ -210,7 +210,7 @@ def test_failure_on_the_way_leaves_no_half_store(shop, tokenizer, monkeypatch):
 
 def test_two_runs_that_build_the_store_at_the_same_time_both_get_it_and_decode_once(shop, tiny_clip, decoded, monkeypatch):
     """Several seeds started at once is the usual way to use a machine."""
-    both = threading.Barrier(2)  # neither looks for a store before the other does
+    both = threading.Barrier(2, timeout=60)  # neither looks for a store before the other does
 
     def build_once_both_are_here(folder):
         both.wait()

@@ -157,6 +157,11 @@ def test_a_silent_server_ends_in_time(scheme):
         downloader(timeout=0.2, retries=1).get(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/a")
 
 
+def test_a_silent_server_is_asked_again(server):
+    server.answers["/a"] = after(1, lambda handler: drip(handler, b"", b""))
+    assert downloader(timeout=0.2).get(server.url + "/a") == JPEG and server.asked["/a"] == 2
+
+
 def test_endless_and_large_content_is_not_taken(server):
     server.answers["/endless"] = pour
     server.answers["/large"] = lambda handler: send(handler, content=b"", length=2**40)

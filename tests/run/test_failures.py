@@ -268,8 +268,16 @@ def scaled(monkeypatch, scale):
 
 
 def test_overflow_is_skipped_counted_and_shown_also_after_an_interruption(run, monkeypatch, capsys):
+    def overflowing(trainer, loss):
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        update(trainer, loss)
+        assert trainer.skipped_steps == 1 and all(map(torch.equal, before, trainer.model.parameters()))
+
     scaled(monkeypatch, 2.0**127)
-    run_interrupted(run.arguments, "evaluate")
+    update = Trainer.update
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, overflowing)
+        run_interrupted(run.arguments, "evaluate")
     saved = torch.load(run.folder / "resume" / "global.pt", weights_only=True)["trainer"]["skipped_steps"]
     assert 1 <= saved <= 3
     run_script(run.arguments)

@@ -269,6 +269,12 @@ def test_damaged_groups_csv_is_reported(copied_run, change):  # a user less, a g
         run_script([*copied_run.arguments, "--inference_only"])
 
 
+def test_missing_groups_csv_is_reported(copied_run):
+    (copied_run.folder / "groups.csv").unlink()
+    with pytest.raises(PerPEFTError, match="groups.csv cannot be read .*--restart"):
+        run_script([*copied_run.arguments, "--inference_only"])
+
+
 # ---------------------------------------------------------------- grouping
 
 

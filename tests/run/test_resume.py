@@ -115,9 +115,10 @@ def test_iisan_killed_while_hidden_states_are_saved_and_in_training_ends_the_sam
 def test_restart_removes_only_what_runs_leave(copied_run):
     for name in ("mine", "tensorboard", "wandb", "figures"):
         (copied_run.folder / name).mkdir()
+    (copied_run.folder / "note.txt").write_text("mine")
     run_script([*copied_run.arguments, "--restart", "--global_epochs", "1", "--num_epochs", "1"])
     names = {path.name for path in copied_run.folder.iterdir()}
-    assert "mine" in names and not names & {"tensorboard", "wandb", "figures", "resume"}
+    assert {"mine", "note.txt"} <= names and not names & {"tensorboard", "wandb", "figures", "resume"}
     assert len((copied_run.folder / "metrics.csv").read_text().splitlines()) == 3
 
 
@@ -271,9 +272,9 @@ def change_clip(run, tiny_clip):
 )
 def test_changed_data_are_refused(kept, tiny_clip, change, message):
     weights = (tiny_clip / "model.safetensors").read_bytes()
-    change(kept, tiny_clip)
     before = outcome(kept.folder)
     try:
+        change(kept, tiny_clip)
         with pytest.raises(PerPEFTError, match=message):
             run_script(kept.arguments)
         if "summary.json" in before:
