@@ -5,6 +5,8 @@ import math
 import os
 import random
 import resource
+import shutil
+import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +16,7 @@ import torch
 
 from models.clip_peft import ClipPeftEncoder
 from models.peft_configs import peft_config
-from tests.conftest import can_train, exit_code, run_interrupted, run_script
+from tests.conftest import RUN, can_train, exit_code, fresh_data, run_interrupted, run_script, tiny_arguments
 from tests.run.conftest import at_step
 from tests.run_files import leftovers, outcome, summary_of
 from utils.common.files import save_tensors
@@ -68,6 +70,38 @@ def check_reported_and_whole(end, folder):
     assert not leftovers(folder)
     for path in folder.rglob("*.pt*"):
         torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 8 MB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here; the simulated failures stand in")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk_is_reported_and_the_run_goes_on_when_there_is_room(zygote, tiny_dataset, tiny_clip, small_disk, through):
+    """One run meets a full disk again and again, with more room each time: first for the image store, then for the run."""
+    data = fresh_data(tiny_dataset, small_disk / "dataset")
+    arguments, ballast = tiny_arguments(data, tiny_clip, small_disk, save_every=1), small_disk / "ballast"
+    full_at = []
+    for room in (1_000, 50_000, 200_000, 500_000, 700_000):  # titles, images of 92 kB, states of both stages
+        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+        end = zygote.run(arguments)
+        full_at.append(end.events[-1].split(":")[0])
+        if end.code == 2:
+            assert "the image store" in end.output and "No space left" in end.output and "make room" in end.output
+            assert [path.name for path in (data.train_dir / "tiny_store").iterdir() if path.suffix != ".lock"] == []
+        else:
+            check_reported_and_whole(end, small_disk / RUN.format("lora"))
+        ballast.unlink()
+    assert {"opening/store", "global/state", "personalized/state"} <= set(full_at), full_at
+    assert zygote.run(arguments).code == 0
+    assert outcome(small_disk / RUN.format("lora")) == through.outcome
 
 
 @pytest.mark.slow
