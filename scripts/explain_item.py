@@ -1,10 +1,8 @@
 """Show where CLIP attends in an item's title and image under each group's adapter of a finished LoRA or IA3 run."""
-from models.peft_configs import PEFT_TYPES
-from utils.analysis.attention import as_text, explain_items
+from utils.analysis.attention import as_text, explain_items, require_attention
 from utils.analysis.command_line import html_path, moved_models, parse_raw_ids, raw_id, run_folder_parser
 from utils.analysis.page import Page
 from utils.common.console import run_main
-from utils.common.errors import PerPEFTError
 from utils.run.finished import finished_dataset, finished_options, item_number
 
 
@@ -17,11 +15,7 @@ def main() -> None:
     options = parse_raw_ids(parser, "--item")
     folder = options.run_folder
     run_options, expected = finished_options(folder, options.train_dir, options.device, moved_models(options))
-    if run_options.peft_type not in PEFT_TYPES:
-        raise PerPEFTError(
-            f"{folder} is a run with --peft_type {run_options.peft_type}, which leaves CLIP's attention as it is in every group; "
-            "attention can be shown for runs of perpeft_lora_ia3.py"
-        )
+    require_attention(run_options, folder)
     dataset = finished_dataset(run_options, expected)
     item = item_number(dataset, options.item)
     (explanation,) = explain_items(run_options, dataset, folder, [item])

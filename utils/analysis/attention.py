@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from models import ClipPeftEncoder
+from models.peft_configs import PEFT_TYPES
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import Foundation, load_foundation
@@ -120,6 +121,15 @@ def _adapter_folders(options: argparse.Namespace, folder: Path) -> dict[str, Pat
         own = folder / "personalized"
         adapters |= {f"group {group} ({size:,} users)": own / f"group_{group}" for group, size in enumerate(sizes)}
     return adapters
+
+
+def require_attention(options: argparse.Namespace, folder: Path) -> None:
+    """Raise a PerPEFTError for a run whose adapters do not change CLIP's attention."""
+    if options.peft_type not in PEFT_TYPES:
+        raise PerPEFTError(
+            f"{folder} is a run with --peft_type {options.peft_type}, which leaves CLIP's attention as it is in every group; "
+            "attention can be shown for runs of perpeft_lora_ia3.py"
+        )
 
 
 def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, items: Sequence[int]) -> list[Explanation]:

@@ -1,5 +1,6 @@
 """The one image decoder: only kinds that run no other program, only whole images, only of bounded size, always 8-bit RGB."""
 import contextlib
+import functools
 import io
 import os
 import threading
@@ -21,6 +22,12 @@ DEEP_RANGES = {"I": (65535, 2**31 - 1), "F": (1, 255, 65535)}
 
 Result = TypeVar("Result")
 _one_large_image = threading.Lock()
+
+
+@functools.cache
+def _readable_kinds() -> list[str]:
+    Image.init()
+    return [kind for kind in KINDS if kind in Image.OPEN]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -56,11 +63,9 @@ def decoded_image(path: str | Path | io.BytesIO, edge: int = 224) -> Iterator[Im
         OSError: the file is missing, or not a whole image of a kind that is read.
         ValueError: its pixels would fill the memory, or it is damaged.
     """
-    Image.init()
-    kinds = [kind for kind in KINDS if kind in Image.OPEN]
     with contextlib.ExitStack() as held:
         try:
-            with Image.open(path, formats=kinds) as opened:
+            with Image.open(path, formats=_readable_kinds()) as opened:
                 width, height = opened.size
                 longest_edge = max(width, height) / max(1, min(width, height)) * edge
                 if width * height > BOMB_PIXELS or longest_edge * edge > BOMB_PIXELS:

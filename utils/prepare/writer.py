@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 from filelock import FileLock, Timeout
 
-from utils.common.console import number
+from utils.common.console import SHARED_OPTIONS, number
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_atomically, write_pickle
 from utils.data.dataset import default_groups, is_dataset_name
@@ -38,7 +38,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     add("--restart", action="store_true", help="replace a data set of that name; its images stay")
     add("--strict", action="store_true", help="rows that cannot be used are an error instead of being left out")
     add("--dry_run", action="store_true", help="show columns, first rows and counts, and write nothing")
-    add("--debug", action="store_true", help="show tracebacks")
+    add("--debug", **SHARED_OPTIONS["--debug"])
 
 
 def add_image_options(parser: argparse.ArgumentParser, images_help: str) -> None:

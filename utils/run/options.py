@@ -15,6 +15,7 @@ from utils.items.foundation import DEFAULT_CLIP
 from utils.run.hyperparameters import demo_hyperparameters, read_hyperparameters
 from utils.run.tracking import TRACKERS
 
+METHODS = ("perpeft", "global", "large_global", "frozen", "none")
 COUNT, BLOCKS, SEED = number(int, 1), number(int, 1, 1000), number(int, 0, 2**31)
 SIZE = number(int, 1, 10_000)  # of layers and tables: what is beyond would not fit into any memory
 RATE, WEIGHT, SHARE = number(float, 0, 10, above=True), number(float, 0, 1000), number(float, 0, 0.99)
@@ -73,16 +74,15 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     adapters = parser.add_argument_group("foundation model and adapters")
     if "lora" in peft_types:
         _add_peft_options(adapters.add_argument, ", ".join(peft_types[2:]))
-        methods = ("perpeft", "global", "large_global", "frozen", "none")
     else:
         settings = {"peft_config": None, "rank": None, "gradient_checkpointing": False, "precision": "fp32"}
         parser.set_defaults(peft_type=peft_types[0], **settings)
-        methods = ("perpeft", "global", "frozen", "none")
     add_model_options(adapters)
     adapters.add_argument("--C", **SHARED_OPTIONS["--C"])
     adapters.add_argument("--missing_images", **SHARED_OPTIONS["--missing_images"])
 
     add = parser.add_argument_group("comparison (the paper's Tables 2 and 3)").add_argument
+    methods = [name for name in METHODS if name != "large_global" or "lora" in peft_types]
     add(
         "--method", choices=methods, default="perpeft",
         help="perpeft: all three stages; the others train stage 1 alone, for --global_epochs + --num_epochs epochs: global (one "
