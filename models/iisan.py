@@ -16,37 +16,6 @@ def _side_blocks(number: int, width: int, bottleneck: int) -> nn.ModuleList:
     return blocks
 
 
-class _LayerwiseLinear(nn.Module):
-    """S linear layers as one batched product; saved and loaded as `{i}.0.weight` and `{i}.0.bias`, like a list of layers."""
-
-    def __init__(self, num_states: int, in_dim: int, out_dim: int):
-        super().__init__()
-        layers = [nn.Linear(in_dim, out_dim) for _ in range(num_states)]
-        self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))  # [S, out, in]
-        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))  # [S, out]
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[S, items, in] -> [S, items, out], layer i by the i-th weights."""
-        return torch.baddbmm(self.bias.unsqueeze(1), states, self.weight.transpose(1, 2))
-
-    def _named_slices(self, prefix: str) -> dict[str, Tensor]:
-        return {f"{prefix}{i}.0.{name}": getattr(self, name)[i] for i in range(len(self.weight)) for name in ("weight", "bias")}
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for key, part in self._named_slices(prefix).items():
-            destination[key] = part if keep_vars else part.detach().clone()
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        slices = self._named_slices(prefix)
-        missing_keys.extend(key for key in slices if key not in state_dict)
-        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in slices)
-        for key, part in slices.items():
-            if key in state_dict and state_dict[key].shape != part.shape:
-                error_msgs.append(f"{key} has shape {tuple(state_dict[key].shape)}, not {tuple(part.shape)}")
-            elif key in state_dict:
-                part.detach().copy_(state_dict[key])
-
-
 class IISAN(nn.Module):
     """Intra- and inter-modal side adapted network (Fu et al., SIGIR 2024).
 
@@ -73,7 +42,7 @@ class IISAN(nn.Module):
             self.TextBlocks = _side_blocks(num_states, text_dim, bottleneck)
         if modality == "both":
             self.InterBlocks = _side_blocks(num_states, text_dim, bottleneck)
-            self.CombProj = _LayerwiseLinear(num_states, image_dim, text_dim)
+            self.CombProj = nn.ModuleList(nn.Sequential(nn.Linear(image_dim, text_dim)) for _ in range(num_states))
 
     def forward(self, image_states: Tensor, text_states: Tensor) -> Tensor:
         """Title, image and joint stream side by side, [items, text_dim + image_dim + text_dim], or one alone.
@@ -87,31 +56,27 @@ class IISAN(nn.Module):
         text_gates, image_gates, joint_gates = torch.sigmoid(self.weight_scalar).unbind()  # [S] each
         streams = []
         if self._modality != "image":
-            streams.append(_own_stream(text_layers, text_gates, self.TextBlocks))
+            streams.append(_stream(self.TextBlocks, text_layers, text_gates.unbind()))
         if self._modality != "text":
-            streams.append(_own_stream(image_layers, image_gates, self.ImgBlocks))
+            streams.append(_stream(self.ImgBlocks, image_layers, image_gates.unbind()))
         if self._modality == "both":
-            projected = self.CombProj(image_layers).to(text_layers.dtype)  # fp16 under autocast; lerp takes one type alone
-            # w * text + (1 - w) * projection, all layers in one batched product
+            projected = torch.stack([project(layer) for project, layer in zip(self.CombProj, image_layers, strict=True)])
+            projected = projected.to(text_layers.dtype)  # fp16 under autocast; lerp takes one type alone
+            # w * text + (1 - w) * projection
             joint_layers = torch.lerp(projected, text_layers, joint_gates.view(-1, 1, 1))  # [S, items, text_dim]
-            streams.append(_joint_stream(joint_layers, self.InterBlocks))
+            streams.append(_stream(self.InterBlocks, joint_layers))
         return torch.cat(streams, dim=-1)
 
 
-def _own_stream(layers: Tensor, gates: Tensor, blocks: nn.ModuleList) -> Tensor:
-    """One modality's stream up its own layers, [S, items, width] and [S] -> [items, width]."""
-    state = blocks[0](layers[0]) + layers[0]
-    for layer, gate, block in zip(layers[1:], gates[1:].unbind(), blocks[1:], strict=True):
-        state = torch.lerp(layer, state, gate)  # w * state + (1 - w) * this layer
-        state = block(state) + state
-    return state
-
-
-def _joint_stream(layers: Tensor, blocks: nn.ModuleList) -> Tensor:
-    """The stream of both modalities, [S, items, width] -> [items, width]."""
-    state: Tensor | float = 0.0
-    for layer, block in zip(layers.unbind(), blocks, strict=True):
-        state = layer + state
+def _stream(blocks: nn.ModuleList, layers: Tensor, gates: tuple[Tensor, ...] | None = None) -> Tensor:
+    """One stream up its layers, [S, items, width] -> [items, width]; S `gates` weigh its state against each, or it adds them."""
+    layers = layers.unbind()
+    state = layers[0]
+    for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+        if i and gates is not None:
+            state = torch.lerp(layer, state, gates[i])  # w * state + (1 - w) * this layer
+        elif i:
+            state = layer + state
         state = block(state) + state
     return state
 

@@ -12,7 +12,7 @@ import torch
 from tests.zygote import ROOT, environment
 
 ADAPTERS = ("lora", "ia3", "iisan")
-FP32 = {"SASRec", "MultiheadAttention", "PointWiseFeedForward", "MMProjector", "IISAN", "_LayerwiseLinear"}
+FP32 = {"SASRec", "MultiheadAttention", "PointWiseFeedForward", "MMProjector", "IISAN"}
 
 
 @pytest.fixture(scope="module")
