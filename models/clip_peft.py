@@ -1,5 +1,6 @@
 """CLIP, or another dual encoder, with one peft adapter a group."""
 import contextlib
+import re
 
 import numpy as np
 import torch
@@ -69,6 +70,8 @@ class ClipPeftEncoder(ItemEncoder):
         if any(".crossattention." in name for name, _ in clip.named_modules()):  # BLIP's text tower attends to no image here
             patterns.append(r".*\.crossattention\..*")
         if patterns:
+            own = getattr(config, "exclude_modules", None) or []  # the user's, as peft matches them: a pattern, or ends of names
+            patterns += [own] if isinstance(own, str) else [rf"(.*\.)?{re.escape(name)}" for name in own]
             config.exclude_modules = "|".join(patterns)
         config.base_model_name_or_path = clip.config._name_or_path or None
         self.adapter_config, self._peft, self._clip = config, get_peft_model(clip, config), clip

@@ -88,7 +88,3 @@ class IISANEncoder(ItemEncoder):
 
     def __init__(self, iisan: IISAN, foundation_parameters: int | None = None):
         super().__init__(iisan, iisan.out_dim, foundation_parameters)
-
-    def forward(self, image_states: Tensor, text_states: Tensor) -> Tensor:
-        """Features by the active group's side network; shapes as in `IISAN.forward`."""
-        return self.active(image_states, text_states)

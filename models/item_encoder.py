@@ -1,6 +1,5 @@
 """The interface between the training pipeline and any foundation model with adapters."""
 import copy
-from abc import ABC, abstractmethod
 
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -8,15 +7,15 @@ from torch import Tensor, nn
 MODALITIES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}  # which parts of an item are used
 
 
-class ItemEncoder(nn.Module, ABC):
+class ItemEncoder(nn.Module):
     """Turns what an item source fetches (images and tokens, or hidden states) into item features, by one of its adapters.
 
     A new encoder has one adapter, group 0, which is the global one. `clone_groups(C)` makes C equal adapters of it, which
     then train apart. Only the adapter chosen by `use_group` takes part in a forward pass, so only it receives gradients; the
-    others keep `grad = None`, and AdamW leaves them as they are. Where an adapter is a module, only `forward` is left to write.
+    others keep `grad = None`, and AdamW leaves them as they are.
 
     Args:
-        adapter: the global one; None where a subclass adds its own form of it to `_groups`.
+        adapter: the global one, a module that turns inputs into features; None where a subclass adds its own form of it.
         feature_dim: width of an item's features.
         foundation_parameters: of the whole foundation model, of which the adapters are a share; None where that is not known.
     Attributes:
@@ -32,19 +31,14 @@ class ItemEncoder(nn.Module, ABC):
         self._groups = nn.ModuleList([] if adapter is None else [adapter])
         self._active = 0
 
-    @abstractmethod
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Features of the items whose inputs were fetched, [items, feature_dim]."""
+        """Features of the items whose inputs were fetched, [items, feature_dim], by the adapter that acts."""
+        return self._groups[self._active](*inputs)
 
     @property
     def num_groups(self) -> int:
         """How many adapters there are."""
         return len(self._groups)
-
-    @property
-    def active(self) -> nn.Module:
-        """The adapter that acts."""
-        return self._groups[self._active]
 
     def clone_groups(self, num_groups: int) -> None:
         """Make `num_groups` adapters, every one a copy of the present group 0."""
@@ -73,11 +67,10 @@ class ItemEncoder(nn.Module, ABC):
 
 
 class FrozenEncoder(ItemEncoder):
-    """Passes on a foundation model's features, computed once: the baseline without an adapter, alike for all groups."""
+    """Passes on a foundation model's features, computed once: the baseline without an adapter, alike for all groups.
+
+    Their width `feature_dim` is 0 where items are known by their embeddings alone.
+    """
 
     def __init__(self, feature_dim: int, foundation_parameters: int | None = None):
         super().__init__(nn.Identity(), feature_dim, foundation_parameters)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """The features unchanged, [items, feature_dim]; a width of 0 where items are known by their embeddings alone."""
-        return features

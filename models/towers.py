@@ -27,9 +27,7 @@ CLIP_LAYERS: Layers = {role: names[:1] for role, names in KNOWN_LAYERS.items()}
 class Traits:
     """How a dual encoder reads items, as `find_traits` finds it; the defaults are CLIP's."""
 
-    # The token that the text tower pools: "first", "last" (padding included), "final" (the last that is no padding), "end" (the
-    # first `end_token`), "highest" (the first of the highest number), or "mean" over a title's.
-    title_token: str = "end"
+    title_token: str = "end"  # which token the text tower pools, one of those in `pooling`
     end_token: int | None = None  # the number of the token that ends a title
     class_token: bool = True  # whether the image tower pools its first token; otherwise its states are means over patches
     masks_titles: bool = False  # whether padding changes a title's features unless the text tower gets a mask
@@ -43,16 +41,13 @@ class Traits:
         if self.title_token == "mean":
             return mask / mask.sum(1, keepdim=True)
         length = tokens.shape[1]
-        if self.title_token == "first":
-            places = torch.zeros_like(tokens[:, 0])
-        elif self.title_token == "last":
-            places = torch.full_like(tokens[:, 0], length - 1)
-        elif self.title_token == "final":
-            places = mask.sum(1) - 1
-        elif self.title_token == "end":
-            places = (tokens == self.end_token).int().argmax(1)  # [items]
-        else:
-            places = tokens.argmax(1)
+        places = {
+            "first": lambda: torch.zeros_like(tokens[:, 0]),
+            "last": lambda: torch.full_like(tokens[:, 0], length - 1),  # padding included
+            "final": lambda: mask.sum(1) - 1,  # the last that is no padding
+            "end": lambda: (tokens == self.end_token).int().argmax(1),  # the first `end_token`
+            "highest": lambda: tokens.argmax(1),  # the first of the highest number
+        }[self.title_token]()  # [items]
         # not one_hot, which takes no meta tensor in torch 2.2
         return (torch.arange(length, device=tokens.device) == places.unsqueeze(1)).float()
 

@@ -188,7 +188,7 @@ def test_item_vectors_equal_the_written_formula_and_the_padding_items_is_the_pro
     shake(model.projectors.parameters())
     features = torch.randn(3, 6)
     weights = weights_of(model.projectors[0])
-    adapter = model.encoder.active
+    adapter = model.encoder._groups[0]
     x = np.concatenate([np.zeros((1, 6)), (features @ adapter.weight.T + adapter.bias).double().numpy()])
     x = np.maximum(0, layer_norm(linear(x, weights, "projector.0"), weights, "projector.1"))
     expected = layer_norm(linear(x, weights, "projector.3"), weights, "last_layernorm")

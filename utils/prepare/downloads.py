@@ -1,4 +1,5 @@
 """One file from the web, whatever the server does: retries, limits of time and size, http and https only."""
+import itertools
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -6,7 +7,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
-from urllib3.exceptions import MaxRetryError
 
 MOST_REDIRECTS = 5
 PASSING = (408, 425, 429)  # and all from 500: statuses that a later attempt may change
@@ -20,11 +20,11 @@ class ImageError(Exception):
 
 
 class PassingError(ImageError):
-    """Why an image cannot be fetched now; `response` is the server's answer, if there was one."""
+    """Why an image cannot be fetched now; `retry_after` is the number of seconds that the server asks for, if it does."""
 
-    def __init__(self, reason: str, response: requests.Response | None = None):
+    def __init__(self, reason: str, retry_after: float | None = None):
         super().__init__(reason)
-        self.response = response
+        self.retry_after = retry_after
 
 
 class Downloader:
@@ -38,8 +38,8 @@ class Downloader:
     """
 
     def __init__(self, retries: int, timeout: float, deadline: float, max_bytes: int, backoff: float = 1):
-        self.timeout, self.deadline, self.max_bytes = timeout, deadline, max_bytes
-        self._retry = Retry(retries, backoff_factor=backoff / 2)
+        self.retries, self.timeout, self.deadline, self.max_bytes, self.backoff = retries, timeout, deadline, max_bytes, backoff
+        self._late = f"not fetched within {deadline:g} seconds"
         self._session = requests.Session()
         self._session.headers.update(HEADERS)
         self._session.max_redirects = MOST_REDIRECTS
@@ -59,7 +59,7 @@ class Downloader:
         threading.Thread(target=self._fetch, args=(url, result, time.monotonic() + self.deadline), daemon=True).start()
         wait((result, self._stopped), self.deadline, FIRST_COMPLETED)
         if not result.done():
-            raise PassingError("stopped" if self._stopped.done() else f"not fetched within {self.deadline:g} seconds")
+            raise PassingError("stopped" if self._stopped.done() else self._late)
         return result.result()
 
     def stop(self) -> None:
@@ -73,17 +73,12 @@ class Downloader:
             result.set_exception(error)
 
     def _content_after_retries(self, url: str, end: float) -> bytes:
-        retry = self._retry
-        while True:
+        for failed in itertools.count():
             try:
                 return self._attempt(url, end)
             except PassingError as error:
-                try:
-                    retry = retry.increment(error=error)
-                except MaxRetryError:
-                    raise error from None
-                asked = None if error.response is None else _retry_after(retry, error.response)
-                if self._pause(min(retry.get_backoff_time() if asked is None else asked, LONGEST_WAIT)) or time.monotonic() > end:
+                seconds = self.backoff * (2**failed // 2) if error.retry_after is None else error.retry_after
+                if failed == self.retries or self._pause(min(seconds, LONGEST_WAIT)) or time.monotonic() > end:
                     raise
 
     def _pause(self, seconds: float) -> bool:
@@ -94,7 +89,7 @@ class Downloader:
         try:
             with self._session.get(url, timeout=self.timeout, stream=True) as response:
                 if response.status_code >= 500 or response.status_code in PASSING:
-                    raise PassingError(f"HTTP {response.status_code}", response)
+                    raise PassingError(f"HTTP {response.status_code}", _retry_after(response))
                 if response.status_code != 200:
                     raise ImageError(f"HTTP {response.status_code}")
                 return self._content(response, end)
@@ -109,24 +104,23 @@ class Downloader:
             raise PassingError(f"connection failed: {str(reason)[:200]}") from error
 
     def _content(self, response: requests.Response, end: float) -> bytes:
-        length = response.headers.get("Content-Length", "")
-        expected = int(length) if length.isdecimal() else 0
-        content = bytearray()
-        if expected <= self.max_bytes:
-            for block in response.iter_content(BLOCK):
-                content += block
-                if len(content) > self.max_bytes or time.monotonic() > end:
-                    break
-        if max(expected, len(content)) > self.max_bytes:
-            raise ImageError(f"more than {self.max_bytes:,} bytes")
-        if len(content) < expected and "Content-Encoding" not in response.headers:
-            raise PassingError(f"cut off, {expected - len(content):,} bytes are missing")
-        return bytes(content)
+        response.raw.enforce_content_length = True  # less than was announced is an error, which urllib3 before 2.0 overlooks
+        announced = response.headers.get("Content-Length", "")
+        size, content = int(announced) if announced.isdecimal() else 0, bytearray()
+        blocks = response.iter_content(BLOCK)
+        while max(size, len(content)) <= self.max_bytes:
+            if time.monotonic() > end:
+                raise PassingError(self._late)
+            block = next(blocks, None)
+            if block is None:
+                return bytes(content)
+            content += block
+        raise ImageError(f"more than {self.max_bytes:,} bytes")
 
 
-def _retry_after(retry: Retry, response: requests.Response) -> float | None:
+def _retry_after(response: requests.Response) -> float | None:
     """Seconds that a Retry-After header asks for; None where it asks for nothing that can be read."""
     try:
-        return retry.get_retry_after(response.raw)
+        return Retry().get_retry_after(response.raw)
     except Exception:  # urllib3 has an error of its own for a header that it cannot read
         return None
