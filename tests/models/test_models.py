@@ -116,19 +116,10 @@ def test_rows_zero_are_zero_at_first_and_weights_are_xavier_normal():
         assert norm.eps == 1e-8
 
 
-class TableEncoder(ItemEncoder):
-    """An item encoder whose adapter is a linear layer on features that are its input: the interface, without CLIP."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(6, 6), 6, 1)
-
-    def forward(self, features):
-        return self.active(features)
-
-
 def make_model():
+    """Its adapter is a linear layer on features that are its input: the interface of encoders, without CLIP."""
     torch.manual_seed(0)
-    return PerPEFT(TableEncoder(), MMProjector(6, WIDTH), SASRec(ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS))
+    return PerPEFT(ItemEncoder(nn.Linear(6, 6), 6, 1), MMProjector(6, WIDTH), SASRec(ITEMS, WIDTH, MAXLEN, BLOCKS, HEADS))
 
 
 def test_rows_zero_stay_zero_in_training(vectors):
@@ -175,12 +166,6 @@ def test_import_surface_has_the_documented_signatures(module, expected):
     assert ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters) == expected
 
 
-@torch.no_grad()
-def test_default_sizes_are_the_papers():
-    assert SASRec(20).states(torch.zeros(3, 10, dtype=torch.long), torch.zeros(21, 32)).shape == (3, 10, 32)
-    assert IISAN()(torch.zeros(2, 7, 768), torch.zeros(2, 7, 512)).shape == (2, 1792)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
 def test_item_vectors_equal_the_written_formula_and_the_padding_items_is_the_projection_of_an_all_zero_row(training):
@@ -188,8 +173,7 @@ def test_item_vectors_equal_the_written_formula_and_the_padding_items_is_the_pro
     shake(model.projectors.parameters())
     features = torch.randn(3, 6)
     weights = weights_of(model.projectors[0])
-    adapter = model.encoder._groups[0]
-    x = np.concatenate([np.zeros((1, 6)), (features @ adapter.weight.T + adapter.bias).double().numpy()])
+    x = np.concatenate([np.zeros((1, 6)), linear(features.double().numpy(), weights_of(model.encoder), "_groups.0")])
     x = np.maximum(0, layer_norm(linear(x, weights, "projector.0"), weights, "projector.1"))
     expected = layer_norm(linear(x, weights, "projector.3"), weights, "last_layernorm")
     assert np.abs(expected[0]).max() > 0.1  # the zero row before the projector is not a zero row after it
@@ -236,14 +220,11 @@ def test_iisan_with_the_authors_weights_equals_the_written_formula_and_learns_by
     expected = torch.stack([plain_iisan(plain, *item) for item in zip(iisan.image.double(), iisan.text.double())])
     torch.testing.assert_close(features, expected.float(), rtol=1e-4, atol=1e-4)
 
-    # one step down the gradient of the same loss, read by the authors' names whatever way the module stores its weights
     direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(6))
     (features * direction).sum().backward()
     (expected * direction.double()).sum().backward()
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-    for name, weight in model.state_dict().items():
-        stepped = plain[name] - 0.1 * plain[name].grad
-        torch.testing.assert_close(weight, stepped.detach().float(), rtol=1e-3, atol=1e-3, msg=name)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, plain[name].grad.float(), rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_iisan_starts_with_even_gates_and_nearly_silent_blocks():

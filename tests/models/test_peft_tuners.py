@@ -26,6 +26,7 @@ def test_every_group_has_an_adapter_of_its_own_which_opens_with_peft(kind, tiny_
     shake(encoder.group_parameters(0).values(), size=0.1)
     encoder.clone_groups(3)
     other.clone_groups(3)
+    assert not any(module.training for module in encoder.modules())  # a fresh adapter would drop out in evaluation
     same = by_group(encoder)
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
     alone = encoder(inputs.pixels[:1], inputs.tokens[:1])
@@ -43,9 +44,11 @@ def test_every_group_has_an_adapter_of_its_own_which_opens_with_peft(kind, tiny_
         torch.testing.assert_close(clip_features(opened, inputs.of_clip), own[group], rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "0" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_clip)
-    listed = [id(parameter) for parameter in adapter_parameters(other)]  # loading freezes nothing
-    assert {id(parameter) for parameter in other.parameters() if parameter.requires_grad} == set(listed)
+    listed = [id(parameter) for parameter in adapter_parameters(other)]
     assert len(set(listed)) == len(listed) > 0
+    for group in (1, 2, 0):  # loading freezes none; in one order, by which the state that training continues from lists them
+        other.use_group(group)
+        assert [id(parameter) for parameter in other.parameters() if parameter.requires_grad] == listed
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "dora", "vera", "oft"])
@@ -64,16 +67,6 @@ def test_one_modality_leaves_the_other_tower_without_adapters_and_gradients(kind
     assert all(parameter.grad is None for name, parameter in encoder.named_parameters() if unused in name)
     assert set(encoder.group_parameters(0)) == {name for name in both.group_parameters(0) if used in name}
     assert all(parameter.grad is not None for parameter in encoder.group_parameters(0).values())
-
-
-def test_the_order_of_parameters_does_not_depend_on_the_active_group(make_encoder):
-    """The state that training continues from lists them in order."""
-    encoder = make_encoder()
-    encoder.clone_groups(3)
-    expected = [id(parameter) for parameter in encoder.parameters() if parameter.requires_grad]
-    for group in (1, 2, 0):
-        encoder.use_group(group)
-        assert [id(parameter) for parameter in encoder.parameters() if parameter.requires_grad] == expected
 
 
 def test_settings_that_do_not_fit_the_model_are_one_sentence(tiny_dataset, tiny_clip, tmp_path):

@@ -38,9 +38,6 @@ def draw_items(num: int, rng: np.random.Generator) -> list[Item]:
     return [Item(*values) for values in zip(*columns)]
 
 
-# ---------------------------------------------------------------- words
-
-
 def shop_title(item: Item, rng: np.random.Generator) -> str:
     """Write a title as a shop would: category, brand, material, sometimes a style; never colour, pattern or shape."""
     style = f"{_pick(STYLES, rng)} " if rng.random() < 0.5 else ""
@@ -68,9 +65,6 @@ def web_caption(item: Item, rng: np.random.Generator) -> str:
 
 def _pick(values: tuple[str, ...], rng: np.random.Generator) -> str:
     return values[rng.integers(len(values))]
-
-
-# ---------------------------------------------------------------- histories
 
 
 def choose_histories(items: list[Item], num_users: int, rng: np.random.Generator) -> tuple[list[list[int]], list[int]]:
@@ -112,9 +106,6 @@ def _liked_items(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     there = np.unique(values)
     number = min(2 if rng.random() < TWO_LIKES_SHARE else 1, len(there))
     return np.isin(values, rng.choice(there, size=number, replace=False))
-
-
-# ---------------------------------------------------------------- files
 
 
 def make_demo(train_dir: str | Path, num_users: int = 1200, num_items: int = 400, seed: int = 0) -> None:

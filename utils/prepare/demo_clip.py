@@ -19,9 +19,8 @@ def demo_pairs(image_size: int = IMAGE_SIZE, seed: int = 0, num: int = DEMO_PAIR
     items = draw_items(num, rng)
     captions = [web_caption(item, rng) for item in items]
     resample = image_processor().resample
-    images = np.empty((num, image_size, image_size, 3), dtype=np.uint8)
-    for row, item in enumerate(tqdm(items, "Drawing images with captions", unit="image", leave=False, disable=None)):
-        images[row] = draw_image(item, rng).resize((image_size, image_size), resample)
+    bar = tqdm(items, "Drawing images with captions", unit="image", leave=False, disable=None)
+    images = np.stack([np.asarray(draw_image(item, rng).resize((image_size, image_size), resample)) for item in bar])
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), captions
 
 

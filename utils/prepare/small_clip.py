@@ -59,6 +59,7 @@ class Sizes:
 
 
 SMALL = Sizes()
+_channel_statistics = functools.cache(lambda: channel_statistics(image_processor()))  # the same at every size
 
 
 def image_processor(image_size: int = IMAGE_SIZE) -> BaseImageProcessor:
@@ -68,7 +69,7 @@ def image_processor(image_size: int = IMAGE_SIZE) -> BaseImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
 
 
-def read_images(paths: Sequence[Path], image_size: int = IMAGE_SIZE) -> torch.Tensor:
+def read_images(paths: list[Path], image_size: int = IMAGE_SIZE) -> torch.Tensor:
     """Read the images of item 1, 2, ... as the small CLIP's own processor does: uint8 [images, 3, image_size, image_size].
 
     Raises:
@@ -76,33 +77,22 @@ def read_images(paths: Sequence[Path], image_size: int = IMAGE_SIZE) -> torch.Te
     """
     processor = image_processor(image_size)
     images = np.empty((len(paths), 3, image_size, image_size), dtype=np.uint8)
-    unreadable = []
-    found = on_all_cores(lambda path: read_image(path, processor), list(paths))
+    problems = Problems()
+    found = on_all_cores(lambda path: read_image(path, processor), paths)
     for row, image in enumerate(tqdm(found, "images", len(paths), unit="image", disable=None)):
         if isinstance(image, np.ndarray):
             images[row] = image
         else:
-            unreadable.append(format_image_problem(paths[row], row + 1, image))
-    problems = Problems()
-    problems.add("unreadable images (replace them, or leave their items out)", unreadable)
+            named = format_image_problem(paths[row], row + 1, image)
+            problems.add("unreadable images (replace them, or leave their items out)", [named])
     problems.raise_any("a small CLIP cannot be trained on these images:")
     return torch.from_numpy(images)
 
 
-# ---------------------------------------------------------------- training
-
-
 def train_small_clip(
-    images: torch.Tensor,
-    titles: Sequence[str],
-    folder: str | Path,
-    sizes: Sizes = SMALL,
-    *,
-    seed: int = 0,
-    steps: int = STEPS,
-    batch_size: int = BATCH_SIZE,
-    vary: bool = True,
-) -> dict[str, float]:
+    images: torch.Tensor, titles: Sequence[str], folder: str | Path, sizes: Sizes = SMALL, *,
+    seed: int = 0, steps: int = STEPS, batch_size: int = BATCH_SIZE, vary: bool = True,
+) -> dict[str, float]:  # fmt: skip
     """Train a small CLIPModel contrastively on images and their titles, and save it with its tokenizer and processor.
 
     The folder is one that `CLIPModel`, `CLIPImageProcessor` and `AutoTokenizer` open by from_pretrained. It appears when
@@ -210,11 +200,6 @@ def _rate_share(step: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
-
-
-@functools.cache
-def _channel_statistics() -> tuple[torch.Tensor, torch.Tensor]:
-    return channel_statistics(image_processor())
 
 
 def _similarity(model: CLIPModel, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
