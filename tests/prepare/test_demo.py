@@ -33,15 +33,18 @@ def words_of(text):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "dataset"
     make_demo(folder, NUM_USERS, NUM_ITEMS)
+    make_demo(folder, 40, 20, seed=9)  # what is there is kept
     return folder
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Histories at the demo's real size: items, histories, groups."""
+    """Of each group at the demo's real size, its users' histories, as lists of items."""
     rng = np.random.default_rng(5)
     items = draw_items(400, rng)
-    return items, *choose_histories(items, 1200, rng)
+    histories, groups = choose_histories(items, 1200, rng)
+    chosen = [[items[item - 1] for item in history] for history in histories]
+    return [[history for history, other in zip(chosen, groups) if other == group] for group in range(len(GROUPS))]
 
 
 def test_files_are_those_of_any_data_set(folder):
@@ -72,22 +75,15 @@ def test_true_groups_and_attributes_name_every_user_and_item(folder):
 
 
 def test_same_seed_same_files_other_seed_others_and_global_random_numbers_go_on(tmp_path):
-    before = np.random.get_state()[1].tolist()
-    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+    def files(name, seed):
         make_demo(tmp_path / name, 12, 8, seed=seed)
-    one, two, other = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("[!.]*.*")} for name in ("one", "two", "other")
-    )
+        return {path.name: path.read_bytes() for path in (tmp_path / name).rglob("[!.]*.*")}
+
+    before = np.random.get_state()[1].tolist()
+    one, two, other = files("one", 3), files("two", 3), files("other", 4)
     assert one == two and len(one) == 8 + 5
     assert not [name for name in ("D0001.jpg", "demo_final.txt") if one[name] == other[name]]
     assert np.random.get_state()[1].tolist() == before
-
-
-def test_what_is_there_is_kept(tmp_path):
-    make_demo(tmp_path, 8, 4)
-    before = (tmp_path / "demo_final.txt").read_text()
-    make_demo(tmp_path, 40, 20, seed=9)
-    assert (tmp_path / "demo_final.txt").read_text() == before
 
 
 def test_interrupted_making_is_started_again(tmp_path, monkeypatch):
@@ -112,50 +108,39 @@ def test_titles_name_brand_material_category_and_nothing_that_only_the_image_sho
 
 
 def test_each_group_chooses_by_its_own_aspect(drawn):
-    items, histories, groups = drawn
-    for group, (own, _) in enumerate(GROUPS):
-        mine = [history for history, other in zip(histories, groups) if other == group]
-        # the share of a user's interactions that show the user's two commonest values of an aspect, beside that of any 9 items
-        shares = {}
-        for aspect in ("shape", "colour", "brand", "material"):
-            values = [[getattr(items[item - 1], aspect) for item in history] for history in mine]
-            shares[aspect] = np.mean([sum(count for _, count in Counter(v).most_common(2)) / len(v) for v in values])
-        others = max(share for aspect, share in shares.items() if aspect != own)
-        assert shares[own] > demo.LIKED_SHARE
-        assert shares[own] > others + 0.2
+    def share(aspect, history):
+        """Of items that show the two values of the aspect which are commonest in a history."""
+        return sum(count for _, count in Counter(getattr(item, aspect) for item in history).most_common(2)) / len(history)
+
+    aspects = [aspect for aspect, _ in GROUPS]
+    for own, histories in zip(aspects, drawn):
+        shares = {aspect: np.mean([share(aspect, history) for history in histories]) for aspect in aspects}
+        assert shares.pop(own) > max(demo.LIKED_SHARE, max(shares.values()) + 0.2)
 
 
 def test_groups_lean_to_their_categories_and_have_items_elsewhere_too(drawn):
-    items, histories, groups = drawn
-    for group, (_, home) in enumerate(GROUPS):
-        chosen = [items[item - 1].category for history, other in zip(histories, groups) if other == group for item in history]
+    for (_, home), histories in zip(GROUPS, drawn):
+        chosen = [item.category for history in histories for item in history]
         assert demo.HOME_SHARE < np.mean([category in home for category in chosen]) < demo.HOME_SHARE + 0.12
         assert set(chosen) == set(demo.CATEGORIES)
-    pairs = {(item, group) for history, group in zip(histories, groups) for item in history}
-    groups_of = Counter(item for item, _ in pairs)
-    assert np.mean([groups_of[item] >= 3 for item in range(1, len(items) + 1)]) > 0.8
+    groups_of = Counter(item for histories in drawn for item in set(itertools.chain(*histories)))
+    assert np.mean([count >= 3 for count in groups_of.values()]) > 0.8
 
 
 def test_groups_can_be_found_from_histories(drawn):
-    items, histories, groups = drawn
-    at_home = {category: group for group, (_, home) in enumerate(GROUPS) for category in home}
-    shares = np.zeros((len(histories), len(GROUPS)))  # [users, departments]
-    for user, history in enumerate(histories):
-        for item in history[:-1]:  # as in training: without the test item
-            shares[user, at_home[items[item - 1].category]] += 1 / (len(history) - 1)
+    groups = [group for group, histories in enumerate(drawn) for _ in histories]
+    training = [history[:-1] for histories in drawn for history in histories]
+    shares = [[np.mean([item.category in home for item in history]) for _, home in GROUPS] for history in training]
     assert adjusted_rand_score(groups, KMeans(len(GROUPS), n_init=10, random_state=0).fit_predict(shares)) > 0.7
 
 
 def test_two_images_of_the_same_aspects_differ_a_little():
     rng = np.random.default_rng(0)
-    item = Item("mug", "round", "blue", "dotted", "Kumo", "metal")
-    first, second = (np.asarray(draw_image(item, rng)).astype(float) for _ in range(2))  # [height, width, RGB]
-    red = np.asarray(draw_image(item._replace(colour="red"), rng)).astype(float)
-    middle = np.s_[30:65, 30:60]  # the body's face
-    assert (first != second).mean() > 0.5
-    for blue in (first, second):
-        assert blue[middle][..., 2].mean() > blue[middle][..., 0].mean() + 20
-    assert red[middle][..., 0].mean() > red[middle][..., 2].mean() + 20
+    items = [Item("mug", "round", colour, "dotted", "Kumo", "metal") for colour in ("blue", "blue", "red")]
+    faces = [np.asarray(draw_image(item, rng)).astype(float)[30:65, 30:60] for item in items]  # [height, width, RGB] of bodies
+    assert (faces[0] != faces[1]).mean() > 0.5
+    bluer = [face[..., 2].mean() - face[..., 0].mean() for face in faces]
+    assert min(bluer[:2]) > 20 and bluer[2] < -20
 
 
 @pytest.mark.parametrize("aspect", Item._fields)
