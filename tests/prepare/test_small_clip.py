@@ -1,4 +1,6 @@
 """The small CLIP: its tokenizer, its loss, that it learns, and that what it leaves is an ordinary CLIPModel folder."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -31,12 +33,11 @@ def trained(folder, steps=40, seed=0, **options):
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
+def made(tmp_path_factory):
+    """A small CLIP's folder, what training returned, and the folder's parts as transformers alone opens them."""
     folder = tmp_path_factory.mktemp("clip") / "small"
-    return folder, trained(folder)
-
-
-# ---------------------------------------------------------------- tokenizer
+    result, parts = trained(folder), {"model": CLIPModel, "processor": CLIPImageProcessor, "tokenizer": AutoTokenizer}
+    return SimpleNamespace(folder=folder, result=result, **{name: part.from_pretrained(folder) for name, part in parts.items()})
 
 
 def test_tokenizer_is_the_same_every_time():
@@ -69,9 +70,6 @@ def test_long_titles_are_cut_and_still_end_with_eos():
     assert tokenizer("", truncation=True)["input_ids"] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
-# ---------------------------------------------------------------- loss and retrieval
-
-
 def test_loss_of_different_titles_is_clips():
     logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     numbers = torch.arange(6)
@@ -95,11 +93,8 @@ def test_retrieval_by_hand():
         assert retrieval(similarity, torch.tensor(numbers)) == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------- training and what it leaves
-
-
-def test_training_lowers_the_loss_and_finds_unseen_pairs(clip_folder):
-    _, result = clip_folder
+def test_training_lowers_the_loss_and_finds_unseen_pairs(made):
+    result = made.result
     assert result["held_out"] == 20
     assert result["last_loss"] < 0.75 * result["first_loss"]
     assert min(result["image_to_title"], result["title_to_image"]) > 2 * result["chance"]
@@ -131,25 +126,22 @@ def test_same_seed_same_weights_and_the_callers_random_numbers_go_on(tmp_path):
     assert one != other
 
 
-def test_folder_opens_with_transformers_alone(clip_folder):
-    folder, result = clip_folder
-    model = CLIPModel.from_pretrained(folder)
-    assert (model.num_parameters(), model.config.projection_dim) == (result["parameters"], small_clip.PROJECTION_DIM)
-    processor = CLIPImageProcessor.from_pretrained(folder)
+def test_folder_opens_with_transformers_alone(made):
+    model, processor = made.model, made.processor
+    assert (model.num_parameters(), model.config.projection_dim) == (made.result["parameters"], small_clip.PROJECTION_DIM)
     assert (processor.size, processor.crop_size) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
     assert processor.image_mean == CLIPImageProcessor().image_mean
     texts = ["red mug", "Blue lamp, no. 7", "unheard-of thing"]
-    auto, slow, fast = (kind.from_pretrained(folder) for kind in (AutoTokenizer, CLIPTokenizer, CLIPTokenizerFast))
-    assert auto(texts)["input_ids"] == slow(texts)["input_ids"] == fast(texts)["input_ids"]
-    assert auto.model_max_length == model.config.text_config.max_position_embeddings
-    image = Image.new("RGB", (50, 40))
-    inputs = CLIPProcessor.from_pretrained(folder)(text=texts, images=image, padding=True, return_tensors="pt")
+    for kind in (CLIPTokenizer, CLIPTokenizerFast):
+        assert kind.from_pretrained(made.folder)(texts)["input_ids"] == made.tokenizer(texts)["input_ids"]
+    assert made.tokenizer.model_max_length == model.config.text_config.max_position_embeddings
+    both, image = CLIPProcessor.from_pretrained(made.folder), Image.new("RGB", (50, 40))
+    inputs = both(text=texts, images=image, padding=True, return_tensors="pt")
     assert model(**inputs).logits_per_image.shape == (1, 3)
 
 
-def test_pooled_token_is_eos_whatever_the_padding(clip_folder):
-    folder, _ = clip_folder
-    model, tokenizer = CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+def test_pooled_token_is_eos_whatever_the_padding(made):
+    model, tokenizer = made.model, made.tokenizer
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(model.config.text_config, name) == getattr(tokenizer, name) != 2  # which pools the largest id
     texts = ["red mug", "a much longer lamp of blue"]
@@ -163,16 +155,13 @@ def test_pooled_token_is_eos_whatever_the_padding(clip_folder):
     torch.testing.assert_close(output.pooler_output[:1], alone)
 
 
-def test_training_sees_what_the_saved_processor_makes(clip_folder):
-    folder, _ = clip_folder
-    model, processor = CLIPModel.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+@torch.no_grad()
+def test_training_sees_what_the_saved_processor_makes(made):
     images, _ = coloured_pairs(4, seed=5)
-    tokens = tokenizer(["red mug", "blue mug"], return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        found = small_clip._similarity(model, images, tokens)
-        inputs = processor([Image.fromarray(image.transpose(1, 2, 0)) for image in images.numpy()], return_tensors="pt")
-        expected = model(input_ids=tokens, **inputs).logits_per_image / model.logit_scale.exp()
+    tokens = made.tokenizer(["red mug", "blue mug"], return_tensors="pt")["input_ids"]
+    found = small_clip._similarity(made.model, images, tokens)
+    inputs = made.processor([Image.fromarray(image.transpose(1, 2, 0)) for image in images.numpy()], return_tensors="pt")
+    expected = made.model(input_ids=tokens, **inputs).logits_per_image / made.model.logit_scale.exp()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -192,9 +181,6 @@ def test_sizes_that_make_no_clip_are_refused(tmp_path):
     with pytest.raises(PerPEFTError, match="too few"):
         train_small_clip(*coloured_pairs(19), tmp_path / "clip", Sizes(**SIZES), steps=1)
     assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------- images from files, the demo's CLIP, the script
 
 
 def test_images_are_read_as_the_processor_does(tiny_dataset):
