@@ -67,10 +67,7 @@ class ItemEncoder(nn.Module):
 
 
 class FrozenEncoder(ItemEncoder):
-    """Passes on a foundation model's features, computed once: the baseline without an adapter, alike for all groups.
-
-    Their width `feature_dim` is 0 where items are known by their embeddings alone.
-    """
+    """Passes on a foundation model's features, computed once; of width 0 where items are known by their embeddings alone."""
 
     def __init__(self, feature_dim: int, foundation_parameters: int | None = None):
         super().__init__(nn.Identity(), feature_dim, foundation_parameters)

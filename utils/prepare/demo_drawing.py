@@ -178,9 +178,8 @@ def _draw_fittings(pen: ImageDraw.ImageDraw, category: str, centre: np.ndarray, 
     elif category == "kite":  # a tail with bows
         tail = [(x + math.sin(part * 1.3) * 12, y + radius * 0.7 + part * 8) for part in range(9)]
         pen.line(tail, fill=dark, width=4)
-        for place in (4, 6, 8):
-            left, right, top, low = tail[place][0] - 13, tail[place][0] + 13, tail[place][1] - 7, tail[place][1] + 7
-            pen.polygon([(left, top), (right, low), (right, top), (left, low)], fill=dark)
+        for bow_x, bow_y in tail[4::2]:
+            pen.polygon([(bow_x + right, bow_y + down) for right, down in ((-13, -7), (13, 7), (13, -7), (-13, 7))], fill=dark)
     elif category == "lamp":  # a stand below
         pen.line((x, y, x, y + radius * 1.4), fill=dark, width=10)
         pen.rounded_rectangle((x - radius * 0.6, y + radius * 1.3, x + radius * 0.6, y + radius * 1.3 + 13), radius=6, fill=dark)
