@@ -18,14 +18,11 @@ from utils.run.build import trainable_counts
 from utils.training.checkpoints import load_adapter, load_weights, save_adapter, save_weights
 
 
-@pytest.mark.parametrize(
-    ("kind", "targets", "parts"),
-    [
-        ("lora", ["self_attn.q_proj", "self_attn.v_proj"], ["lora_A.weight", "lora_B.weight"]),
-        ("ia3", ["self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"], ["ia3_l"]),
-        ("dora", ["self_attn.q_proj", "self_attn.v_proj"], ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"]),
-    ],
-)
+@pytest.mark.parametrize("kind, targets, parts", [
+    ("lora", ["self_attn.q_proj", "self_attn.v_proj"], ["lora_A.weight", "lora_B.weight"]),
+    ("ia3", ["self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"], ["ia3_l"]),
+    ("dora", ["self_attn.q_proj", "self_attn.v_proj"], ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"]),
+])  # fmt: skip
 def test_exactly_the_papers_layers_of_both_towers_are_adapted(make_encoder, kind, targets, parts):
     layers = [f"base_model.model.{tower}.encoder.layers.{i}." for tower in ("vision_model", "text_model") for i in range(2)]
     expected = {f"{layer}{target}.{part}" for layer in layers for target in targets for part in parts}
@@ -47,15 +44,12 @@ def test_layers_that_the_settings_exclude_stay_so_with_one_modality(excluded, ti
     assert adapted == {"layers.0.self_attn.v_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        # ViT-B/32: 12 image layers of width 768 and 12 title layers of width 512; rank 4, A and B, two projections a layer
-        ("lora", 12 * 2 * 4 * (768 + 768) + 12 * 2 * 4 * (512 + 512)),
-        # one factor an output of k_proj and v_proj, and one an input of fc1, which is a feed-forward layer
-        ("ia3", 12 * 3 * 768 + 12 * 3 * 512),
-    ],
-)
+@pytest.mark.parametrize("kind, expected", [
+    # ViT-B/32: 12 image layers of width 768 and 12 title layers of width 512; rank 4, A and B, two projections a layer
+    ("lora", 12 * 2 * 4 * (768 + 768) + 12 * 2 * 4 * (512 + 512)),
+    # one factor an output of k_proj and v_proj, and one an input of fc1, which is a feed-forward layer
+    ("ia3", 12 * 3 * 768 + 12 * 3 * 512),
+])  # fmt: skip
 def test_parameter_counts_on_vit_b_32_are_those_computed_by_hand(kind, expected):
     with torch.device("meta"):
         encoder = ClipPeftEncoder(CLIPModel(CLIPConfig()), peft_config(kind), CLIPImageProcessor())

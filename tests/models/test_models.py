@@ -69,10 +69,9 @@ def vectors():
     return torch.randn(ITEMS + 1, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize(
-    ("histories", "heads", "blocks", "weight_scalar"),
-    [(HISTORIES, HEADS, BLOCKS, 0.5), ([[0, 4, 9]], 4, 3, 1.7)],  # shorter than maxlen: positions count from 1 all the same
-)
+@pytest.mark.parametrize("histories, heads, blocks, weight_scalar", [
+    (HISTORIES, HEADS, BLOCKS, 0.5), ([[0, 4, 9]], 4, 3, 1.7),  # shorter than maxlen: positions count from 1 all the same
+])  # fmt: skip
 @torch.no_grad()
 def test_states_equal_the_written_formula(vectors, histories, heads, blocks, weight_scalar):
     model = make_sasrec(num_heads=heads, num_blocks=blocks, weight_scalar=weight_scalar)
@@ -147,14 +146,11 @@ def test_state_dict_names_and_shapes_are_those_of_the_authors():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("module", "expected"),
-    [
-        (SASRec, "num_items, hidden_units=32, maxlen=10, num_blocks=2, num_heads=4, dropout_rate=0.3, weight_scalar=0.5"),
-        (MMProjector, "in_dim, hidden_units=32"),
-        (IISAN, "image_dim=768, text_dim=512, num_states=7, bottleneck=32, modality='both'"),
-    ],
-)
+@pytest.mark.parametrize("module, expected", [
+    (SASRec, "num_items, hidden_units=32, maxlen=10, num_blocks=2, num_heads=4, dropout_rate=0.3, weight_scalar=0.5"),
+    (MMProjector, "in_dim, hidden_units=32"),
+    (IISAN, "image_dim=768, text_dim=512, num_states=7, bottleneck=32, modality='both'"),
+])  # fmt: skip
 def test_import_surface_has_the_documented_signatures(module, expected):
     parameters = inspect.signature(module).parameters.values()
     assert ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters) == expected
@@ -243,9 +239,7 @@ def test_iisan_trains_under_autocast_as_it_does_on_a_gpu(iisan):
     assert all(torch.isfinite(parameter.grad).all() and parameter.grad.any() for parameter in iisan.model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("modality", "blocks", "stream"), [("image", "ImgBlocks", slice(5, 12)), ("text", "TextBlocks", slice(0, 5))]
-)
+@pytest.mark.parametrize("modality, blocks, stream", [("image", "ImgBlocks", slice(5, 12)), ("text", "TextBlocks", slice(0, 5))])
 def test_iisan_of_one_modality_is_that_stream_of_the_whole(iisan, modality, blocks, stream):
     one = IISAN(7, 5, 4, 3, modality=modality)
     one.load_state_dict({name: w for name, w in iisan.weights.items() if name.startswith(("weight_scalar", blocks))})  # strictly

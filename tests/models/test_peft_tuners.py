@@ -52,9 +52,9 @@ def test_every_group_has_an_adapter_of_its_own_which_opens_with_peft(kind, tiny_
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "dora", "vera", "oft"])
-@pytest.mark.parametrize(
-    ("modality", "used", "unused"), [("text", "text_model", "vision_model"), ("image", "vision_model", "text_model")]
-)
+@pytest.mark.parametrize("modality, used, unused", [
+    ("text", "text_model", "vision_model"), ("image", "vision_model", "text_model"),
+])  # fmt: skip
 def test_one_modality_leaves_the_other_tower_without_adapters_and_gradients(kind, modality, used, unused, make_encoder, inputs):
     encoder, both = make_encoder(kind, modality=modality), make_encoder(kind)
     found = features(encoder, inputs)
@@ -75,18 +75,15 @@ def test_settings_that_do_not_fit_the_model_are_one_sentence(tiny_dataset, tiny_
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "options", "expected"),
-    [
-        ("no JSON", {}, "cannot be read as JSON"),
-        ('{"r": 4}', {}, "names no adapter"),
-        ('{"peft_type": "LORA", "colour": 1}', {}, "lora has no setting colour"),
-        ('{"peft_type": "ADALORA"}', {}, "adalora cannot be used"),
-        ('{"peft_type": "LORA"}', {"peft_type": "ia3"}, "--peft_config is of lora, --peft_type is ia3"),
-        ('{"peft_type": "LORA"}', {"rank": 8}, "--rank 8 has no effect"),
-        ('{"peft_type": "LORA"}', {"method": "frozen"}, "--peft_config has no effect with --method frozen"),
-    ],
-)
+@pytest.mark.parametrize("content, options, expected", [
+    ("no JSON", {}, "cannot be read as JSON"),
+    ('{"r": 4}', {}, "names no adapter"),
+    ('{"peft_type": "LORA", "colour": 1}', {}, "lora has no setting colour"),
+    ('{"peft_type": "ADALORA"}', {}, "adalora cannot be used"),
+    ('{"peft_type": "LORA"}', {"peft_type": "ia3"}, "--peft_config is of lora, --peft_type is ia3"),
+    ('{"peft_type": "LORA"}', {"rank": 8}, "--rank 8 has no effect"),
+    ('{"peft_type": "LORA"}', {"method": "frozen"}, "--peft_config has no effect with --method frozen"),
+])  # fmt: skip
 def test_wrong_configurations_are_refused(content, options, expected, tiny_dataset, tiny_clip, tmp_path, capsys):
     (tmp_path / "file.json").write_text(content)
     options = {"peft_type": None, "peft_config": tmp_path / "file.json"} | options
