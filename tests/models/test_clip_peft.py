@@ -40,8 +40,9 @@ def test_adapter_settings_are_the_papers():
 def test_layers_that_the_settings_exclude_stay_so_with_one_modality(excluded, tiny_clip):
     config = peft_config("lora", settings={"exclude_modules": excluded})
     encoder = ClipPeftEncoder(CLIPModel.from_pretrained(tiny_clip), config, None, modality="text")
-    adapted = {name.split("encoder.")[1].split(".lora")[0] for name in encoder.group_parameters(0)}
-    assert adapted == {"layers.0.self_attn.v_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"}
+    adapted = {name.split(".lora")[0] for name in encoder.group_parameters(0)}
+    layers = "base_model.model.text_model.encoder.layers"
+    assert adapted == {f"{layers}.{name}" for name in ("0.self_attn.v_proj", "1.self_attn.q_proj", "1.self_attn.v_proj")}
 
 
 @pytest.mark.parametrize("kind, expected", [

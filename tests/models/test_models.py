@@ -160,14 +160,17 @@ def test_import_surface_has_the_documented_signatures(module, expected):
 @torch.no_grad()
 def test_item_vectors_equal_the_written_formula_and_the_padding_items_is_the_projection_of_an_all_zero_row(training):
     model = make_model().train(training)
-    shake(model.projectors.parameters())
+    model.clone_groups(2)
+    shake([*model.encoder.parameters(), *model.projectors.parameters()])
     features = torch.randn(3, 6)
-    weights = weights_of(model.projectors[0])
-    x = np.concatenate([np.zeros((1, 6)), linear(features.double().numpy(), weights_of(model.encoder), "_groups.0")])
-    x = np.maximum(0, layer_norm(linear(x, weights, "projector.0"), weights, "projector.1"))
-    expected = layer_norm(linear(x, weights, "projector.3"), weights, "last_layernorm")
-    assert np.abs(expected[0]).max() > 0.1  # the zero row before the projector is not a zero row after it
-    np.testing.assert_allclose(model.item_vectors(0, (features,)).numpy(), expected, atol=1e-5)
+    for group in (1, 0):
+        weights = weights_of(model.projectors[group])
+        adapted = linear(features.double().numpy(), weights_of(model.encoder), f"_groups.{group}")
+        x = np.concatenate([np.zeros((1, 6)), adapted])
+        x = np.maximum(0, layer_norm(linear(x, weights, "projector.0"), weights, "projector.1"))
+        expected = layer_norm(linear(x, weights, "projector.3"), weights, "last_layernorm")
+        assert np.abs(expected[0]).max() > 0.1  # the zero row before the projector is not a zero row after it
+        np.testing.assert_allclose(model.item_vectors(group, (features,)).numpy(), expected, atol=1e-5)
 
 
 def plain_iisan(weights, image, text):
