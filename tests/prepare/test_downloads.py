@@ -136,6 +136,13 @@ def test_waits_double_or_are_those_that_the_server_asks_for_within_a_limit(serve
     assert web.get(server.url + "/a") == JPEG and found == waits
 
 
+def test_a_wait_lasts_until_all_is_stopped():
+    web, started = downloader(), time.monotonic()
+    assert not web._pause(0.2) and time.monotonic() - started > 0.19
+    web.stop()
+    assert web._pause(1000)
+
+
 @pytest.mark.parametrize("begin, piece", [
     (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"x"),  # the content
     (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),  # whose end would be the connection's
