@@ -18,7 +18,7 @@ from utils.analysis.tables import markdown_table
 from utils.common.console import number, run_main, script_parser
 from utils.common.devices import choose_device
 from utils.common.files import write_json
-from utils.data.dataset import PAPER_GROUPS, Dataset, read_dataset
+from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import Foundation, load_foundation
 from utils.items.hidden_states import HiddenStateStore
 from utils.prepare.demo import make_demo
@@ -75,10 +75,7 @@ def measure_adapter(
         else:
             kind = argparse.Namespace(peft_type=peft_type, rank=PAPER_RANK, peft_config=None, modality="both")
             encoder = peft_encoder(kind, foundation)
-        found = {"items": dataset.num_items, **benchmark.encoding_costs(encoder.to(device), source, device, repeats)}
-        found |= benchmark.step_costs(encoder, source, dataset, device, 1, batch_size, repeats)
-        personalized = benchmark.step_costs(encoder, source, dataset, device, PAPER_GROUPS, batch_size, repeats)
-    return found | {f"personalized_{name}": value for name, value in personalized.items()}
+        return {"items": dataset.num_items, **benchmark.adapter_costs(encoder, source, dataset, device, batch_size, repeats)}
 
 
 def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:

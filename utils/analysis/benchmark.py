@@ -42,12 +42,11 @@ HIDDEN_UNITS, MAXLEN = 32, 10  # the defaults of training
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
     """Milliseconds of one call, a GPU's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
+    synchronize()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize()
     return MILLISECONDS * (time.perf_counter() - start)
 
 
@@ -121,22 +120,21 @@ def _stage_sampler(dataset: Dataset, num_groups: int, batch_size: int) -> Sample
     return Sampler(train, dataset.num_items, *stage, batch_size, MAXLEN, seed=(0, num_groups))
 
 
-def _model(encoder: ItemEncoder, num_items: int, device: torch.device) -> PerPEFT:
-    return PerPEFT(encoder, MMProjector(encoder.feature_dim), SASRec(num_items)).to(device)
+def adapter_costs(
+    encoder: ItemEncoder, source: ItemSource, dataset: Dataset, device: torch.device, batch_size: int, repeats: int
+) -> dict[str, float]:
+    """Encoding, and steps of stages 1 and 3, with one kind of adapter; `encoder` has one, which is trained on."""
+    model = PerPEFT(encoder, MMProjector(encoder.feature_dim), SASRec(dataset.num_items)).to(device)
+    found = _encoding_costs(model, source, device, repeats)
+    found |= _step_costs(model, source, dataset, device, 1, batch_size, repeats)
+    personalized = _step_costs(model, source, dataset, device, PAPER_GROUPS, batch_size, repeats)
+    return found | {f"personalized_{name}": value for name, value in personalized.items()}
 
 
-def step_costs(
-    encoder: ItemEncoder, source: ItemSource, dataset: Dataset, device: torch.device,
-    num_groups: int, batch_size: int, repeats: int,
-) -> dict[str, float]:  # fmt: skip
-    """Milliseconds of a training step, of sampling and fetching, and the ratio to the bare encoder's step on the same items.
-
-    Args:
-        encoder: with one adapter; it is trained on.
-        num_groups: 1 for stage 1, more for stage 3.
-        batch_size: users a batch.
-    """
-    model = _model(encoder, dataset.num_items, device)
+def _step_costs(
+    model: PerPEFT, source: ItemSource, dataset: Dataset, device: torch.device, num_groups: int, batch_size: int, repeats: int
+) -> dict[str, float]:
+    """Milliseconds of a training step, of sampling and fetching, and the ratio to the bare encoder's step on the same items."""
     model.clone_groups(num_groups)
     model.train()
     trainer = Trainer(model, source, Accelerator(cpu=device.type == "cpu"), lr=1e-4, wdecay=1e-4, l2_emb=1e-6)
@@ -145,10 +143,10 @@ def step_costs(
     batch = sample()
     fetch = partial(source.fetch, batch.items[1:], device)
     inputs = fetch()
-    bare: nn.Module = copy.deepcopy(encoder)
+    bare: nn.Module = copy.deepcopy(model.encoder)
     bare.use_group(batch.group)
     parameters = list(bare.group_parameters(batch.group).values())
-    if isinstance(encoder, IISANEncoder):
+    if isinstance(bare, IISANEncoder):
         _, num_states, image_dim = inputs[0].shape
         bare = PlainIISAN(image_dim, inputs[1].shape[2], num_states).to(device)
         parameters = list(bare.parameters())
@@ -160,9 +158,9 @@ def step_costs(
 
 
 @torch.no_grad()
-def encoding_costs(encoder: ItemEncoder, source: ItemSource, device: torch.device, repeats: int) -> dict[str, float]:
+def _encoding_costs(model: PerPEFT, source: ItemSource, device: torch.device, repeats: int) -> dict[str, float]:
     """Encoding all items for evaluation, beside the bare forward pass on inputs that were fetched before."""
-    model = _model(encoder, source.num_items, device).eval()
+    model.eval()
     nobody = leave_last_out(Histories.of_lists([]))
     evaluator = Evaluator(nobody, source, device, Accelerator(cpu=device.type == "cpu"))
     order = source.reading_order()
@@ -170,7 +168,7 @@ def encoding_costs(encoder: ItemEncoder, source: ItemSource, device: torch.devic
 
     def bare() -> None:
         for inputs in fetched:
-            encoder(*inputs)
+            model.encoder(*inputs)
 
     times, over_bare = compare(device, repeats, table=partial(evaluator.item_table, model, 0), bare=bare)
     items_per_second = source.num_items / times["table"] * MILLISECONDS

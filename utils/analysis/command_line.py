@@ -2,6 +2,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from utils.common.console import script_parser
 from utils.run.build import MODEL_OPTIONS
@@ -17,9 +18,10 @@ def run_folder_parser(description: str, several: bool = False) -> argparse.Argum
     return parser
 
 
-def moved_models(options: argparse.Namespace) -> dict[str, str | None]:
-    """Where a run's models lie now, by option, as `finished_options` takes them."""
-    return {option: getattr(options, option) for option in MODEL_OPTIONS}
+def place_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Where the data and the models lie now, and the device, as `finished_options` and `open_finished` take them."""
+    models = {option: getattr(options, option) for option in MODEL_OPTIONS}
+    return {"train_dir": options.train_dir, "device": options.device, "models": models}
 
 
 def raw_id(text: str) -> str:

@@ -22,12 +22,7 @@ TEMPLATES = Environment(
 DARKEST = 0.2  # brightness of a patch without attention
 
 
-class Tile(NamedTuple):
-    """An item in a list: a note below its title, and whether it is marked as the test item."""
-
-    item: int
-    note: str
-    marked: bool
+Tile = tuple[int, str, bool]  # an item in a list, a note below its title, and whether it is marked as the test item
 
 
 class TileRow(NamedTuple):
@@ -37,17 +32,6 @@ class TileRow(NamedTuple):
     note: str
     tiles: list[Tile]
     empty: str = ""
-
-
-class UserCard(NamedTuple):
-    """A user's history and recommendations; why they are shown, and what they gained, are empty where there is nothing to say."""
-
-    anchor: str
-    name: str
-    kind: str
-    gain: str
-    note: str
-    rows: list[TileRow]
 
 
 @dataclass
@@ -105,7 +89,7 @@ class Page:
     def __init__(self, dataset: Dataset, heading: str):
         self.dataset, self.heading = dataset, heading
         self.items: dict[int, ItemCard] = {}
-        self.users: list[UserCard] = []
+        self.users: list[dict[str, Any]] = []  # the variables of their cards
 
     def card(self, item: int) -> ItemCard:
         """The card of an item, made when first asked for."""
@@ -118,7 +102,7 @@ class Page:
     def tile(self, item: int, anchor: str, label: str, note: str = "", marked: bool = False) -> Tile:
         """An item in the list of the card `anchor`, which `label` names where the item's card links back."""
         self.card(item).mentions.setdefault(anchor, label)
-        return Tile(item, note, marked)
+        return item, note, marked
 
     def add_user(
         self, person: Person, rankings: Sequence[tuple[str, Ranking]], top_k: int, kind: str = "", gain: str = ""
@@ -129,18 +113,16 @@ class Page:
             rankings: each with the name of its run, or "".
             kind, gain: why the user is shown, and their gain in NDCG@20.
         """
-        anchor = person.name.replace(" ", "-")
-        shown = [int(item) for item in person.history[-top_k:]]
+        name, anchor = person.name, person.name.replace(" ", "-")
+        shown = person.history[-top_k:].tolist()
         few = f"last {len(shown)} of {len(person.history)}" if len(shown) < len(person.history) else f"{len(shown)} items"
-        rows = [TileRow("History", f"{few}, latest last", [self.tile(item, anchor, person.name) for item in shown])]
+        rows = [TileRow("History", f"{few}, latest last", [self.tile(item, anchor, name) for item in shown])]
         for run_name, ranking in rankings:
             label = f"{run_name}: {ranking.label}" if run_name else ranking.label.capitalize()
             note = "" if ranking.test_rank is None else f"test item at rank {ranking.test_rank:,}"
-            tiles = [
-                self.tile(item, anchor, person.name, f"{score:.2f}", item == person.test_item) for item, score in ranking.best
-            ]
+            tiles = [self.tile(item, anchor, name, f"{score:.2f}", item == person.test_item) for item, score in ranking.best]
             rows.append(TileRow(label, note, tiles, "Every item is in the history already."))
-        self.users.append(UserCard(anchor, person.name.capitalize(), kind, gain, person.history_note, rows))
+        self.users.append({"person": person, "anchor": anchor, "kind": kind, "gain": gain, "rows": rows})
 
     def add_attention(self, explanation: Explanation, run_name: str = "") -> None:
         """Add the attention to an item in one run to the item's card."""

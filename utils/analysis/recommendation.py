@@ -72,14 +72,6 @@ def best_items(state: torch.Tensor, table: torch.Tensor, excluded: np.ndarray, t
     return list(zip(best.tolist(), scores[best].tolist()))
 
 
-def _group_centres(vectors: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """The mean of the members' vectors, [groups, hidden]; NaN for a group without members."""
-    sums = np.zeros((num_groups, vectors.shape[1]))
-    np.add.at(sums, groups, vectors)
-    with np.errstate(invalid="ignore"):
-        return sums / np.bincount(groups, minlength=num_groups)[:, None]
-
-
 def choose_groups(vector: np.ndarray, own: int | None, centres: np.ndarray, other: int | None) -> tuple[int, int | None]:
     """The group of a user, and another one to compare with.
 
@@ -122,7 +114,9 @@ class Recommender:
         self._models: dict[int | None, tuple[SASRec, torch.Tensor]] = {None: (copy.deepcopy(run.model.sasrec), table)}
         if self.grouped:
             run.load_personalized()  # whose SASRec takes the place of the global one, copied above
-            self._centres = _group_centres(self.user_vectors, run.groups, run.options.C)
+            self._centres = np.full((run.options.C, self.user_vectors.shape[1]), np.nan)  # [groups, hidden]
+            for group in np.unique(run.groups):
+                self._centres[group] = self.user_vectors[run.groups == group].mean(0)
 
     def _state(self, group: int | None, history: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The user's state [hidden] after a history, and the item table [num_items + 1, hidden], by one adapter."""
