@@ -80,20 +80,18 @@ def measure_adapter(
 
 def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:
     """How sampling, grouping, ranking and the item table grow at 1x, 4x and 16x, up to a million users and items."""
-    ranking, sampling, grouping, item_table = {}, {}, {}, {}
+    found: dict[str, Any] = {"ranking": {}, "sampling": {}, "grouping": {}, "item_table": {}}
     for size in tqdm(SIZES, "sizes", unit="size", disable=None):
-        ranking[f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
-        ranking[f"{size}_items"] = benchmark.ranking_costs(64, size, device)
-        sampling[f"{size}_users_and_items"] = largest = benchmark.sampling_costs(size)
+        found["ranking"][f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
+        found["ranking"][f"{size}_items"] = benchmark.ranking_costs(64, size, device)
+        found["sampling"][f"{size}_users_and_items"] = largest = benchmark.sampling_costs(size)
         if size <= MOST_USERS_TO_GROUP:
-            grouping[f"{size}_users"] = benchmark.grouping_costs(size)
-        item_table[f"{size}_items"] = benchmark.item_table_costs(size, device, repeats)
-    ranking["beside_plain_loop"] = plain = benchmark.ranking_costs(2048, CATALOGUE_ITEMS, device, plain_users=24)
-    return {
-        "ranking": ranking, "sampling": sampling, "grouping": grouping, "item_table": item_table,
-        "ranking_over_plain_loop": plain["over_plain_loop"],
-        "sampling_ms_at_1m_users": max(largest["global_ms"], largest["personalized_ms"]),
-    }  # fmt: skip
+            found["grouping"][f"{size}_users"] = benchmark.grouping_costs(size)
+        found["item_table"][f"{size}_items"] = benchmark.item_table_costs(size, device, repeats)
+    found["ranking"]["beside_plain_loop"] = plain = benchmark.ranking_costs(2048, CATALOGUE_ITEMS, device, plain_users=24)
+    found["ranking_over_plain_loop"] = plain["over_plain_loop"]
+    found["sampling_ms_at_1m_users"] = max(largest["global_ms"], largest["personalized_ms"])
+    return found
 
 
 def rows_of(figures: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:

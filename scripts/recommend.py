@@ -26,7 +26,7 @@ def main() -> None:
     path = options.output or options.run_folder / "figures" / f"recommend_{options.user or 'new'}.html"
     page.write(path)
     write_json(path.with_suffix(".json"), as_json(run, person, rankings))
-    print(f"{as_text(run, person, rankings)}\n{path}\n{path.with_suffix('.json')}")
+    print(f"{as_text(person, rankings)}\n{path}\n{path.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

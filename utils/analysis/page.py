@@ -4,14 +4,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from utils.analysis.attention import Explanation
-from utils.analysis.recommendation import Person, Ranking
+from utils.analysis.recommendation import Person, Ranking, label_of
 from utils.common.files import write_text_atomically
 from utils.data.dataset import Dataset
 from utils.data.images import decoded_image
@@ -23,15 +23,6 @@ DARKEST = 0.2  # brightness of a patch without attention
 
 
 Tile = tuple[int, str, bool]  # an item in a list, a note below its title, and whether it is marked as the test item
-
-
-class TileRow(NamedTuple):
-    """Items side by side, with a label and a note; `empty` is said where there are none."""
-
-    label: str
-    note: str
-    tiles: list[Tile]
-    empty: str = ""
 
 
 @dataclass
@@ -116,12 +107,13 @@ class Page:
         name, anchor = person.name, person.name.replace(" ", "-")
         shown = person.history[-top_k:].tolist()
         few = f"last {len(shown)} of {len(person.history)}" if len(shown) < len(person.history) else f"{len(shown)} items"
-        rows = [TileRow("History", f"{few}, latest last", [self.tile(item, anchor, name) for item in shown])]
+        rows = [("History", f"{few}, latest last", [self.tile(item, anchor, name) for item in shown])]
         for run_name, ranking in rankings:
-            label = f"{run_name}: {ranking.label}" if run_name else ranking.label.capitalize()
-            note = "" if ranking.test_rank is None else f"test item at rank {ranking.test_rank:,}"
-            tiles = [self.tile(item, anchor, name, f"{score:.2f}", item == person.test_item) for item, score in ranking.best]
-            rows.append(TileRow(label, note, tiles, "Every item is in the history already."))
+            label = f"{run_name}: {label_of(ranking)}" if run_name else label_of(ranking).capitalize()
+            test_rank = ranking["rank_of_test_item"]
+            note = "" if test_rank is None else f"test item at rank {test_rank:,}"
+            best = [(each["item"], f"{each['score']:.2f}") for each in ranking["items"]]
+            rows.append((label, note, [self.tile(item, anchor, name, score, item == person.test_item) for item, score in best]))
         self.users.append({"person": person, "anchor": anchor, "kind": kind, "gain": gain, "rows": rows})
 
     def add_attention(self, explanation: Explanation, run_name: str = "") -> None:

@@ -13,7 +13,7 @@ from models.peft_configs import PEFT_TYPES
 from utils.analysis.attention import explain_items
 from utils.analysis.figures import group_colours, inline_svg, plot_gains, plot_users
 from utils.analysis.groups import Interval, mean_interval, typical_items
-from utils.analysis.page import Page, TileRow
+from utils.analysis.page import Page
 from utils.analysis.recommendation import Recommender, known_user
 from utils.common.errors import PerPEFTError
 from utils.run.build import has_groups
@@ -81,9 +81,8 @@ class RunPart:
             for item, count, lift in typical_items(run.split.train_and_valid, run.groups, group, run.dataset.num_items):
                 elsewhere = f"{lift:.1f}×" if np.isfinite(lift) else "nobody else"
                 tiles.append(page.tile(item, anchor, label, f"{count} times, {elsewhere}"))
-            row = TileRow("Most typical items", "", tiles, "no typical items" if size else "no users")
             card = {"number": group, "colour": colour, "users": size, "share": size / len(run.groups), "gain": gain}
-            self.groups.append({**card, "typical": row, "anchor": anchor})
+            self.groups.append({**card, "typical": tiles, "anchor": anchor})
         labels = [*(f"group {group}" for group in range(number)), "all users"]
         users = (plot_users, self.recommender.user_vectors, run.groups, number)
         self.users_map = inline_svg(f"map{self.name}", f"Map of users in {number} groups", *users, height=5)
@@ -151,7 +150,7 @@ def _format_setting(value: Any) -> str:
 
 def _attention_items(parts: Sequence[RunPart], page: Page, number: int) -> list[int]:
     """Items to show attention for: typical ones, group by group, then those that most cards mention."""
-    typical = [[item for item, *_ in group["typical"].tiles] for part in parts for group in part.groups]
+    typical = [[item for item, *_ in group["typical"]] for part in parts for group in part.groups]
     first = [item for items in zip_longest(*typical) for item in items if item is not None]
     others = sorted(page.items, key=lambda item: -len(page.items[item].mentions))
     return list(dict.fromkeys([*first, *others]))[:number]

@@ -134,11 +134,6 @@ def _dataset_of(run: Path, other: Path, train_dir: str | Path) -> Dataset:
     return dataset
 
 
-def _test_ranks(folder: Path) -> np.ndarray:
-    own = folder / "personalized_ranks.csv"
-    return read_ranks(own if own.is_file() else folder / "global_ranks.csv")["test"]
-
-
 def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) -> str:
     """All tables as Markdown.
 
@@ -149,7 +144,9 @@ def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) 
         PerPEFTError: a run is not finished, has no groups, or belongs to other data.
     """
     dataset = _dataset_of(run, other, train_dir)
-    own, theirs, groups = _test_ranks(run), _test_ranks(other), read_groups(run / "groups.csv")
+    last_stage = "personalized" if (other / "personalized_ranks.csv").is_file() else "global"
+    own, theirs = (read_ranks(path)["test"] for path in (run / "personalized_ranks.csv", other / f"{last_stage}_ranks.csv"))
+    groups = read_groups(run / "groups.csv")
     split = leave_last_out(dataset.histories)
     users = split.evaluated_users
     popularity = np.bincount(split.train.items, minlength=dataset.num_items + 1)  # [items + 1]
