@@ -14,7 +14,7 @@ def main() -> None:
     default = "report.html in the run folder; of several runs, beside the first one's folder"
     parser.add_argument("--output", type=html_path, help=f"page to write (default: {default})")
     options = parser.parse_args()
-    start, folders = time.monotonic(), options.run_folders
+    start, folders = time.monotonic(), options.run_folder
     path = options.output or (folders[0] if len(folders) == 1 else folders[0].resolve().parent) / "report.html"
     write_report(folders, path, place_of(options), options.users, options.items)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s); open it in a browser")

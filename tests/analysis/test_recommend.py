@@ -1,5 +1,6 @@
 """Recommendations and exported vectors against peft, transformers and loops alone; and what is said where there are none."""
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,12 +8,10 @@ import torch
 
 from scripts import export_vectors, recommend
 from tests.analysis.pages import check_page, classes
-from tests.conftest import NUM_ITEMS
 from tests.plain import ITEMS, plain_model, plain_state
 from tests.run_files import change_json, groups_of, ranks_of, tree
 from utils.analysis.recommendation import best_items, choose_groups
 from utils.common.errors import PerPEFTError
-from utils.run.finished import open_finished
 
 
 @torch.no_grad()
@@ -101,15 +100,17 @@ def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_t
     assert len(assigned) > 1  # otherwise this test shows little
 
 
-def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain, recommended):
-    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(grouping="random"))  # no matter
-    own = groups_of(copied_run.folder)[8]
+def test_chosen_other_group_is_used(copied_run, tiny_dataset, tiny_clip, plain, recommended):
+    """Where groups are random too, and where CLIP lies elsewhere now."""
+    changed = {"grouping": "random", "clip_model": "moved/away"}
+    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(changed))
+    own, recommended = groups_of(copied_run.folder)[8], partial(recommended, 8, "--clip_model", tiny_clip, "--user", 8)
     for other in {0, 1, 2} - {own}:
-        found = recommended(8, "--user", 8, "--other_group", other, "--top_k", 3)["recommendations"][2]
+        found = recommended("--other_group", other, "--top_k", 3)["recommendations"][2]
         assert found["group"] == other
         assert_ranked(found, plain_top(plain[other], tiny_dataset.histories[8][:-1], 3))
     with pytest.raises(PerPEFTError, match=f"the user's own group is {own}"):
-        recommended(8, "--user", 8, "--other_group", own)
+        recommended("--other_group", own)
 
 
 def test_user_with_too_few_interactions_has_no_test_item(tiny_dataset, plain, recommended):
@@ -166,11 +167,3 @@ def test_exported_vectors_are_those_of_plain_models(tiny_run, tiny_dataset, plai
         items = tiny_dataset.histories[user]
         known = items if histories == "all" or len(items) < 3 else items[:-1]
         np.testing.assert_allclose(vector, plain_state(plain[group], known), atol=2e-5)
-
-
-def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_dataset, tiny_clip):
-    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(clip_model="moved/away"))
-    with pytest.raises(PerPEFTError, match="'moved/away', which is no folder here, lies elsewhere: name it by --clip_model DIR"):
-        open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir)
-    run = open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir, {"clip_model": str(tiny_clip)})
-    assert run.dataset.num_items == NUM_ITEMS

@@ -43,6 +43,8 @@ def contents(folder):
         (recommend, None, ("--user", 8, "--other_group", 3), "--other_group 3: the run has groups 0 to 2; name another"),
         (recommend, with_option(method="global"), ("--user", 8, "--other_group", 1), "method 'global' has no groups"),
         (recommend, with_option(grouping="random"), ("--history", "B001"), "this run's groups are random"),
+        (recommend, with_option(clip_model="moved/away"), (),
+         "'moved/away', which is no folder here, lies elsewhere: name it by --clip_model DIR"),
         (recommend, None, ("--history", "B001", "B031"), "item 'B031' is neither a raw id of tiny nor a number from 1 to 30"),
         *((explain_item, None, ("--item", name), f"item '{name}' is neither a raw id of tiny nor a number from 1 to 30")
           for name in ("B031", "0", str(NUM_ITEMS + 1), "-1", "1.5", "²", "9" * 30)),

@@ -12,8 +12,8 @@ from scripts import report
 from tests.analysis.pages import check_page, classes
 from tests.conftest import run_on_folder
 from tests.run_files import groups_of, ranks_of, summary_of, tree
-from utils.analysis.figures import group_colours, inline_svg, plot_users
-from utils.analysis.groups import mean_interval, typical_items
+from utils.analysis.figures import group_colours, inline_svg, plot_gains, plot_users
+from utils.analysis.groups import Interval, mean_interval, typical_items
 from utils.analysis.page import thumbnail
 from utils.analysis.report import choose_users
 from utils.data.histories import Histories
@@ -111,12 +111,7 @@ def test_map_has_as_many_colours_as_groups(num_groups, width):
 
 
 def test_figures_take_the_pages_colours_and_refer_to_nothing_else():
-    def plot(axes):
-        axes.plot([1, 2], [3, 4])
-        axes.set_title("a < b & c")
-        axes.grid()
-
-    svg = inline_svg("one", 'loss "x"', plot)
+    svg = inline_svg("one", 'loss "x"', plot_gains, ["a < b & c"], [Interval(0.1, 0.0, 0.2, 9)])
     assert "currentColor" in svg and "var(--rule)" in svg and "http" not in svg and "<metadata" not in svg
     assert "a &lt; b &amp; c" in svg and "aria-label=\"loss &#34;x&#34;\"" in svg
     ids = set(re.findall(r'id="([^"]+)"', svg))

@@ -11,8 +11,7 @@ from utils.run.build import MODEL_OPTIONS
 def run_folder_parser(description: str, several: bool = False) -> argparse.ArgumentParser:
     """The options of a script that opens a finished run, or `several`; a script adds its own."""
     parser = script_parser(description, "--train_dir", "--device")
-    name, more = ("run_folders", {"nargs": "+", "metavar": "run_folder"}) if several else ("run_folder", {})
-    parser.add_argument(name, type=Path, help="folder of a finished run, as in ./runs", **more)
+    parser.add_argument("run_folder", type=Path, nargs="+" if several else None, help="folder of a finished run, as in ./runs")
     for option in MODEL_OPTIONS:
         parser.add_argument(f"--{option}", help=f"folder of the run's --{option}, if it was moved since training")
     return parser

@@ -21,7 +21,6 @@ TEMPLATES = Environment(
 )
 DARKEST = 0.2  # brightness of a patch without attention
 
-
 Tile = tuple[int, str, bool]  # an item in a list, a note below its title, and whether it is marked as the test item
 
 
@@ -30,8 +29,6 @@ class ItemCard:
     """An item: its image as a data URI, where it appears on the page, its number of interactions, and attention to it by run."""
 
     item: int
-    raw_id: str
-    title: str
     image: str
     mentions: dict[str, str] = field(default_factory=dict)  # label by anchor
     counts: str = ""
@@ -85,9 +82,7 @@ class Page:
     def card(self, item: int) -> ItemCard:
         """The card of an item, made when first asked for."""
         if item not in self.items:
-            dataset = self.dataset
-            image = thumbnail(dataset.image_paths[item - 1])
-            self.items[item] = ItemCard(item, dataset.raw_ids[item - 1], dataset.titles[item - 1], image)
+            self.items[item] = ItemCard(item, thumbnail(self.dataset.image_paths[item - 1]))
         return self.items[item]
 
     def tile(self, item: int, anchor: str, label: str, note: str = "", marked: bool = False) -> Tile:

@@ -28,7 +28,6 @@ SETTINGS = {  # sections of summary.json that are shown, and their captions
     "dataset": "Data", "config": "Settings", "trainable_parameters": "Parameters", "seconds": "Seconds", "versions": "Versions"
 }  # fmt: skip
 
-
 ResultRow = tuple[str, str, int | None, list[Interval]]  # label, split, best epoch (None of a difference), each metric's mean
 
 

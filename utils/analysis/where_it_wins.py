@@ -122,16 +122,18 @@ def outside_the_group(rankings: dict[str, GroupRanking]) -> str:
     return markdown_table(columns, rows)
 
 
-def _dataset_of(run: Path, other: Path, train_dir: str | Path) -> Dataset:
-    """The data set that both runs were trained on; the first must have groups."""
-    (options, expected), (_, expected_by_other) = (finished_options(folder, train_dir, "cpu") for folder in (run, other))
-    if not has_groups(options):
+def _read(run: Path, other: Path, train_dir: str | Path) -> tuple[Dataset, list[np.ndarray]]:
+    """The data set that both runs were trained on, of which the first must have groups, and each one's test ranks, [users]."""
+    opened = {folder: finished_options(folder, train_dir, "cpu") for folder in (run, other)}
+    if not has_groups(opened[run][0]):
         raise PerPEFTError(f"{run} has no groups; name a PerPEFT run first")
-    dataset = read_dataset(train_dir, options.dataset, contents=False)
-    for folder, each in ((run, expected), (other, expected_by_other)):
-        if dataset_fingerprint(dataset) != each["dataset_fingerprint"]:
+    dataset, ranks = read_dataset(train_dir, opened[run][0].dataset, contents=False), []
+    for folder in (run, other):
+        options, expected = opened[folder]
+        if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
             raise PerPEFTError(f"data set '{dataset.name}' is not the one that {folder} was trained on")
-    return dataset
+        ranks.append(read_ranks(folder / f"{'personalized' if has_groups(options) else 'global'}_ranks.csv")["test"])
+    return dataset, ranks
 
 
 def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) -> str:
@@ -143,9 +145,7 @@ def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) 
     Raises:
         PerPEFTError: a run is not finished, has no groups, or belongs to other data.
     """
-    dataset = _dataset_of(run, other, train_dir)
-    last_stage = "personalized" if (other / "personalized_ranks.csv").is_file() else "global"
-    own, theirs = (read_ranks(path)["test"] for path in (run / "personalized_ranks.csv", other / f"{last_stage}_ranks.csv"))
+    dataset, (own, theirs) = _read(run, other, train_dir)
     groups = read_groups(run / "groups.csv")
     split = leave_last_out(dataset.histories)
     users = split.evaluated_users
