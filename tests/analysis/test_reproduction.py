@@ -17,6 +17,14 @@ from utils.run.reports import write_ranks
 from utils.run.run import Run
 from utils.training.evaluation import METRICS, Ranks
 
+ROWS = [  # of Tables 2 and 3: the method, its run, and the stage whose metrics count
+    ("w/o MM", "none", "global"), ("Frozen MM", "frozen", "global"), ("Global PEFT", "lora_global", "global"),
+    ("PerPEFT", "lora", "personalized"), ("w/o textual modality", "lora_image", "personalized"),
+    ("w/o visual modality", "lora_text", "personalized"), ("w/o group-specific negatives", "lora_negatives_all", "personalized"),
+    ("Large Global PEFT", "lora_large_global", "global"), ("Random grouping", "lora_grouping_random", "personalized"),
+    ("PerPEFT", "lora", "personalized"),
+]  # fmt: skip
+
 
 def reproduce(*arguments):
     run_script(arguments, reproduce_tables.main)
@@ -33,29 +41,17 @@ def tiny_tables(tiny_dataset, tiny_clip, tmp_path_factory):
     return folder / "runs", folder / "tables", arguments
 
 
-def test_every_row_has_its_run_and_stage_1_is_trained_once(tiny_tables):
-    runs, _, _ = tiny_tables
-    methods = ["none", "frozen", "lora_global", "lora", "lora_image", "lora_text", "lora_negatives_all", "lora_large_global"]
-    methods.append("lora_grouping_random")
-    assert {run.name for run in runs.iterdir()} == {RUN.format(method) for method in methods}
-    whole = summary_of(runs / RUN.format("lora"))
-    for method in ("negatives_all", "grouping_random"):
-        shared = summary_of(runs / RUN.format(f"lora_{method}"))
-        assert shared["global"]["best_epoch"] == 0 and shared["global"]["test"] == whole["global"]["test"]
-
-
-def test_tables_say_what_the_runs_say(tiny_tables):
+def test_every_row_says_what_its_run_says_and_stage_1_is_trained_once(tiny_tables):
     runs, tables, _ = tiny_tables
+    found = {name: summary_of(runs / RUN.format(name)) for _, name, _ in ROWS}
+    assert {run.name for run in runs.iterdir()} == {RUN.format(name) for name in found}
+    for method in ("negatives_all", "grouping_random"):
+        shared = found[f"lora_{method}"]["global"]
+        assert shared["best_epoch"] == 0 and shared["test"] == found["lora"]["global"]["test"]
     assert {path.name for path in tables.iterdir()} == {"tiny.md", "tiny.csv", "tiny.tex"}
-    rows = read_csv(tables / "tiny.csv")
-    assert [row["method"] for row in rows] == [
-        "w/o MM", "Frozen MM", "Global PEFT", "PerPEFT",
-        "w/o textual modality", "w/o visual modality", "w/o group-specific negatives", "Large Global PEFT", "Random grouping",
-        "PerPEFT",
-    ]  # fmt: skip
-    for place, name, stage in ((0, "none", "global"), (3, "lora", "personalized"), (5, "lora_text", "personalized")):
-        row, value = rows[place], summary_of(runs / RUN.format(name))[stage]["test"]["NDCG@30"]
-        assert float(row["NDCG@30"]) == pytest.approx(100 * value, abs=1e-4)
+    for row, (method, name, stage) in zip(read_csv(tables / "tiny.csv"), ROWS, strict=True):
+        value = found[name][stage]["test"]["NDCG@30"]
+        assert row["method"] == method and float(row["NDCG@30"]) == pytest.approx(100 * value, abs=1e-4)
         assert row["NDCG@30_sd"] == row["NDCG@30_paper"] == "" and row["trials"] == "1"
     text = (tables / "tiny.md").read_text()
     assert text.count("PerPEFT against") == 2 and "paper" not in text
