@@ -107,17 +107,14 @@ def _adamw_step(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor]
     return step
 
 
-def _stage(train: Histories, num_items: int, num_groups: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Groups of users, drawn, and their candidates: as in stage 1 with one group, as in stage 3 with more."""
+def _sampler(train: Histories, num_items: int, num_groups: int, batch_size: int, *seed: int) -> tuple[Sampler, float]:
+    """A sampler as in stage 1 with one group, as in stage 3 with more, which are drawn; and the seconds that its set-up took."""
     groups = np.random.default_rng(0).integers(num_groups, size=train.num_users)
-    everything = [np.arange(1, num_items + 1)]
-    return groups, everything if num_groups == 1 else group_items(train, groups, num_groups)
-
-
-def _stage_sampler(dataset: Dataset, num_groups: int, batch_size: int) -> Sampler:
-    train = leave_last_out(dataset.histories).train
-    stage = _stage(train, dataset.num_items, num_groups)
-    return Sampler(train, dataset.num_items, *stage, batch_size, MAXLEN, seed=(0, num_groups))
+    candidates = [np.arange(1, num_items + 1)] if num_groups == 1 else group_items(train, groups, num_groups)
+    start = time.perf_counter()
+    sampler = Sampler(train, num_items, groups, candidates, batch_size, MAXLEN, seed)
+    sampler.plan(1)
+    return sampler, time.perf_counter() - start
 
 
 def adapter_costs(
@@ -138,7 +135,7 @@ def _step_costs(
     model.clone_groups(num_groups)
     model.train()
     trainer = Trainer(model, source, Accelerator(cpu=device.type == "cpu"), lr=1e-4, wdecay=1e-4, l2_emb=1e-6)
-    sampler = _stage_sampler(dataset, num_groups, batch_size)
+    sampler, _ = _sampler(leave_last_out(dataset.histories).train, dataset.num_items, num_groups, batch_size, 0, num_groups)
     sample = partial(sampler.batch, 1, 0)  # the same batch each time, sampled again
     batch = sample()
     fetch = partial(source.fetch, batch.items[1:], device)
@@ -213,11 +210,7 @@ def sampling_costs(size: int) -> dict[str, float]:
     histories = _random_histories(size, size)
     found = {}
     for name, num_groups in (("global", 1), ("personalized", PAPER_GROUPS)):
-        stage = _stage(histories, size, num_groups)
-        start = time.perf_counter()
-        sampler = Sampler(histories, size, *stage, 16, MAXLEN, seed=(0,))
-        sampler.plan(1)
-        found[f"{name}_setup_s"] = time.perf_counter() - start
+        sampler, found[f"{name}_setup_s"] = _sampler(histories, size, num_groups, 16, 0)
         times = [timed(partial(sampler.batch, 1, step % sampler.num_batches), CPU) for step in range(50)]
         found[f"{name}_ms"] = float(np.median(times))
     return found
@@ -247,7 +240,7 @@ def store_costs(foundation: Foundation, dataset: Dataset, batch_size: int) -> di
     Returns:
         seconds an epoch of both ways, their ratio without and with the store's building, and images built a second
     """
-    sampler = _stage_sampler(dataset, 1, batch_size)
+    sampler, _ = _sampler(leave_last_out(dataset.histories).train, dataset.num_items, 1, batch_size, 0, 1)
     items = sampler.batch(1, 0).items[1:]
     paths = [dataset.image_paths[item - 1] for item in items]
 

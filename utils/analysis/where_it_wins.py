@@ -122,7 +122,7 @@ def outside_the_group(rankings: dict[str, GroupRanking]) -> str:
     return markdown_table(columns, rows)
 
 
-def _read(run: Path, other: Path, train_dir: str | Path) -> tuple[Dataset, list[np.ndarray]]:
+def _dataset_and_ranks(run: Path, other: Path, train_dir: str | Path) -> tuple[Dataset, list[np.ndarray]]:
     """The data set that both runs were trained on, of which the first must have groups, and each one's test ranks, [users]."""
     opened = {folder: finished_options(folder, train_dir, "cpu") for folder in (run, other)}
     if not has_groups(opened[run][0]):
@@ -145,7 +145,7 @@ def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) 
     Raises:
         PerPEFTError: a run is not finished, has no groups, or belongs to other data.
     """
-    dataset, (own, theirs) = _read(run, other, train_dir)
+    dataset, (own, theirs) = _dataset_and_ranks(run, other, train_dir)
     groups = read_groups(run / "groups.csv")
     split = leave_last_out(dataset.histories)
     users = split.evaluated_users
