@@ -75,6 +75,8 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
     assert "training and validation interactions" in output and f"recommend_{user}.json" in output
     page = check_page(copied_run.folder / "figures" / f"recommend_{user}.html")
     assert len(classes(page, "row")) == 4 and first["title"] in page.text
+    links = [attributes["href"] for attributes in page.all("a") if attributes["href"].startswith("#item-")]
+    assert links[: len(history[-7:])] == [f"#item-{item}" for item in history[-7:]]
     assert len(classes(page, "marked")) == sum(ranking["rank_of_test_item"] <= 7 for ranking in result["recommendations"])
 
 
