@@ -18,7 +18,7 @@ from utils.analysis.tables import markdown_table
 from utils.common.console import number, run_main, script_parser
 from utils.common.devices import choose_device
 from utils.common.files import write_json
-from utils.data.dataset import PAPER_GROUPS, Dataset, read_dataset
+from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import Foundation, load_foundation
 from utils.items.hidden_states import HiddenStateStore
 from utils.prepare.demo import make_demo
@@ -75,28 +75,23 @@ def measure_adapter(
         else:
             kind = argparse.Namespace(peft_type=peft_type, rank=PAPER_RANK, peft_config=None, modality="both")
             encoder = peft_encoder(kind, foundation)
-        found = {"items": dataset.num_items, **benchmark.encoding_costs(encoder.to(device), source, device, repeats)}
-        found |= benchmark.step_costs(encoder, source, dataset, device, 1, batch_size, repeats)
-        personalized = benchmark.step_costs(encoder, source, dataset, device, PAPER_GROUPS, batch_size, repeats)
-    return found | {f"personalized_{name}": value for name, value in personalized.items()}
+        return {"items": dataset.num_items, **benchmark.adapter_costs(encoder, source, dataset, device, batch_size, repeats)}
 
 
 def measure_scale(device: torch.device, repeats: int) -> dict[str, Any]:
     """How sampling, grouping, ranking and the item table grow at 1x, 4x and 16x, up to a million users and items."""
-    ranking, sampling, grouping, item_table = {}, {}, {}, {}
+    found: dict[str, Any] = {"ranking": {}, "sampling": {}, "grouping": {}, "item_table": {}}
     for size in tqdm(SIZES, "sizes", unit="size", disable=None):
-        ranking[f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
-        ranking[f"{size}_items"] = benchmark.ranking_costs(64, size, device)
-        sampling[f"{size}_users_and_items"] = largest = benchmark.sampling_costs(size)
+        found["ranking"][f"{size}_users"] = benchmark.ranking_costs(min(size, 16_384), CATALOGUE_ITEMS, device)
+        found["ranking"][f"{size}_items"] = benchmark.ranking_costs(64, size, device)
+        found["sampling"][f"{size}_users_and_items"] = largest = benchmark.sampling_costs(size)
         if size <= MOST_USERS_TO_GROUP:
-            grouping[f"{size}_users"] = benchmark.grouping_costs(size)
-        item_table[f"{size}_items"] = benchmark.item_table_costs(size, device, repeats)
-    ranking["beside_plain_loop"] = plain = benchmark.ranking_costs(2048, CATALOGUE_ITEMS, device, plain_users=24)
-    return {
-        "ranking": ranking, "sampling": sampling, "grouping": grouping, "item_table": item_table,
-        "ranking_over_plain_loop": plain["over_plain_loop"],
-        "sampling_ms_at_1m_users": max(largest["global_ms"], largest["personalized_ms"]),
-    }  # fmt: skip
+            found["grouping"][f"{size}_users"] = benchmark.grouping_costs(size)
+        found["item_table"][f"{size}_items"] = benchmark.item_table_costs(size, device, repeats)
+    found["ranking"]["beside_plain_loop"] = plain = benchmark.ranking_costs(2048, CATALOGUE_ITEMS, device, plain_users=24)
+    found["ranking_over_plain_loop"] = plain["over_plain_loop"]
+    found["sampling_ms_at_1m_users"] = max(largest["global_ms"], largest["personalized_ms"])
+    return found
 
 
 def rows_of(figures: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:

@@ -1,6 +1,6 @@
 """Show where CLIP attends in an item's title and image under each group's adapter of a finished LoRA or IA3 run."""
 from utils.analysis.attention import as_text, explain_items, require_attention
-from utils.analysis.command_line import html_path, moved_models, parse_raw_ids, raw_id, run_folder_parser
+from utils.analysis.command_line import html_path, parse_raw_ids, place_of, raw_id, run_folder_parser
 from utils.analysis.page import Page
 from utils.common.console import run_main
 from utils.run.finished import finished_dataset, finished_options, item_number
@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--output", type=html_path, help=output_help)
     options = parse_raw_ids(parser, "--item")
     folder = options.run_folder
-    run_options, expected = finished_options(folder, options.train_dir, options.device, moved_models(options))
+    run_options, expected = finished_options(folder, **place_of(options))
     require_attention(run_options, folder)
     dataset = finished_dataset(run_options, expected)
     item = item_number(dataset, options.item)

@@ -1,5 +1,5 @@
 """Recommend items to a user by a finished run: under their own group's adapter, the global one, and another group's."""
-from utils.analysis.command_line import html_path, moved_models, parse_raw_ids, raw_id, run_folder_parser
+from utils.analysis.command_line import html_path, parse_raw_ids, place_of, raw_id, run_folder_parser
 from utils.analysis.page import Page
 from utils.analysis.recommendation import Recommender, as_json, as_text, known_user, new_user
 from utils.common.console import number, run_main
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--other_group", type=number(int, 0), help="group to compare with (default: the farthest)")
     parser.add_argument("--output", type=html_path, help="page to write (default: recommend_{user}.html in the run's figures/)")
     options = parse_raw_ids(parser, "--history")
-    run = open_finished(options.run_folder, options.device, options.train_dir, moved_models(options))
+    run = open_finished(options.run_folder, **place_of(options))
     person = new_user(run.dataset, options.history) if options.user is None else known_user(run, options.user)
     rankings = Recommender(run).recommend(person, options.top_k, options.other_group)
     page = Page(run.dataset, f"Recommended to {person.name} by {run.folder.resolve().name}")
@@ -26,7 +26,7 @@ def main() -> None:
     path = options.output or options.run_folder / "figures" / f"recommend_{options.user or 'new'}.html"
     page.write(path)
     write_json(path.with_suffix(".json"), as_json(run, person, rankings))
-    print(f"{as_text(run, person, rankings)}\n{path}\n{path.with_suffix('.json')}")
+    print(f"{as_text(person, rankings)}\n{path}\n{path.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

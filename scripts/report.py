@@ -1,7 +1,7 @@
 """Write a page that shows a finished run, or several of one data set side by side: results, groups, users, attention."""
 import time
 
-from utils.analysis.command_line import html_path, moved_models, run_folder_parser
+from utils.analysis.command_line import html_path, place_of, run_folder_parser
 from utils.analysis.report import write_report
 from utils.common.console import number, run_main
 
@@ -14,9 +14,9 @@ def main() -> None:
     default = "report.html in the run folder; of several runs, beside the first one's folder"
     parser.add_argument("--output", type=html_path, help=f"page to write (default: {default})")
     options = parser.parse_args()
-    start, folders = time.monotonic(), options.run_folders
+    start, folders = time.monotonic(), options.run_folder
     path = options.output or (folders[0] if len(folders) == 1 else folders[0].resolve().parent) / "report.html"
-    write_report(folders, path, options.train_dir, options.device, moved_models(options), options.users, options.items)
+    write_report(folders, path, place_of(options), options.users, options.items)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s); open it in a browser")
 
 

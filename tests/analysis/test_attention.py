@@ -1,6 +1,5 @@
-"""Attention against plain transformers and peft, and what explain_item writes and refuses."""
+"""Attention against plain transformers and peft, and what explain_item writes."""
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +9,11 @@ from transformers import AutoTokenizer, CLIPModel
 
 from scripts import explain_item, recommend
 from tests.analysis.pages import check_page, classes
-from tests.conftest import NUM_ITEMS, run_on_folder, trained, write_dataset
+from tests.conftest import run_on_folder, trained
 from tests.plain import clip_inputs
-from tests.run_files import change_json, tree
+from tests.run_files import tree
 from utils.analysis.attention import View, explain_items, words_of_tokens
-from utils.common.errors import PerPEFTError
-from utils.data.dataset import read_dataset
 from utils.run.finished import finished_dataset, finished_options
-from utils.run.folder import dataset_fingerprint
-
-SHORT = {"global_epochs": 1, "num_epochs": 1}
 
 
 def explained(folder, train_dir, item):
@@ -60,18 +54,12 @@ def test_attention_is_that_of_a_plain_clip_with_the_saved_adapter(tiny_run, tiny
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip)
     ids = tokenizer(title, truncation=True, max_length=16)["input_ids"][1:-1]
     pieces = [piece.replace("</w>", "") for piece in tokenizer.convert_ids_to_tokens(ids)]
+    ends = np.cumsum([len(word) for word in explanation.words])  # of words in the title without spaces
+    assert "".join(explanation.words).lower().startswith("".join(pieces))
     adapters = [tiny_run.folder / "global", *(tiny_run.folder / "personalized" / f"group_{group}" for group in range(3))]
     for view, folder in zip(explanation.views, adapters):
         tokens, patches = plain_attention(tiny_dataset, tiny_clip, folder / "adapter", item)
-        words, left = [], list(zip(pieces, tokens))
-        for word in explanation.words:  # tokens are eaten up word by word
-            share, letters = 0.0, ""
-            while left and len(letters) < len(word):
-                piece, weight = left.pop(0)
-                letters, share = letters + piece, share + weight
-            assert word.lower().startswith(letters)
-            words.append(share)
-        assert not left
+        words = np.bincount(np.searchsorted(ends, np.cumsum([len(piece) for piece in pieces])), tokens)
         assert view.words == pytest.approx(words, abs=1e-6) and view.words.sum() == pytest.approx(1)
         assert view.patches.ravel() == pytest.approx(patches, abs=1e-6) and view.patches.shape == (2, 2)
     assert np.ptp([view.words for view in explanation.views], axis=0).max() > 1e-4  # the groups do differ
@@ -91,7 +79,8 @@ def test_explanation_is_written_and_printed(copied_run, tiny_dataset, analyse, c
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_run_of_one_modality_shows_what_it_looks_at(tiny_dataset, tiny_clip, analyse, tmp_path, modality):
-    folder = trained(tiny_dataset, tiny_clip, tmp_path, peft_type="ia3", modality=modality, method="global", **SHORT)
+    short = {"method": "global", "global_epochs": 1, "num_epochs": 1}
+    folder = trained(tiny_dataset, tiny_clip, tmp_path, peft_type="ia3", modality=modality, **short)
     (view,) = explained(folder, tiny_dataset.train_dir, 1).views
     assert (view.words is None, view.patches is None) == (modality == "image", modality == "text")
     analyse(explain_item, folder, "--item", 1)
@@ -99,48 +88,22 @@ def test_run_of_one_modality_shows_what_it_looks_at(tiny_dataset, tiny_clip, ana
     assert (len(classes(page, "words")), len(page.all("image"))) == ((0, 3) if modality == "image" else (1, 2))
 
 
-def test_end_of_text_within_a_title_ends_what_is_read(tiny_dataset, tiny_clip, tmp_path, capsys):
+def test_end_of_text_within_a_title_ends_what_is_read(copied_run, relabelled, capsys):
     """CLIP pools the first one and never reads what follows it; where it comes first there is the image alone."""
-    titles = ["red lamp <|endoftext|> pale mug", "<|endoftext|> pale mug", *tiny_dataset.titles[2:]]
-    dataset = SimpleNamespace(train_dir=write_dataset(tmp_path, "tiny", tiny_dataset.histories, titles), name="tiny")
-    folder = trained(dataset, tiny_clip, tmp_path / "runs", method="global", **SHORT)
-    explanation = explained(folder, tmp_path, 1)
+    data = relabelled(titles=["red lamp <|endoftext|> pale mug", "<|endoftext|> pale mug"])
+    explanation = explained(copied_run.folder, data, 1)
     assert explanation.words == ["red", "lamp"] and explanation.views[0].words.shape == (2,)
-    run_on_folder(explain_item, folder, "--train_dir", tmp_path, "--item", 2)
-    page = check_page(folder / "figures" / "explain_item_2.html")
+    run_on_folder(explain_item, copied_run.folder, "--train_dir", data, "--item", 2)
+    page = check_page(copied_run.folder / "figures" / "explain_item_2.html")
     note = "CLIP reads no word of this title, which begins with its end-of-text token."
     assert note in page.text and note in capsys.readouterr().out
-    assert not classes(page, "words") and len(page.all("image")) == 3
+    assert not classes(page, "words") and len(page.all("image")) == 2 + 4
 
 
-def test_raw_id_that_begins_with_a_dash_is_found(copied_run, tiny_dataset, tmp_path):
-    raw_ids = ["-0iIxySkp97W", "--device", *(f"B{item:03d}" for item in range(3, NUM_ITEMS + 1))]
-    folder = write_dataset(tmp_path / "dataset", "tiny", tiny_dataset.histories, tiny_dataset.titles, raw_ids)
-    own = {"dataset_fingerprint": dataset_fingerprint(read_dataset(folder, "tiny"))}
-    change_json(copied_run.folder / "summary.json", lambda summary: summary.update(own))
-    run_on_folder(explain_item, copied_run.folder, "--train_dir", folder, "--item", "-0iIxySkp97W")
+def test_raw_id_that_begins_with_a_dash_is_found(copied_run, relabelled):
+    where = copied_run.folder, "--train_dir", relabelled(raw_ids=["-0iIxySkp97W", "--device"])
+    run_on_folder(explain_item, *where, "--item", "-0iIxySkp97W")
     assert "-0iIxySkp97W" in check_page(copied_run.folder / "figures" / "explain_item_1.html").text
-    run_on_folder(recommend, copied_run.folder, "--train_dir", folder, "--history", "-0iIxySkp97W", "B003", "--top_k", 2)
+    run_on_folder(recommend, *where, "--history", "-0iIxySkp97W", "B003", "--top_k", 2)
     history = json.loads((copied_run.folder / "figures" / "recommend_new.json").read_text())["history"]
     assert [item["item"] for item in history] == [1, 3]
-
-
-@pytest.mark.parametrize("peft_type", ["iisan", "frozen", "none"])
-def test_run_without_adapters_inside_clip_is_refused(copied_run, analyse, peft_type):
-    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(peft_type=peft_type))
-    with pytest.raises(PerPEFTError, match=f"--peft_type {peft_type}, which leaves CLIP's attention as it is") as raised:
-        analyse(explain_item, copied_run.folder, "--item", 1)
-    assert len(str(raised.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("name", ["B031", "0", str(NUM_ITEMS + 1), "-1", "1.5", "²", "9" * 30])
-def test_unknown_item_is_refused(tiny_run, analyse, name):
-    with pytest.raises(PerPEFTError, match="is neither a raw id of tiny nor a number from 1 to 30") as raised:
-        analyse(explain_item, tiny_run.folder, "--item", name)
-    assert len(str(raised.value).splitlines()) == 1
-
-
-def test_damaged_adapter_is_refused(copied_run, analyse):
-    (copied_run.folder / "personalized" / "group_2" / "adapter" / "adapter_model.safetensors").write_bytes(b"none")
-    with pytest.raises(PerPEFTError, match="group_2 cannot be read"):
-        analyse(explain_item, copied_run.folder, "--item", 1)

@@ -1,19 +1,17 @@
 """Recommendations and exported vectors against peft, transformers and loops alone; and what is said where there are none."""
 import json
-import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from scripts import explain_item, export_vectors, recommend, report
+from scripts import export_vectors, recommend
 from tests.analysis.pages import check_page, classes
-from tests.conftest import NUM_ITEMS
 from tests.plain import ITEMS, plain_model, plain_state
 from tests.run_files import change_json, groups_of, ranks_of, tree
 from utils.analysis.recommendation import best_items, choose_groups
 from utils.common.errors import PerPEFTError
-from utils.run.finished import open_finished
 
 
 @torch.no_grad()
@@ -33,12 +31,6 @@ def plain(tiny_run, tiny_dataset, tiny_clip):
         where = folder / "personalized" / f"group_{group}"
         models[group] = plain_model(folder / "personalized", where, tiny_dataset, tiny_clip)
     return models
-
-
-@pytest.fixture(scope="module")
-def plain_global(tiny_global_run, tiny_dataset, tiny_clip):
-    """The plain model of the run without groups."""
-    return plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
 
 
 @pytest.fixture
@@ -83,6 +75,8 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
     assert "training and validation interactions" in output and f"recommend_{user}.json" in output
     page = check_page(copied_run.folder / "figures" / f"recommend_{user}.html")
     assert len(classes(page, "row")) == 4 and first["title"] in page.text
+    links = [attributes["href"] for attributes in page.all("a") if attributes["href"].startswith("#item-")]
+    assert links[: len(history[-7:])] == [f"#item-{item}" for item in history[-7:]]
     assert len(classes(page, "marked")) == sum(ranking["rank_of_test_item"] <= 7 for ranking in result["recommendations"])
 
 
@@ -108,14 +102,17 @@ def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_t
     assert len(assigned) > 1  # otherwise this test shows little
 
 
-def test_chosen_other_group_is_used(copied_run, tiny_dataset, plain, recommended):
-    own = groups_of(copied_run.folder)[8]
+def test_chosen_other_group_is_used(copied_run, tiny_dataset, tiny_clip, plain, recommended):
+    """Where groups are random too, and where CLIP lies elsewhere now."""
+    changed = {"grouping": "random", "clip_model": "moved/away"}
+    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(changed))
+    own, recommended = groups_of(copied_run.folder)[8], partial(recommended, 8, "--clip_model", tiny_clip, "--user", 8)
     for other in {0, 1, 2} - {own}:
-        found = recommended(8, "--user", 8, "--other_group", other, "--top_k", 3)["recommendations"][2]
+        found = recommended("--other_group", other, "--top_k", 3)["recommendations"][2]
         assert found["group"] == other
         assert_ranked(found, plain_top(plain[other], tiny_dataset.histories[8][:-1], 3))
     with pytest.raises(PerPEFTError, match=f"the user's own group is {own}"):
-        recommended(8, "--user", 8, "--other_group", own)
+        recommended("--other_group", own)
 
 
 def test_user_with_too_few_interactions_has_no_test_item(tiny_dataset, plain, recommended):
@@ -124,14 +121,18 @@ def test_user_with_too_few_interactions_has_no_test_item(tiny_dataset, plain, re
     assert_ranked(result["recommendations"][1], plain_top(plain["global"], tiny_dataset.histories[6]))
 
 
-def test_run_without_groups_recommends_by_its_one_model(tiny_global_run, tiny_dataset, plain_global, analyse, tmp_path):
+def test_run_without_groups_recommends_and_exports_by_its_one_model(tiny_global_run, tiny_dataset, tiny_clip, analyse, tmp_path):
+    plain_global = plain_model(tiny_global_run / "global", tiny_global_run / "global", tiny_dataset, tiny_clip)
     path = tmp_path / "pages" / "page.html"
     analyse(recommend, tiny_global_run, "--user", 8, "--output", path)
     (only,) = json.loads(path.with_suffix(".json").read_text())["recommendations"]
     assert_ranked(only, plain_top(plain_global, tiny_dataset.histories[8][:-1]))
-    with pytest.raises(PerPEFTError, match="has no groups"):
-        analyse(recommend, tiny_global_run, "--user", 8, "--other_group", 1)
     assert not (tiny_global_run / "figures").exists()
+    analyse(export_vectors, tiny_global_run, "--output", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"items_global.npy", "users.npy", "item_ids.txt", "user_ids.txt"}
+    expected = plain_state(plain_global, tiny_dataset.histories[8])
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "users.npy")[3], expected, atol=2e-5)
 
 
 def test_best_items_leaves_out_the_history_and_breaks_ties_by_number():
@@ -168,75 +169,3 @@ def test_exported_vectors_are_those_of_plain_models(tiny_run, tiny_dataset, plai
         items = tiny_dataset.histories[user]
         known = items if histories == "all" or len(items) < 3 else items[:-1]
         np.testing.assert_allclose(vector, plain_state(plain[group], known), atol=2e-5)
-
-
-def test_run_without_groups_exports_its_one_model(tiny_global_run, tiny_dataset, plain_global, analyse, tmp_path):
-    analyse(export_vectors, tiny_global_run, "--output", tmp_path / "out")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"items_global.npy", "users.npy", "item_ids.txt", "user_ids.txt"}
-    expected = plain_state(plain_global, tiny_dataset.histories[8])
-    np.testing.assert_allclose(np.load(tmp_path / "out" / "users.npy")[3], expected, atol=2e-5)
-
-
-def test_folder_that_is_there_already_is_left_alone(tiny_run, analyse, tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(PerPEFTError, match="exists; remove it"):
-        analyse(export_vectors, tiny_run.folder, "--output", tmp_path)
-    assert tree(tmp_path) == {"mine.txt": b"mine"}
-
-
-def test_damaged_weights_leave_no_folder_behind(copied_run, analyse, tmp_path):
-    (copied_run.folder / "personalized" / "group_1" / "projector.pth").write_bytes(b"none")
-    with pytest.raises(PerPEFTError, match="projector.pth cannot be read"):
-        analyse(export_vectors, copied_run.folder, "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------------- what is refused, in one sentence each
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--user", 3], "user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"),
-        (["--history", "B001", "B031"], "item 'B031' is neither a raw id of tiny nor a number from 1 to 30"),
-        (["--user", 8, "--other_group", 3], "--other_group 3: the run has groups 0 to 2; name another"),
-    ],
-)
-def test_unknown_users_items_and_groups_are_refused(copied_run, analyse, arguments, message):
-    before = tree(copied_run.folder)
-    with pytest.raises(PerPEFTError, match=f"^{re.escape(message)}$"):
-        analyse(recommend, copied_run.folder, *arguments)
-    assert tree(copied_run.folder) == before
-
-
-def test_page_needs_a_name_that_ends_in_html(tiny_run, analyse, capsys):
-    with pytest.raises(SystemExit):
-        analyse(recommend, tiny_run.folder, "--user", 8, "--output", "page.png")
-    assert "argument --output: 'page.png': expected a name that ends in .html" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", [report, recommend, export_vectors, explain_item])
-def test_unfinished_run_is_refused(copied_run, analyse, tmp_path, script):
-    (copied_run.folder / "summary.json").unlink()
-    more = {recommend: ("--user", 8), export_vectors: ("--output", tmp_path / "out"), explain_item: ("--item", 1)}.get(script, ())
-    for folder, message in ((copied_run.folder, "holds no finished run"), (tmp_path / "nowhere", "is not there")):
-        with pytest.raises(PerPEFTError, match=message) as raised:
-            analyse(script, folder, *more)
-        assert len(str(raised.value).splitlines()) == 1
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_clip_that_lies_elsewhere_now_is_asked_for_and_found(copied_run, tiny_dataset, tiny_clip):
-    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(clip_model="moved/away"))
-    with pytest.raises(PerPEFTError, match="'moved/away', which is no folder here, lies elsewhere: name it by --clip_model DIR"):
-        open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir)
-    run = open_finished(copied_run.folder, "cpu", tiny_dataset.train_dir, {"clip_model": str(tiny_clip)})
-    assert run.dataset.num_items == NUM_ITEMS
-
-
-def test_random_groups_have_no_nearest_centre(copied_run, analyse):
-    change_json(copied_run.folder / "summary.json", lambda summary: summary["config"].update(grouping="random"))
-    with pytest.raises(PerPEFTError, match="groups are random"):
-        analyse(recommend, copied_run.folder, "--history", "B001")
-    analyse(recommend, copied_run.folder, "--user", 8)

@@ -17,6 +17,14 @@ from utils.run.reports import write_ranks
 from utils.run.run import Run
 from utils.training.evaluation import METRICS, Ranks
 
+ROWS = [  # of Tables 2 and 3: the method, its run, and the stage whose metrics count
+    ("w/o MM", "none", "global"), ("Frozen MM", "frozen", "global"), ("Global PEFT", "lora_global", "global"),
+    ("PerPEFT", "lora", "personalized"), ("w/o textual modality", "lora_image", "personalized"),
+    ("w/o visual modality", "lora_text", "personalized"), ("w/o group-specific negatives", "lora_negatives_all", "personalized"),
+    ("Large Global PEFT", "lora_large_global", "global"), ("Random grouping", "lora_grouping_random", "personalized"),
+    ("PerPEFT", "lora", "personalized"),
+]  # fmt: skip
+
 
 def reproduce(*arguments):
     run_script(arguments, reproduce_tables.main)
@@ -33,29 +41,17 @@ def tiny_tables(tiny_dataset, tiny_clip, tmp_path_factory):
     return folder / "runs", folder / "tables", arguments
 
 
-def test_every_row_has_its_run_and_stage_1_is_trained_once(tiny_tables):
-    runs, _, _ = tiny_tables
-    methods = ["none", "frozen", "lora_global", "lora", "lora_image", "lora_text", "lora_negatives_all", "lora_large_global"]
-    methods.append("lora_grouping_random")
-    assert {run.name for run in runs.iterdir()} == {RUN.format(method) for method in methods}
-    whole = summary_of(runs / RUN.format("lora"))
-    for method in ("negatives_all", "grouping_random"):
-        shared = summary_of(runs / RUN.format(f"lora_{method}"))
-        assert shared["global"]["best_epoch"] == 0 and shared["global"]["test"] == whole["global"]["test"]
-
-
-def test_tables_say_what_the_runs_say(tiny_tables):
+def test_every_row_says_what_its_run_says_and_stage_1_is_trained_once(tiny_tables):
     runs, tables, _ = tiny_tables
+    found = {name: summary_of(runs / RUN.format(name)) for _, name, _ in ROWS}
+    assert {run.name for run in runs.iterdir()} == {RUN.format(name) for name in found}
+    for method in ("negatives_all", "grouping_random"):
+        shared = found[f"lora_{method}"]["global"]
+        assert shared["best_epoch"] == 0 and shared["test"] == found["lora"]["global"]["test"]
     assert {path.name for path in tables.iterdir()} == {"tiny.md", "tiny.csv", "tiny.tex"}
-    rows = read_csv(tables / "tiny.csv")
-    assert [row["method"] for row in rows] == [
-        "w/o MM", "Frozen MM", "Global PEFT", "PerPEFT",
-        "w/o textual modality", "w/o visual modality", "w/o group-specific negatives", "Large Global PEFT", "Random grouping",
-        "PerPEFT",
-    ]  # fmt: skip
-    for place, name, stage in ((0, "none", "global"), (3, "lora", "personalized"), (5, "lora_text", "personalized")):
-        row, value = rows[place], summary_of(runs / RUN.format(name))[stage]["test"]["NDCG@30"]
-        assert float(row["NDCG@30"]) == pytest.approx(100 * value, abs=1e-4)
+    for row, (method, name, stage) in zip(read_csv(tables / "tiny.csv"), ROWS, strict=True):
+        value = found[name][stage]["test"]["NDCG@30"]
+        assert row["method"] == method and float(row["NDCG@30"]) == pytest.approx(100 * value, abs=1e-4)
         assert row["NDCG@30_sd"] == row["NDCG@30_paper"] == "" and row["trials"] == "1"
     text = (tables / "tiny.md").read_text()
     assert text.count("PerPEFT against") == 2 and "paper" not in text
@@ -166,17 +162,6 @@ def arts_blocks(plan):
     return blocks_of(runs, "arts")
 
 
-def test_mean_and_sample_deviation_over_trials(arts_blocks):
-    block, iisan = arts_blocks
-    frozen, glob, ours = block.rows
-    assert (ours.mean["HR@20"], ours.deviation["HR@20"]) == pytest.approx((60, 10))
-    assert (glob.mean["HR@20"], glob.deviation["HR@20"]) == pytest.approx((45, math.sqrt(50)))
-    assert frozen.mean["HR@20"] == pytest.approx(40) and math.isnan(frozen.deviation["HR@20"])
-    assert [row.trials for row in block.rows] == [1, 2, 3]
-    assert [row.method for row in iisan.rows] == ["Frozen MM", "PerPEFT"]  # another adapter's runs stay out
-    assert iisan.rows[1].mean["HR@20"] == pytest.approx(20) and iisan.rows[0].gains.keys() == {0}
-
-
 def test_the_strongest_is_chosen_by_validation_and_tested_over_users_in_common_trials(arts_blocks):
     compared = arts_blocks[0].comparison()
     assert compared.strongest == "Frozen MM"  # whose test figures are worse than the global's, but its validation's are better
@@ -207,26 +192,23 @@ def test_runs_with_other_settings_are_never_taken_for_these(plan, tmp_path):
     assert not (tmp_path / "tables").exists()
 
 
-def test_runs_of_different_data_make_no_table(plan):
+def test_runs_of_different_data_or_damaged_ones_make_no_table(plan):
     runs = plan(2)[:2]
     for run in runs:
         finish(run, 0.5)
-    change_json(runs[1].folder / "summary.json", lambda summary: summary.update(dataset_fingerprint="other"))
-    with pytest.raises(PerPEFTError, match="different data"):
-        blocks_of(runs, "arts")
-
-
-def test_a_damaged_summary_is_one_clear_sentence(plan):
-    run = plan(1)[0]
-    finish(run, 0.5)
-    (run.folder / "summary.json").write_text("{}")
-    with pytest.raises(PerPEFTError, match="summary.json is damaged"):
-        blocks_of([run], "arts")
+    changes = {"different data": lambda summary: summary.update(dataset_fingerprint="other"), "json is damaged": dict.clear}
+    for message, change in changes.items():
+        change_json(runs[1].folder / "summary.json", change)
+        with pytest.raises(PerPEFTError, match=message):
+            blocks_of(runs, "arts")
 
 
 def test_markdown_csv_and_latex_of_the_same_figures(arts_blocks, tmp_path):
+    """Mean and sample deviation over trials."""
     write_tables(tmp_path / "tables", "arts", arts_blocks, trials=3)
-    text = (tmp_path / "tables" / "arts.md").read_text()
+    text, _, of_iisan = (tmp_path / "tables" / "arts.md").read_text().partition("Table 2, iisan")
+    assert "| PerPEFT [1 of 3 trials] | 20.00 |" in of_iisan and "| Frozen MM [1 of 3 trials] | **40.00** |" in of_iisan
+    assert "Global PEFT" not in of_iisan  # another adapter's runs stay out
     assert "| method | HR@20 | paper | HR@30 | paper | NDCG@20 | paper | NDCG@30 | paper |" in text
     assert "| PerPEFT | **60.00 (10.00)** | 6.62 |" in text  # the paper's figure beside ours
     assert "| Global PEFT [2 of 3 trials] | 45.00 (7.07) | 6.01 |" in text

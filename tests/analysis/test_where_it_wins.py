@@ -4,7 +4,7 @@ import pytest
 
 from scripts import where_it_wins as script
 from tests.conftest import run_script
-from tests.run_files import ranks_of
+from tests.run_files import change_json, ranks_of
 from utils.analysis.export import export_vectors
 from utils.analysis.where_it_wins import by_depth, by_stratum, rank_in_groups
 from utils.common.errors import PerPEFTError
@@ -46,9 +46,11 @@ def test_ranks_and_share_by_hand(tmp_path):
     np.testing.assert_array_equal(found.share, [0.5, 0.5, 1.0])
     with pytest.raises(PerPEFTError, match="3 users, but the data set has 1"):
         rank_in_groups(tmp_path, Histories.of_lists([[1, 3, 2]]), np.array([0]))
+    with pytest.raises(PerPEFTError, match="holds no vectors of scripts.export_vectors"):
+        rank_in_groups(tmp_path / "nowhere", histories, np.array([0, 0, 1]))
 
 
-def test_a_run_against_one_without_groups(tiny_run, tiny_global_run, tiny_dataset, tmp_path, capsys):
+def test_a_run_against_one_without_groups(tiny_run, tiny_global_run, copied_run, tiny_dataset, tmp_path, capsys):
     run = open_finished(tiny_run.folder, "cpu", tiny_dataset.train_dir)
     export_vectors(run, tmp_path / "exported", "train_and_valid")
     found = rank_in_groups(tmp_path / "exported", run.dataset.histories, np.load(tmp_path / "exported" / "user_groups.npy"))
@@ -57,7 +59,10 @@ def test_a_run_against_one_without_groups(tiny_run, tiny_global_run, tiny_datase
     more = [tiny_global_run, "--train_dir", tiny_dataset.train_dir]
     run_script([tiny_run.folder, *more, "--vectors", tmp_path / "exported"], script.main)
     text = capsys.readouterr().out
-    assert row(text, "HR@10")[2] == f"{100 * (ranks < 10).mean():.2f}"
+    assert by_depth(ranks, np.array(list(ranks_of(tiny_global_run, "global").values()))) in text
     assert row(text, "exported")[1] == f"{100 * found.share.mean():.1f} %"
     with pytest.raises(PerPEFTError, match="has no groups"):
         run_script([tiny_global_run, *more], script.main)
+    change_json(copied_run.folder / "summary.json", lambda summary: summary.update(dataset_fingerprint="other"))
+    with pytest.raises(PerPEFTError, match="data set 'tiny' is not the one that .* was trained on"):
+        run_script([tiny_run.folder, copied_run.folder, *more[1:]], script.main)

@@ -42,12 +42,11 @@ HIDDEN_UNITS, MAXLEN = 32, 10  # the defaults of training
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
     """Milliseconds of one call, a GPU's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
+    synchronize()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize()
     return MILLISECONDS * (time.perf_counter() - start)
 
 
@@ -108,47 +107,43 @@ def _adamw_step(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor]
     return step
 
 
-def _stage(train: Histories, num_items: int, num_groups: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Groups of users, drawn, and their candidates: as in stage 1 with one group, as in stage 3 with more."""
+def _sampler(train: Histories, num_items: int, num_groups: int, batch_size: int, *seed: int) -> tuple[Sampler, float]:
+    """A sampler as in stage 1 with one group, as in stage 3 with more, which are drawn; and the seconds that its set-up took."""
     groups = np.random.default_rng(0).integers(num_groups, size=train.num_users)
-    everything = [np.arange(1, num_items + 1)]
-    return groups, everything if num_groups == 1 else group_items(train, groups, num_groups)
+    candidates = [np.arange(1, num_items + 1)] if num_groups == 1 else group_items(train, groups, num_groups)
+    start = time.perf_counter()
+    sampler = Sampler(train, num_items, groups, candidates, batch_size, MAXLEN, seed)
+    sampler.plan(1)
+    return sampler, time.perf_counter() - start
 
 
-def _stage_sampler(dataset: Dataset, num_groups: int, batch_size: int) -> Sampler:
-    train = leave_last_out(dataset.histories).train
-    stage = _stage(train, dataset.num_items, num_groups)
-    return Sampler(train, dataset.num_items, *stage, batch_size, MAXLEN, seed=(0, num_groups))
+def adapter_costs(
+    encoder: ItemEncoder, source: ItemSource, dataset: Dataset, device: torch.device, batch_size: int, repeats: int
+) -> dict[str, float]:
+    """Encoding, and steps of stages 1 and 3, with one kind of adapter; `encoder` has one, which is trained on."""
+    model = PerPEFT(encoder, MMProjector(encoder.feature_dim), SASRec(dataset.num_items)).to(device)
+    found = _encoding_costs(model, source, device, repeats)
+    found |= _step_costs(model, source, dataset, device, 1, batch_size, repeats)
+    personalized = _step_costs(model, source, dataset, device, PAPER_GROUPS, batch_size, repeats)
+    return found | {f"personalized_{name}": value for name, value in personalized.items()}
 
 
-def _model(encoder: ItemEncoder, num_items: int, device: torch.device) -> PerPEFT:
-    return PerPEFT(encoder, MMProjector(encoder.feature_dim), SASRec(num_items)).to(device)
-
-
-def step_costs(
-    encoder: ItemEncoder, source: ItemSource, dataset: Dataset, device: torch.device,
-    num_groups: int, batch_size: int, repeats: int,
-) -> dict[str, float]:  # fmt: skip
-    """Milliseconds of a training step, of sampling and fetching, and the ratio to the bare encoder's step on the same items.
-
-    Args:
-        encoder: with one adapter; it is trained on.
-        num_groups: 1 for stage 1, more for stage 3.
-        batch_size: users a batch.
-    """
-    model = _model(encoder, dataset.num_items, device)
+def _step_costs(
+    model: PerPEFT, source: ItemSource, dataset: Dataset, device: torch.device, num_groups: int, batch_size: int, repeats: int
+) -> dict[str, float]:
+    """Milliseconds of a training step, of sampling and fetching, and the ratio to the bare encoder's step on the same items."""
     model.clone_groups(num_groups)
     model.train()
     trainer = Trainer(model, source, Accelerator(cpu=device.type == "cpu"), lr=1e-4, wdecay=1e-4, l2_emb=1e-6)
-    sampler = _stage_sampler(dataset, num_groups, batch_size)
+    sampler, _ = _sampler(leave_last_out(dataset.histories).train, dataset.num_items, num_groups, batch_size, 0, num_groups)
     sample = partial(sampler.batch, 1, 0)  # the same batch each time, sampled again
     batch = sample()
     fetch = partial(source.fetch, batch.items[1:], device)
     inputs = fetch()
-    bare: nn.Module = copy.deepcopy(encoder)
+    bare: nn.Module = copy.deepcopy(model.encoder)
     bare.use_group(batch.group)
     parameters = list(bare.group_parameters(batch.group).values())
-    if isinstance(encoder, IISANEncoder):
+    if isinstance(bare, IISANEncoder):
         _, num_states, image_dim = inputs[0].shape
         bare = PlainIISAN(image_dim, inputs[1].shape[2], num_states).to(device)
         parameters = list(bare.parameters())
@@ -160,9 +155,9 @@ def step_costs(
 
 
 @torch.no_grad()
-def encoding_costs(encoder: ItemEncoder, source: ItemSource, device: torch.device, repeats: int) -> dict[str, float]:
+def _encoding_costs(model: PerPEFT, source: ItemSource, device: torch.device, repeats: int) -> dict[str, float]:
     """Encoding all items for evaluation, beside the bare forward pass on inputs that were fetched before."""
-    model = _model(encoder, source.num_items, device).eval()
+    model.eval()
     nobody = leave_last_out(Histories.of_lists([]))
     evaluator = Evaluator(nobody, source, device, Accelerator(cpu=device.type == "cpu"))
     order = source.reading_order()
@@ -170,7 +165,7 @@ def encoding_costs(encoder: ItemEncoder, source: ItemSource, device: torch.devic
 
     def bare() -> None:
         for inputs in fetched:
-            encoder(*inputs)
+            model.encoder(*inputs)
 
     times, over_bare = compare(device, repeats, table=partial(evaluator.item_table, model, 0), bare=bare)
     items_per_second = source.num_items / times["table"] * MILLISECONDS
@@ -215,11 +210,7 @@ def sampling_costs(size: int) -> dict[str, float]:
     histories = _random_histories(size, size)
     found = {}
     for name, num_groups in (("global", 1), ("personalized", PAPER_GROUPS)):
-        stage = _stage(histories, size, num_groups)
-        start = time.perf_counter()
-        sampler = Sampler(histories, size, *stage, 16, MAXLEN, seed=(0,))
-        sampler.plan(1)
-        found[f"{name}_setup_s"] = time.perf_counter() - start
+        sampler, found[f"{name}_setup_s"] = _sampler(histories, size, num_groups, 16, 0)
         times = [timed(partial(sampler.batch, 1, step % sampler.num_batches), CPU) for step in range(50)]
         found[f"{name}_ms"] = float(np.median(times))
     return found
@@ -249,7 +240,7 @@ def store_costs(foundation: Foundation, dataset: Dataset, batch_size: int) -> di
     Returns:
         seconds an epoch of both ways, their ratio without and with the store's building, and images built a second
     """
-    sampler = _stage_sampler(dataset, 1, batch_size)
+    sampler, _ = _sampler(leave_last_out(dataset.histories).train, dataset.num_items, 1, batch_size, 0, 1)
     items = sampler.batch(1, 0).items[1:]
     paths = [dataset.image_paths[item - 1] for item in items]
 

@@ -2,6 +2,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from utils.common.console import script_parser
 from utils.run.build import MODEL_OPTIONS
@@ -10,16 +11,16 @@ from utils.run.build import MODEL_OPTIONS
 def run_folder_parser(description: str, several: bool = False) -> argparse.ArgumentParser:
     """The options of a script that opens a finished run, or `several`; a script adds its own."""
     parser = script_parser(description, "--train_dir", "--device")
-    name, more = ("run_folders", {"nargs": "+", "metavar": "run_folder"}) if several else ("run_folder", {})
-    parser.add_argument(name, type=Path, help="folder of a finished run, as in ./runs", **more)
+    parser.add_argument("run_folder", type=Path, nargs="+" if several else None, help="folder of a finished run, as in ./runs")
     for option in MODEL_OPTIONS:
         parser.add_argument(f"--{option}", help=f"folder of the run's --{option}, if it was moved since training")
     return parser
 
 
-def moved_models(options: argparse.Namespace) -> dict[str, str | None]:
-    """Where a run's models lie now, by option, as `finished_options` takes them."""
-    return {option: getattr(options, option) for option in MODEL_OPTIONS}
+def place_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Where the data and the models lie now, and the device, as `finished_options` and `open_finished` take them."""
+    models = {option: getattr(options, option) for option in MODEL_OPTIONS}
+    return {"train_dir": options.train_dir, "device": options.device, "models": models}
 
 
 def raw_id(text: str) -> str:

@@ -38,9 +38,8 @@ def inline_svg(name: str, description: str, plot: Callable[..., None], *argument
         plot(figure.subplots(), *arguments)
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
-    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :].replace("xlink:href", "href")
     box = re.search(r'viewBox="([^"]+)"', svg).group(1)
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL).replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
     body = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", body)
     body = re.sub(r'href="#|url\(#', lambda found: f"{found[0]}{name}-", body)

@@ -7,15 +7,9 @@ from scipy import stats
 from utils.data.histories import Histories
 
 
-class Typical(NamedTuple):
-    """Items more frequent in a group than elsewhere: interactions, and share in the group over share elsewhere, [items]."""
-
-    items: np.ndarray
-    counts: np.ndarray
-    lifts: np.ndarray
-
-
-def typical_items(histories: Histories, groups: np.ndarray, group: int, num_items: int, top: int = 6) -> Typical:
+def typical_items(
+    histories: Histories, groups: np.ndarray, group: int, num_items: int, top: int = 6
+) -> list[tuple[int, int, float]]:
     """The items that set a group's interactions apart from all other users', the most distinctive first.
 
     Measured by the log-odds ratio with an informative Dirichlet prior, in standard errors (Monroe, Colaresi and Quinn, 2008):
@@ -25,6 +19,8 @@ def typical_items(histories: Histories, groups: np.ndarray, group: int, num_item
     Args:
         groups: each user row's group, [users].
         top: how many at most; items no more frequent in the group than elsewhere are left out.
+    Returns:
+        each one's number, interactions in the group, and share in the group over share elsewhere
     """
     inside = groups[histories.users] == group  # [interactions]
     ours, theirs = (np.bincount(histories.items[rows], minlength=num_items + 1)[1:] for rows in (inside, ~inside))  # [items]
@@ -32,9 +28,10 @@ def typical_items(histories: Histories, groups: np.ndarray, group: int, num_item
     a, b = ours + prior, theirs + prior
     with np.errstate(divide="ignore", invalid="ignore"):  # NaN for items without interactions
         scores = (np.log(a / (a.sum() - a)) - np.log(b / (b.sum() - b))) / np.sqrt(1 / a + 1 / b)
-        best = [row for row in np.argsort(-scores, kind="stable")[:top] if scores[row] > 0 and ours[row] > 0]
+        best = np.argsort(-scores, kind="stable")[:top]
+        best = best[(scores[best] > 0) & (ours[best] > 0)]
         lifts = ours[best] / max(1, ours.sum()) / (theirs[best] / max(1, theirs.sum()))
-    return Typical(np.array(best, dtype=np.int64) + 1, ours[best], lifts)
+    return list(zip((best + 1).tolist(), ours[best].tolist(), lifts.tolist()))
 
 
 class Interval(NamedTuple):
@@ -52,8 +49,3 @@ def mean_interval(values: np.ndarray) -> Interval:
     mean = float(values.mean()) if users else np.nan
     half = float(stats.t.ppf(0.975, users - 1) * values.std(ddof=1) / np.sqrt(users)) if users > 1 else np.nan
     return Interval(mean, mean - half, mean + half, users)
-
-
-def intervals_by_group(differences: np.ndarray, groups: np.ndarray, num_groups: int) -> list[Interval]:
-    """The mean difference of each group's users and, last, of all users; both arguments are [users]."""
-    return [mean_interval(differences[groups == group]) for group in range(num_groups)] + [mean_interval(differences)]

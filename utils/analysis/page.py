@@ -4,14 +4,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from utils.analysis.attention import Explanation
-from utils.analysis.recommendation import Person, Ranking
+from utils.analysis.recommendation import Person, Ranking, label_of
 from utils.common.files import write_text_atomically
 from utils.data.dataset import Dataset
 from utils.data.images import decoded_image
@@ -21,33 +21,7 @@ TEMPLATES = Environment(
 )
 DARKEST = 0.2  # brightness of a patch without attention
 
-
-class Tile(NamedTuple):
-    """An item in a list: a note below its title, and whether it is marked as the test item."""
-
-    item: int
-    note: str
-    marked: bool
-
-
-class TileRow(NamedTuple):
-    """Items side by side, with a label and a note; `empty` is said where there are none."""
-
-    label: str
-    note: str
-    tiles: list[Tile]
-    empty: str = ""
-
-
-class UserCard(NamedTuple):
-    """A user's history and recommendations; why they are shown, and what they gained, are empty where there is nothing to say."""
-
-    anchor: str
-    name: str
-    kind: str
-    gain: str
-    note: str
-    rows: list[TileRow]
+Tile = tuple[int, str, bool]  # an item in a list, a note below its title, and whether it is marked as the test item
 
 
 @dataclass
@@ -55,8 +29,6 @@ class ItemCard:
     """An item: its image as a data URI, where it appears on the page, its number of interactions, and attention to it by run."""
 
     item: int
-    raw_id: str
-    title: str
     image: str
     mentions: dict[str, str] = field(default_factory=dict)  # label by anchor
     counts: str = ""
@@ -105,20 +77,18 @@ class Page:
     def __init__(self, dataset: Dataset, heading: str):
         self.dataset, self.heading = dataset, heading
         self.items: dict[int, ItemCard] = {}
-        self.users: list[UserCard] = []
+        self.users: list[dict[str, Any]] = []  # the variables of their cards
 
     def card(self, item: int) -> ItemCard:
         """The card of an item, made when first asked for."""
         if item not in self.items:
-            dataset = self.dataset
-            image = thumbnail(dataset.image_paths[item - 1])
-            self.items[item] = ItemCard(item, dataset.raw_ids[item - 1], dataset.titles[item - 1], image)
+            self.items[item] = ItemCard(item, thumbnail(self.dataset.image_paths[item - 1]))
         return self.items[item]
 
     def tile(self, item: int, anchor: str, label: str, note: str = "", marked: bool = False) -> Tile:
         """An item in the list of the card `anchor`, which `label` names where the item's card links back."""
         self.card(item).mentions.setdefault(anchor, label)
-        return Tile(item, note, marked)
+        return item, note, marked
 
     def add_user(
         self, person: Person, rankings: Sequence[tuple[str, Ranking]], top_k: int, kind: str = "", gain: str = ""
@@ -129,18 +99,17 @@ class Page:
             rankings: each with the name of its run, or "".
             kind, gain: why the user is shown, and their gain in NDCG@20.
         """
-        anchor = person.name.replace(" ", "-")
-        shown = [int(item) for item in person.history[-top_k:]]
+        name, anchor = person.name, person.name.replace(" ", "-")
+        shown = person.history[-top_k:].tolist()
         few = f"last {len(shown)} of {len(person.history)}" if len(shown) < len(person.history) else f"{len(shown)} items"
-        rows = [TileRow("History", f"{few}, latest last", [self.tile(item, anchor, person.name) for item in shown])]
+        rows = [("History", f"{few}, latest last", [self.tile(item, anchor, name) for item in shown])]
         for run_name, ranking in rankings:
-            label = f"{run_name}: {ranking.label}" if run_name else ranking.label.capitalize()
-            note = "" if ranking.test_rank is None else f"test item at rank {ranking.test_rank:,}"
-            tiles = [
-                self.tile(item, anchor, person.name, f"{score:.2f}", item == person.test_item) for item, score in ranking.best
-            ]
-            rows.append(TileRow(label, note, tiles, "Every item is in the history already."))
-        self.users.append(UserCard(anchor, person.name.capitalize(), kind, gain, person.history_note, rows))
+            label = f"{run_name}: {label_of(ranking)}" if run_name else label_of(ranking).capitalize()
+            test_rank = ranking["rank_of_test_item"]
+            note = "" if test_rank is None else f"test item at rank {test_rank:,}"
+            best = [(each["item"], f"{each['score']:.2f}") for each in ranking["items"]]
+            rows.append((label, note, [self.tile(item, anchor, name, score, item == person.test_item) for item, score in best]))
+        self.users.append({"person": person, "anchor": anchor, "kind": kind, "gain": gain, "rows": rows})
 
     def add_attention(self, explanation: Explanation, run_name: str = "") -> None:
         """Add the attention to an item in one run to the item's card."""

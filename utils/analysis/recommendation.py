@@ -33,18 +33,15 @@ class Person(NamedTuple):
         return "training and validation interactions; the test item, which comes next, is a candidate"
 
 
-class Ranking(NamedTuple):
-    """The best items by one adapter."""
+# The best items by one adapter, as recommend_{user}.json holds them: "adapter" ("own group", "global" or "other group"), "group"
+# (None for the global one), "rank_of_test_item" among all candidates, and "items", the best first; ranks count from 1, scores
+# are dot products with the user's state.
+Ranking = dict[str, Any]
 
-    adapter: str  # "own group", "global" or "other group"
-    group: int | None  # whose adapter; None for the global one
-    best: list[tuple[int, float]]  # items and their scores, dot products with the user's state; the best first
-    test_rank: int | None  # of the test item among all candidates, from 1
 
-    @property
-    def label(self) -> str:
-        """The adapter in words."""
-        return self.adapter if self.group is None else f"{self.adapter} ({self.group})"
+def label_of(ranking: Ranking) -> str:
+    """The adapter in words."""
+    return ranking["adapter"] if ranking["group"] is None else f"{ranking['adapter']} ({ranking['group']})"
 
 
 def known_user(run: Run, number: int) -> Person:
@@ -72,14 +69,6 @@ def best_items(state: torch.Tensor, table: torch.Tensor, excluded: np.ndarray, t
     return list(zip(best.tolist(), scores[best].tolist()))
 
 
-def _group_centres(vectors: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """The mean of the members' vectors, [groups, hidden]; NaN for a group without members."""
-    sums = np.zeros((num_groups, vectors.shape[1]))
-    np.add.at(sums, groups, vectors)
-    with np.errstate(invalid="ignore"):
-        return sums / np.bincount(groups, minlength=num_groups)[:, None]
-
-
 def choose_groups(vector: np.ndarray, own: int | None, centres: np.ndarray, other: int | None) -> tuple[int, int | None]:
     """The group of a user, and another one to compare with.
 
@@ -102,6 +91,10 @@ def choose_groups(vector: np.ndarray, own: int | None, centres: np.ndarray, othe
     return own, other
 
 
+def _item(dataset: Dataset, item: int) -> dict[str, Any]:
+    return {"item": item, "raw_id": dataset.raw_ids[item - 1], "title": dataset.titles[item - 1]}
+
+
 class Recommender:
     """A finished run that ranks for any user by any adapter; every adapter's item table is encoded once, when first needed.
 
@@ -122,7 +115,9 @@ class Recommender:
         self._models: dict[int | None, tuple[SASRec, torch.Tensor]] = {None: (copy.deepcopy(run.model.sasrec), table)}
         if self.grouped:
             run.load_personalized()  # whose SASRec takes the place of the global one, copied above
-            self._centres = _group_centres(self.user_vectors, run.groups, run.options.C)
+            self._centres = np.full((run.options.C, self.user_vectors.shape[1]), np.nan)  # [groups, hidden]
+            for group in np.unique(run.groups):
+                self._centres[group] = self.user_vectors[run.groups == group].mean(0)
 
     def _state(self, group: int | None, history: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The user's state [hidden] after a history, and the item table [num_items + 1, hidden], by one adapter."""
@@ -137,7 +132,9 @@ class Recommender:
         if person.test_item is not None:
             excluded = Histories.of_lists([person.history])
             test_rank = 1 + int(rank_targets(state[None], table, np.array([person.test_item]), excluded, np.array([0]))[0])
-        return Ranking(adapter, group, best_items(state, table, person.history, top_k), test_rank)
+        best = enumerate(best_items(state, table, person.history, top_k), 1)
+        items = [{"rank": rank, **_item(self.run.dataset, item), "score": score} for rank, (item, score) in best]
+        return {"adapter": adapter, "group": group, "rank_of_test_item": test_rank, "items": items}
 
     def recommend(self, person: Person, top_k: int, other_group: int | None = None) -> list[Ranking]:
         """The best items by a person's own group's adapter, the global one, and another group's, if the run has groups.
@@ -162,12 +159,8 @@ class Recommender:
         return [self._ranking(person, top_k, "own group", own), by_global, *others]
 
 
-def _item(dataset: Dataset, item: int) -> dict[str, Any]:
-    return {"item": item, "raw_id": dataset.raw_ids[item - 1], "title": dataset.titles[item - 1]}
-
-
 def as_json(run: Run, person: Person, rankings: list[Ranking]) -> dict[str, Any]:
-    """All recommendations in plain values; ranks count from 1."""
+    """All recommendations in plain values."""
     dataset = run.dataset
     return {
         "run": run.folder.resolve().name,
@@ -175,27 +168,17 @@ def as_json(run: Run, person: Person, rankings: list[Ranking]) -> dict[str, Any]
         "history_is": person.history_note,
         "history": [_item(dataset, int(item)) for item in person.history],
         "test_item": None if person.test_item is None else _item(dataset, person.test_item),
-        "recommendations": [
-            {
-                "adapter": ranking.adapter,
-                "group": ranking.group,
-                "rank_of_test_item": ranking.test_rank,
-                "items": [
-                    {"rank": rank, **_item(dataset, item), "score": score} for rank, (item, score) in enumerate(ranking.best, 1)
-                ],
-            }
-            for ranking in rankings
-        ],
+        "recommendations": rankings,
     }
 
 
-def as_text(run: Run, person: Person, rankings: list[Ranking]) -> str:
+def as_text(person: Person, rankings: list[Ranking]) -> str:
     """The best items' titles, one a line."""
     lines = [f"history: {person.history_note}"]
     for ranking in rankings:
-        test = "" if ranking.test_rank is None else f"; the test item has rank {ranking.test_rank}"
-        lines.append(f"{ranking.label}{test}")
-        for rank, (item, _) in enumerate(ranking.best, 1):
-            mark = "  <- test item" if item == person.test_item else ""
-            lines.append(f"  {rank:>3}  {run.dataset.raw_ids[item - 1]}  {run.dataset.titles[item - 1][:80]}{mark}")
+        test_rank = ranking["rank_of_test_item"]
+        lines.append(label_of(ranking) + ("" if test_rank is None else f"; the test item has rank {test_rank}"))
+        for item in ranking["items"]:
+            mark = "  <- test item" if item["item"] == person.test_item else ""
+            lines.append(f"  {item['rank']:>3}  {item['raw_id']}  {item['title'][:80]}{mark}")
     return "\n".join(lines)

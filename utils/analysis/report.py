@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -12,12 +12,12 @@ from tqdm import tqdm
 from models.peft_configs import PEFT_TYPES
 from utils.analysis.attention import explain_items
 from utils.analysis.figures import group_colours, inline_svg, plot_gains, plot_users
-from utils.analysis.groups import Interval, intervals_by_group, mean_interval, typical_items
-from utils.analysis.page import Page, TileRow
+from utils.analysis.groups import Interval, mean_interval, typical_items
+from utils.analysis.page import Page
 from utils.analysis.recommendation import Recommender, known_user
 from utils.common.errors import PerPEFTError
 from utils.run.build import has_groups
-from utils.run.finished import Models, finished_options, open_finished
+from utils.run.finished import finished_options, open_finished
 from utils.run.folder import read_summary
 from utils.run.plots import plot_loss, plot_ndcg
 from utils.run.reports import read_metrics, read_ranks
@@ -28,47 +28,28 @@ SETTINGS = {  # sections of summary.json that are shown, and their captions
     "dataset": "Data", "config": "Settings", "trainable_parameters": "Parameters", "seconds": "Seconds", "versions": "Versions"
 }  # fmt: skip
 
-
-class ResultRow(NamedTuple):
-    """A row of the results table: each metric's mean with its interval; a difference has no best epoch."""
-
-    label: str
-    split: str
-    best_epoch: int | None
-    cells: list[Interval]
-
-
-class GroupPart(NamedTuple):
-    """One group: its users, its gain, and its typical items."""
-
-    number: int
-    colour: str
-    users: int
-    share: float
-    gain: Interval
-    typical: TileRow
-    anchor: str
+ResultRow = tuple[str, str, int | None, list[Interval]]  # label, split, best epoch (None of a difference), each metric's mean
 
 
 class RunPart:
     """What the page shows of one run.
 
     Args:
-        folder, train_dir, device, models: as in `finished_options`.
+        folder, place: as in `open_finished`.
         name: how the run is called in tables that hold several: "A", "B", ...; "" where it is alone.
     """
 
-    def __init__(self, folder: Path, train_dir: str, device: str | None, models: Models, name: str):
+    def __init__(self, folder: Path, place: dict[str, Any], name: str):
         self.name, self.folder = name, folder
         self.title = f"{name}: {folder.resolve().name}" if name else folder.resolve().name
-        self.run = open_finished(folder, device, train_dir, models)
+        self.run = open_finished(folder, **place)
         self.options = self.run.options
         self.stages = ["global", "personalized"] if has_groups(self.options) else ["global"]
         self.summary = read_summary(folder / "summary.json")
         self.ranks = [read_ranks(folder / f"{stage}_ranks.csv") for stage in self.stages]
         self.test_ranks = [ranks["test"] for ranks in self.ranks]  # of each stage, from 0, [evaluated users]
         self.recommender = Recommender(self.run)
-        self.groups: list[GroupPart] = []
+        self.groups: list[dict[str, Any]] = []  # the variables of their cards
         rows = read_metrics(folder / "metrics.csv")
         self.curves = [
             inline_svg(f"loss{name}", f"Training loss over {len(rows)} epochs", plot_loss, rows),
@@ -81,7 +62,7 @@ class RunPart:
         for stage, ranks in zip(self.stages, self.ranks):
             for split in SPLITS:
                 cells = [mean_interval(user_values(metric, ranks[split])) for metric in METRICS]
-                rows.append(ResultRow(f"{self.name} {stage}".strip(), split, self.summary[stage]["best_epoch"], cells))
+                rows.append((f"{self.name} {stage}".strip(), split, self.summary[stage]["best_epoch"], cells))
         if len(self.stages) == 2:
             rows.append(_difference_row(f"{self.name} personalized − global".strip(), *self.test_ranks))
         return rows
@@ -90,19 +71,18 @@ class RunPart:
         """Fill in groups and their figures."""
         run, number = self.run, self.options.C
         before, after = (user_values("NDCG@20", ranks) for ranks in self.test_ranks)
-        rows = np.searchsorted(run.dataset.user_ids, self.ranks[0]["users"])  # of the evaluated users
-        gains = intervals_by_group(after - before, run.groups[rows], number)
+        groups = run.groups[np.searchsorted(run.dataset.user_ids, self.ranks[0]["users"])]  # of the evaluated users
+        gains = [mean_interval((after - before)[groups == group]) for group in range(number)] + [mean_interval(after - before)]
         self.total_gain = gains[-1]
-        sizes, colours = run.group_sizes(), group_colours(number)
-        for group, (size, gain) in enumerate(zip(sizes, gains)):
+        for group, (size, colour, gain) in enumerate(zip(run.group_sizes(), group_colours(number), gains)):
             label, anchor = f"group {self.name}{group}", f"group-{self.name}{group}"
-            tiles = [
-                page.tile(int(item), anchor, label, f"{count} times, " + (f"{lift:.1f}×" if np.isfinite(lift) else "nobody else"))
-                for item, count, lift in zip(*typical_items(run.split.train_and_valid, run.groups, group, run.dataset.num_items))
-            ]
-            row = TileRow("Most typical items", "", tiles, "no typical items" if size else "no users")
-            self.groups.append(GroupPart(group, colours[group], size, size / sum(sizes), gain, row, anchor))
-        labels = [f"group {group}" for group in range(number)] + ["all users"]
+            tiles = []
+            for item, count, lift in typical_items(run.split.train_and_valid, run.groups, group, run.dataset.num_items):
+                elsewhere = f"{lift:.1f}×" if np.isfinite(lift) else "nobody else"
+                tiles.append(page.tile(item, anchor, label, f"{count} times, {elsewhere}"))
+            card = {"number": group, "colour": colour, "users": size, "share": size / len(run.groups), "gain": gain}
+            self.groups.append({**card, "typical": tiles, "anchor": anchor})
+        labels = [*(f"group {group}" for group in range(number)), "all users"]
         users = (plot_users, self.recommender.user_vectors, run.groups, number)
         self.users_map = inline_svg(f"map{self.name}", f"Map of users in {number} groups", *users, height=5)
         title, height = "Gain by group, as in the table", 0.8 + 0.36 * len(gains)
@@ -120,7 +100,7 @@ class RunPart:
 def _difference_row(label: str, before: np.ndarray, after: np.ndarray) -> ResultRow:
     """Paired differences of two rankings of the same users, ranks from 0, [users]."""
     cells = [mean_interval(user_values(metric, after) - user_values(metric, before)) for metric in METRICS]
-    return ResultRow(label, "test", None, cells)
+    return label, "test", None, cells
 
 
 def choose_users(ids: np.ndarray, ranks: list[np.ndarray], number: int) -> list[tuple[int, str, str]]:
@@ -169,30 +149,28 @@ def _format_setting(value: Any) -> str:
 
 def _attention_items(parts: Sequence[RunPart], page: Page, number: int) -> list[int]:
     """Items to show attention for: typical ones, group by group, then those that most cards mention."""
-    typical = [[tile.item for tile in group.typical.tiles] for part in parts for group in part.groups]
+    typical = [[item for item, *_ in group["typical"]] for part in parts for group in part.groups]
     first = [item for items in zip_longest(*typical) for item in items if item is not None]
     others = sorted(page.items, key=lambda item: -len(page.items[item].mentions))
     return list(dict.fromkeys([*first, *others]))[:number]
 
 
-def write_report(
-    folders: Sequence[Path], path: Path, train_dir: str, device: str | None, models: Models, users: int, items: int
-) -> None:
+def write_report(folders: Sequence[Path], path: Path, place: dict[str, Any], users: int, items: int) -> None:
     """Write a page that shows finished runs of one data set.
 
     Args:
-        train_dir, device, models: as in `finished_options`.
+        place: as `open_finished` takes it.
         users, items: how many users' recommendations and how many items' attention to show.
     Raises:
         PerPEFTError: a run is not finished, its data is missing or has changed, or the runs are of different data.
     """
     if len(folders) > len(ascii_uppercase):  # which name them
         raise PerPEFTError(f"{len(folders)} runs are more than the {len(ascii_uppercase)} that a report compares; name fewer")
-    fingerprints = {finished_options(folder, train_dir, device)[1]["dataset_fingerprint"] for folder in folders}
+    fingerprints = {finished_options(folder, **place)[1]["dataset_fingerprint"] for folder in folders}
     if len(fingerprints) > 1:  # before minutes of encoding
         raise PerPEFTError("the runs are of different data sets; a report compares runs of one")
     names = ascii_uppercase if len(folders) > 1 else [""]
-    parts = [RunPart(folder, train_dir, device, models, name) for folder, name in zip(folders, names)]
+    parts = [RunPart(folder, place, name) for folder, name in zip(folders, names)]
     first, others = parts[0], parts[1:]
     dataset = first.run.dataset
     page = Page(dataset, f"{'Runs' if others else 'A run'} of {dataset.name}")

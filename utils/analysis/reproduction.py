@@ -13,13 +13,7 @@ from utils.run.folder import fixed_options, read_summary, run_name, settings_of
 from utils.run.options import parse_options
 
 PERPEFT = "PerPEFT"
-# The paper's kinds of adapter: the script that trains each, and the kinds that this script takes.
-SCRIPTS = {
-    "lora": ("perpeft_lora_ia3.py", PEFT_TYPES),
-    "ia3": ("perpeft_lora_ia3.py", PEFT_TYPES),
-    "iisan": ("perpeft_iisan.py", ("iisan",)),
-}
-ADAPTERS = tuple(SCRIPTS)
+ADAPTERS = ("lora", "ia3", "iisan")
 
 
 @dataclass(frozen=True)
@@ -64,14 +58,10 @@ class PlannedRun:
     peft_type: str
     method: Method
     trial: int  # the seed
-    arguments: tuple[str, ...]  # of the script
+    script: str  # the training script's file
+    arguments: tuple[str, ...]
     folder: Path
     options: dict[str, Any] = field(compare=False)  # all that its metrics depend on
-
-    @property
-    def script(self) -> str:
-        """The training script's file."""
-        return SCRIPTS[self.peft_type][0]
 
     def command(self) -> str:
         """As one types it."""
@@ -112,15 +102,16 @@ def _arguments_for(peft_type: str, method: Method, arguments: list[str]) -> list
 
 
 def _planned(dataset: str, peft_type: str, method: Method, trial: int, passed_on: list[str]) -> PlannedRun:
-    kinds = SCRIPTS[peft_type][1]
-    arguments = ["--dataset", dataset, *(["--peft_type", peft_type] if len(kinds) > 1 else [])]
+    arguments, script, kinds = ["--dataset", dataset], "perpeft_iisan.py", ("iisan",)
+    if peft_type != "iisan":
+        arguments, script, kinds = [*arguments, "--peft_type", peft_type], "perpeft_lora_ia3.py", PEFT_TYPES
     arguments += ["--trial", str(trial), *method.flags, *_arguments_for(peft_type, method, passed_on)]
     if method.shares_stage_1:
         arguments += ["--init_from", str(_planned(dataset, peft_type, FULL_METHOD, trial, passed_on).folder)]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the learning rate; so will the run
         options = parse_options("", kinds, arguments)
     folder = Path(options.output_dir) / run_name(options)
-    return PlannedRun(peft_type, method, trial, tuple(arguments), folder, fixed_options(options))
+    return PlannedRun(peft_type, method, trial, script, tuple(arguments), folder, fixed_options(options))
 
 
 def methods_of(table: int, peft_type: str) -> list[Method]:

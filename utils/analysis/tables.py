@@ -1,7 +1,6 @@
 """The paper's Tables 2 and 3 from finished runs, as Markdown, CSV and LaTeX: means, deviations, the paper's values, a test."""
 import contextlib
 import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +26,7 @@ class Row(NamedTuple):
     deviation: dict[str, float]  # of the sample of trials; NaN of a single one
     paper: dict[str, float]  # the paper's values, where it has some
     valid: float  # mean validation NDCG@20, which chooses the strongest row
-    gains: dict[int, np.ndarray]  # by trial, each evaluated user's test NDCG@20 as a fraction, [users]
-
-    @property
-    def trials(self) -> int:
-        """How many finished runs the metrics are means of."""
-        return len(self.gains)
+    gains: dict[int, np.ndarray]  # by finished trial, each evaluated user's test NDCG@20 as a fraction, [users]
 
 
 class Comparison(NamedTuple):
@@ -92,16 +86,12 @@ def paper_figures(table: int, peft_type: str, method: str, dataset: str) -> dict
 def _row(method: Method, found: dict[PlannedRun, dict[str, Any]], paper: dict[str, float]) -> Row:
     """A row of finished runs of one method and their summaries."""
     stages = [summary[method.stage] for summary in found.values()]
-    values = {metric: np.array([100 * stage["test"][metric] for stage in stages]) for metric in SHOWN}
+    values = np.array([[100 * stage["test"][metric] for metric in SHOWN] for stage in stages])  # [trials, metrics]
+    deviations = values.std(0, ddof=1) if len(values) > 1 else [np.nan] * len(SHOWN)
+    valid = float(np.mean([stage["valid"]["NDCG@20"] for stage in stages]))
     ranks = {run.trial: read_ranks(run.folder / f"{method.stage}_ranks.csv")["test"] for run in found}
-    return Row(
-        method.name,
-        {metric: float(each.mean()) for metric, each in values.items()},
-        {metric: float(each.std(ddof=1)) if len(each) > 1 else float("nan") for metric, each in values.items()},
-        paper,
-        float(np.mean([stage["valid"]["NDCG@20"] for stage in stages])),
-        {trial: user_values("NDCG@20", each) for trial, each in ranks.items()},
-    )
+    gains = {trial: user_values("NDCG@20", each) for trial, each in ranks.items()}
+    return Row(method.name, dict(zip(SHOWN, values.mean(0))), dict(zip(SHOWN, deviations)), paper, valid, gains)
 
 
 def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
@@ -152,7 +142,8 @@ def _cells(block: Block, trials: int, bold: str, blank: str = "") -> tuple[list[
     best = {metric: max(row.mean[metric] for row in block.rows) for metric in SHOWN}
     lines = []
     for row in block.rows:
-        cells = [row.method if row.trials == trials else f"{row.method} [{row.trials} of {trials} trials]"]
+        done = len(row.gains)
+        cells = [row.method if done == trials else f"{row.method} [{done} of {trials} trials]"]
         for metric in SHOWN:
             deviation = row.deviation[metric]
             text = f"{row.mean[metric]:.2f}" + (f" ({deviation:.2f})" if np.isfinite(deviation) else "")
@@ -204,10 +195,8 @@ def latex(dataset: str, blocks: list[Block], trials: int) -> str:
 
 def as_csv(blocks: list[Block]) -> str:
     """For programs: one line a row, means and deviations in percent, the test on PerPEFT's line; missing values are empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     columns = [f"{metric}{ending}" for metric in SHOWN for ending in ("", "_sd", "_paper")]
-    writer.writerow(["table", "peft", "method", "trials", *columns, "strongest_other", "difference", "p"])
+    lines = [["table", "peft", "method", "trials", *columns, "strongest_other", "difference", "p"]]
     for block in blocks:
         compared = block.comparison()
         for row in block.rows:
@@ -216,5 +205,5 @@ def as_csv(blocks: list[Block]) -> str:
             test = ["", "", ""]
             if compared and row.method == PERPEFT:
                 test = [compared.strongest, f"{compared.difference:.4f}", f"{compared.p:.3g}"]
-            writer.writerow([block.table, block.peft_type, row.method, row.trials, *cells, *test])
-    return text.getvalue()
+            lines.append([str(block.table), block.peft_type, row.method, str(len(row.gains)), *cells, *test])
+    return "".join(",".join(line) + "\n" for line in lines)

@@ -122,21 +122,18 @@ def outside_the_group(rankings: dict[str, GroupRanking]) -> str:
     return markdown_table(columns, rows)
 
 
-def _dataset_of(run: Path, other: Path, train_dir: str | Path) -> Dataset:
-    """The data set that both runs were trained on; the first must have groups."""
-    (options, expected), (_, expected_by_other) = (finished_options(folder, train_dir, "cpu") for folder in (run, other))
-    if not has_groups(options):
+def _dataset_and_ranks(run: Path, other: Path, train_dir: str | Path) -> tuple[Dataset, list[np.ndarray]]:
+    """The data set that both runs were trained on, of which the first must have groups, and each one's test ranks, [users]."""
+    opened = {folder: finished_options(folder, train_dir, "cpu") for folder in (run, other)}
+    if not has_groups(opened[run][0]):
         raise PerPEFTError(f"{run} has no groups; name a PerPEFT run first")
-    dataset = read_dataset(train_dir, options.dataset, contents=False)
-    for folder, each in ((run, expected), (other, expected_by_other)):
-        if dataset_fingerprint(dataset) != each["dataset_fingerprint"]:
+    dataset, ranks = read_dataset(train_dir, opened[run][0].dataset, contents=False), []
+    for folder in (run, other):
+        options, expected = opened[folder]
+        if dataset_fingerprint(dataset) != expected["dataset_fingerprint"]:
             raise PerPEFTError(f"data set '{dataset.name}' is not the one that {folder} was trained on")
-    return dataset
-
-
-def _test_ranks(folder: Path) -> np.ndarray:
-    own = folder / "personalized_ranks.csv"
-    return read_ranks(own if own.is_file() else folder / "global_ranks.csv")["test"]
+        ranks.append(read_ranks(folder / f"{'personalized' if has_groups(options) else 'global'}_ranks.csv")["test"])
+    return dataset, ranks
 
 
 def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) -> str:
@@ -148,8 +145,8 @@ def compare(run: Path, other: Path, train_dir: str | Path, vectors: list[Path]) 
     Raises:
         PerPEFTError: a run is not finished, has no groups, or belongs to other data.
     """
-    dataset = _dataset_of(run, other, train_dir)
-    own, theirs, groups = _test_ranks(run), _test_ranks(other), read_groups(run / "groups.csv")
+    dataset, (own, theirs) = _dataset_and_ranks(run, other, train_dir)
+    groups = read_groups(run / "groups.csv")
     split = leave_last_out(dataset.histories)
     users = split.evaluated_users
     popularity = np.bincount(split.train.items, minlength=dataset.num_items + 1)  # [items + 1]
