@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_lora_ia3
-from tests.zygote import shared_zygote, write_instead_of_drawing
+import tests.zygote
+from tests.moments import write_instead_of_drawing
 from utils.common.console import run_main
 from utils.prepare.small_tokenizer import train_tokenizer
 from utils.run.options import parse_options
@@ -220,7 +221,8 @@ def exit_code(arguments, main=perpeft_lora_ia3.main):
 
 @pytest.fixture(scope="session")
 def zygote():
-    return shared_zygote()
+    """`run` and `run_together` of forks."""
+    return tests.zygote
 
 
 @pytest.fixture
