@@ -63,8 +63,8 @@ def run_together(arguments, script="perpeft_lora_ia3", size=2, signal_at=None):
 
 
 def _run(environments, arguments, script, kill_after=None, **moments):
+    forks, ends = [], []
     with tempfile.TemporaryDirectory() as folder:
-        forks = []
         for number, environment in enumerate(environments):
             output, events = Path(folder, f"output{number}"), Path(folder, f"events{number}")
             for path in (output, events):
@@ -72,13 +72,11 @@ def _run(environments, arguments, script, kill_after=None, **moments):
             order = (script, [str(part) for part in arguments], environment, output, events)
             forks.append((FORKS.Process(target=run_watched, args=order, kwargs=moments), output, events))
             forks[-1][0].start()
-        for process, _, _ in forks:
+        for process, output, events in forks:
             process.join(kill_after)
             process.kill()
             process.join()
-        return [_end(process.exitcode, output.read_text(), events.read_text().splitlines()) for process, output, events in forks]
-
-
-def _end(code, output, events):
-    losses = [float(label.split()[-1]) for label in events if "before update" in label]
-    return SimpleNamespace(code=code, output=output, events=events, losses=losses)
+            labels = events.read_text().splitlines()
+            losses = [float(label.split()[-1]) for label in labels if "before update" in label]
+            ends.append(SimpleNamespace(code=process.exitcode, output=output.read_text(), events=labels, losses=losses))
+    return ends

@@ -31,7 +31,7 @@ def seen(request, tiny_dataset, tiny_clip, tmp_path_factory):
     script, peft_type = (perpeft_iisan, None) if request.param == "iisan" else (perpeft_lora_ia3, request.param)
     changes = {"device": "cuda:0", "global_epochs": 1, "num_epochs": 1}
     arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path_factory.mktemp("runs"), peft_type, **changes)
-    cuda = PretendedCuda(free_memory=0 if peft_type is None else 2**36)  # IISAN's states are copied in every step
+    cuda = PretendedCuda(free_memory=2**36 if peft_type else 0)  # without room, IISAN's states are copied in every step
     autocast, changed = {}, []
 
     def forward(module, _inputs):

@@ -30,7 +30,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-MEMORY = 80 * 2**30
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal", "aten::_unique2"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 
@@ -64,7 +63,7 @@ class PretendedCuda(TorchDispatchMode):
 
     current = None
 
-    def __init__(self, free_memory=MEMORY):
+    def __init__(self, free_memory=2**36):
         super().__init__()
         self.free_memory, self.waits, self.device_files, self._phase = free_memory, collections.Counter(), [], None
         PretendedCuda.current = self
@@ -158,7 +157,7 @@ def save(content, file, *args, save=torch.save, **options):
 torch.Tensor.pin_memory, torch.save = pin_memory, save
 torch.__future__.set_swap_module_params_on_conversion(True)  # a wrapper cannot take the place of a CPU tensor's data
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-torch.cuda.mem_get_info = lambda _: (PretendedCuda.current.free_memory, MEMORY)
+torch.cuda.mem_get_info = lambda _: (PretendedCuda.current.free_memory, 2**36)
 torch.cuda.get_rng_state = lambda _: torch.get_rng_state()
 for name in ("_lazy_init", "manual_seed_all", "set_rng_state"):
     setattr(torch.cuda, name, lambda *_: None)
