@@ -91,9 +91,11 @@ class PretendedCuda(TorchDispatchMode):
             on_device = isinstance(args[0], CudaTensor)
             self._check_copy(args[1], on_device, args[2:] == (True,))
         elif name in INDEXING:
-            self._check_index(name, *args)
+            self._check_devices(name, [args[0], *args[2:3]], scalars=True)
+            self._check_indices(index for index in args[1] if index is not None)
         else:
-            self._check_devices(operation, name, [value for value in values if isinstance(value, torch.Tensor)])
+            scalars = name == "aten::fill_" or torch.Tag.pointwise in operation.tags and name != "aten::lerp"
+            self._check_devices(name, values, scalars)
         if name in READS:
             self._record(name)
         args, kwargs = tree_map(on_cpu, (args, kwargs))
@@ -109,19 +111,16 @@ class PretendedCuda(TorchDispatchMode):
         if isinstance(source, CudaTensor) != to_device and not from_pinned:
             self._record("copy to the device, blocking or not from pinned memory" if to_device else "copy to the host")
 
-    def _check_index(self, name, tensor, indices, value=None, *_):
-        values = [value] if isinstance(value, torch.Tensor) and value.dim() else []
-        if not all(isinstance(each, CudaTensor) for each in [tensor, *values]):
-            raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+    def _check_indices(self, indices):
         for index in indices:
-            if index is not None and index.dtype in (torch.bool, torch.uint8):
+            if index.dtype in (torch.bool, torch.uint8):
                 self._record("index by a boolean mask")
-            elif index is not None and not isinstance(index, CudaTensor):
+            elif not isinstance(index, CudaTensor):
                 self._record("index by a CPU tensor")
 
-    def _check_devices(self, operation, name, tensors):
-        # where CUDA takes a number that lies on the CPU
-        scalars = name == "aten::fill_" or torch.Tag.pointwise in operation.tags and name != "aten::lerp"
+    def _check_devices(self, name, values, scalars):
+        """Refuse tensors that lie on the CPU, but for single numbers where CUDA takes `scalars`."""
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
         if any(not isinstance(tensor, CudaTensor) and not (scalars and tensor.dim() == 0) for tensor in tensors):
             shapes = [tuple(tensor.shape) for tensor in tensors]
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu, of shapes {shapes}")
