@@ -18,14 +18,14 @@ from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_lora_ia3
-from tests.zygote import shared_zygote, write_instead_of_drawing
+import tests.zygote
+from tests.moments import write_instead_of_drawing
 from utils.common.console import run_main
 from utils.prepare.small_tokenizer import train_tokenizer
 from utils.run.options import parse_options
 from utils.run.run import Run
 from utils.training.trainer import Trainer
 
-torch.set_num_threads(1)
 # A shell starts background jobs with SIGINT ignored, and children inherit that; the tests that interrupt need the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # the same examples every time, no time limit on a busy machine, nothing written beside the code
@@ -39,7 +39,7 @@ RUN = "tiny_{}_lr0.001_wd0.0001_seed0"  # the folder's name of a tiny run
 
 
 def write_dataset(folder, name, histories, titles, raw_ids=None, draw=True):
-    """Write the four files of DESIGN.md section 2; `histories` maps user to items, `titles` belong to items 1, 2, ..."""
+    """Write the four files of docs/your_data.md; `histories` maps user to items, `titles` belong to items 1, 2, ..."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     raw_ids = raw_ids or [f"B{item:03d}" for item in range(1, len(titles) + 1)]
@@ -220,7 +220,8 @@ def exit_code(arguments, main=perpeft_lora_ia3.main):
 
 @pytest.fixture(scope="session")
 def zygote():
-    return shared_zygote()
+    """`run` and `run_together` of forks."""
+    return tests.zygote
 
 
 @pytest.fixture

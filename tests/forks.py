@@ -1,24 +1,23 @@
 """Functions run in a copy of this process, so that one that fills the memory or never ends is a failed test."""
-import os
+import multiprocessing
 import resource
 import signal
+import tempfile
 from pathlib import Path
 
 
 def in_a_fork(function, addresses=2**30):
     """Call `function(write)` in a copy of this process with little more memory; return what it wrote and the exit code."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if not pid:
+
+    def limited():
         before = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (before + addresses, before + addresses))
         signal.alarm(60)
-        try:
-            function(lambda *words: os.write(write_end, (" ".join(map(str, words)) + "\n").encode()))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(write_end)
-    with open(read_end) as pipe:
-        written = pipe.read()
-    return written, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        function(lambda *words: print(*words, file=written))
+
+    with tempfile.TemporaryFile("w+", buffering=1, encoding="utf-8") as written:  # line by line, also if the copy is killed
+        copy = multiprocessing.get_context("fork").Process(target=limited)
+        copy.start()
+        copy.join()
+        written.seek(0)
+        return written.read(), copy.exitcode

@@ -1,4 +1,4 @@
-"""A saved model and its rankings by peft, transformers and loops alone, one user after another, as DESIGN.md writes them."""
+"""A saved model and its rankings by peft, transformers and loops alone, one user after another."""
 from types import SimpleNamespace
 
 import torch

@@ -3,32 +3,35 @@
 
 A tensor "on" the device is a wrapper that says cuda:0 and holds a CPU tensor. Every operation passes `PretendedCuda`, which
 refuses what CUDA refuses (tensors of two devices) and records what makes the host wait. Not covered: kernels, streams, NCCL, the
-device's random numbers.
+device's random numbers. It is a plugin of pytest, because plugins come before anything that imports torch.
 """
 import collections
 import contextlib
 import ctypes
 import importlib.util
+import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
-from unittest import mock
 
+PROGRAM = tuple(f"{Path(__file__).parents[2] / name}" for name in ("models", "utils"))
+TORCH = Path(importlib.util.find_spec("torch").origin).parent
 if "torch" in sys.modules:
     raise RuntimeError("import this before torch, which asks for CUDA's hooks once, when it is imported")
-ctypes.CDLL(str(Path(importlib.util.find_spec("torch").origin).parent / "lib" / "libtorch_cpu.so"), ctypes.RTLD_GLOBAL)
-ctypes.CDLL(sys.argv[1])  # the built backend.cpp
+with tempfile.TemporaryDirectory() as folder:
+    backend = Path(folder, "backend.so")
+    build = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{TORCH / 'include'}", Path(__file__).with_name("backend.cpp")]
+    subprocess.run([*build, "-o", backend], check=True)
+    ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so"), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(backend))
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-ROOT = Path(__file__).parents[2]
-DEVICE = torch.device("cuda:0")
-MEMORY = 80 * 2**30
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal", "aten::_unique2"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
-COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
 class CudaTensor(torch.Tensor):
@@ -40,108 +43,100 @@ class CudaTensor(torch.Tensor):
     def __new__(cls, cpu_tensor):
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls, cpu_tensor.size(), strides=cpu_tensor.stride(), storage_offset=cpu_tensor.storage_offset(),
-            dtype=cpu_tensor.dtype, device=DEVICE,
+            dtype=cpu_tensor.dtype, device=torch.device("cuda:0"),
         )  # fmt: skip
         wrapper.cpu_tensor = cpu_tensor
         return wrapper
 
     @classmethod
-    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        return PretendedCuda.current.compute(operation, args, kwargs or {})
-
-
-def names_cuda(device):
-    """Whether an argument `device` names the pretended one."""
-    return device is not None and torch.device(device).type == "cuda"
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):  # called where no mode is, as in the backward pass
+        return PretendedCuda.current.__torch_dispatch__(operation, types, args, kwargs)
 
 
 class PretendedCuda(TorchDispatchMode):
-    """Computes every operation.
+    """Computes every operation, on a GPU of so many free bytes.
 
     Attributes:
-        phase: what the program does now, set by the tests; host waits are recorded while it is not None.
-        waits: phase: {"what @ file:line": how often}.
+        waits: {"phase: what @ file:line": how often} of what made the host wait in phases, see `phase`.
         device_files: files saved with tensors on the device, which a machine without one could not load as they are.
     """
 
     current = None
 
-    def __init__(self):
+    def __init__(self, free_memory=2**36):
         super().__init__()
-        self.phase = None
-        self.waits = collections.defaultdict(collections.Counter)
-        self.device_files = []
+        self.free_memory, self.waits, self.device_files, self._phase = free_memory, collections.Counter(), [], None
+        PretendedCuda.current = self
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Record waits under this name during a block, or a function that this decorates; None: record none."""
+        outer, self._phase = self._phase, name
+        yield
+        self._phase = outer
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        return self.compute(operation, args, kwargs or {})
-
-    def compute(self, operation, args, kwargs):
         """The result of an operation, on the device that CUDA would leave it on."""
-        values, structure = tree_flatten((args, kwargs))
-        on_device = [value for value in values if isinstance(value, CudaTensor)]
-        device = kwargs.get("device")
-        if not on_device and not names_cuda(device):
+        kwargs = kwargs or {}
+        values, _ = tree_flatten((args, kwargs))
+        wrappers = {id(value.cpu_tensor): value for value in values if isinstance(value, CudaTensor)}
+        devices = [value.type for value in values if isinstance(value, torch.device)]
+        if not wrappers and "cuda" not in devices:
             return operation(*args, **kwargs)
-        name = operation._schema.name
-        result_on_device = True
-        if name in COPIES:
-            result_on_device = self._check_copy(name, args, kwargs)
+        name, on_device = operation._schema.name, True
+        if name == "aten::_to_copy":
+            on_device = "cpu" not in devices
+            self._check_copy(args[0], on_device, kwargs.get("non_blocking"))
+        elif name == "aten::copy_":
+            on_device = isinstance(args[0], CudaTensor)
+            self._check_copy(args[1], on_device, args[2:] == (True,))
         elif name in INDEXING:
-            self._check_index(name, args)
+            self._check_devices(name, [args[0], *args[2:3]], scalars=True)
+            self._check_indices(index for index in args[1] if index is not None)
         else:
-            self._check_devices(operation, name, [value for value in values if isinstance(value, torch.Tensor)])
+            scalars = name == "aten::fill_" or torch.Tag.pointwise in operation.tags and name != "aten::lerp"
+            self._check_devices(name, values, scalars)
         if name in READS:
             self._record(name)
-        plain = [value.cpu_tensor if isinstance(value, CudaTensor) else value for value in values]
-        args, kwargs = tree_unflatten(plain, structure)
-        if names_cuda(device):
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        wrappers = {id(value.cpu_tensor): value for value in on_device}  # an operation in place returns its argument
+        args, kwargs = tree_map(on_cpu, (args, kwargs))
         result = operation(*args, **kwargs)
-        if not result_on_device:
+        if not on_device:
             return result
-        return tree_map_only(
+        return tree_map_only(  # an operation in place returns its argument
             torch.Tensor, lambda tensor: wrappers[id(tensor)] if id(tensor) in wrappers else CudaTensor(tensor), result
         )
 
-    def _check_copy(self, name, args, kwargs):
-        if name == "aten::copy_":
-            target, source, non_blocking = args[0], args[1], (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
-            to_device = isinstance(target, CudaTensor)
-        else:
-            source, non_blocking = args[0], kwargs.get("non_blocking")
-            to_device = names_cuda(kwargs["device"]) if kwargs.get("device") is not None else isinstance(source, CudaTensor)
-        if isinstance(source, CudaTensor) and not to_device:
-            self._record("copy to the host")
-        elif to_device and not isinstance(source, CudaTensor) and not (non_blocking and hasattr(source, "pinned")):
-            self._record("copy to the device, blocking or not from pinned memory")
-        return to_device
+    def _check_copy(self, source, to_device, non_blocking):
+        from_pinned = to_device and non_blocking and hasattr(source, "pinned")
+        if isinstance(source, CudaTensor) != to_device and not from_pinned:
+            self._record("copy to the device, blocking or not from pinned memory" if to_device else "copy to the host")
 
-    def _check_index(self, name, args):
-        tensor, indices = args[:2]
-        values = [value for value in args[2:3] if isinstance(value, torch.Tensor) and value.dim()]
-        if not all(isinstance(value, CudaTensor) for value in [tensor, *values]):
-            raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+    def _check_indices(self, indices):
         for index in indices:
-            if index is not None and index.dtype in (torch.bool, torch.uint8):
+            if index.dtype in (torch.bool, torch.uint8):
                 self._record("index by a boolean mask")
-            elif index is not None and not isinstance(index, CudaTensor):
+            elif not isinstance(index, CudaTensor):
                 self._record("index by a CPU tensor")
 
-    def _check_devices(self, operation, name, tensors):
-        # where CUDA takes a number that lies on the CPU
-        scalars = name == "aten::fill_" or torch.Tag.pointwise in operation.tags and name != "aten::lerp"
+    def _check_devices(self, name, values, scalars):
+        """Refuse tensors that lie on the CPU, but for single numbers where CUDA takes `scalars`."""
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
         if any(not isinstance(tensor, CudaTensor) and not (scalars and tensor.dim() == 0) for tensor in tensors):
             shapes = [tuple(tensor.shape) for tensor in tensors]
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu, of shapes {shapes}")
 
     def _record(self, what):
-        if self.phase is None:
-            return
-        own = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
-        own = [frame for frame in own if "tests" not in Path(frame.filename).relative_to(ROOT).parts]
-        where = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "backward pass"
-        self.waits[self.phase][f"{what} @ {where}"] += 1
+        if self._phase is not None:
+            own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PROGRAM)]
+            where = f"{own[-1].filename}:{own[-1].lineno}" if own else "backward pass"
+            self.waits[f"{self._phase}: {what} @ {where}"] += 1
+
+
+def on_cpu(value):
+    """What an operation on the CPU takes in place of an argument."""
+    if isinstance(value, CudaTensor):
+        return value.cpu_tensor
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def pin_memory(tensor, *_):
@@ -151,33 +146,17 @@ def pin_memory(tensor, *_):
     return copy
 
 
-def saving(save, mode):
-    """`torch.save` that notes files with tensors on the device, and writes these from the CPU."""
-
-    def noted(content, file, *args, **kwargs):
-        if any(isinstance(value, CudaTensor) for value in tree_flatten(content)[0]):
-            mode.device_files.append(file.name)
-        return save(tree_map_only(CudaTensor, lambda tensor: tensor.cpu_tensor, content), file, *args, **kwargs)
-
-    return noted
+def save(content, file, *args, save=torch.save, **options):
+    """In place of `torch.save`: notes files with tensors on the device, and writes these from the CPU."""
+    if any(isinstance(value, CudaTensor) for value in tree_flatten(content)[0]):
+        PretendedCuda.current.device_files.append(file.name)
+    save(tree_map_only(CudaTensor, on_cpu, content), file, *args, **options)
 
 
-@contextlib.contextmanager
-def pretended_cuda(free_memory=MEMORY):
-    """Pretend, inside, that there is one GPU with so many free bytes; yields the `PretendedCuda`."""
-    answers = {
-        "torch.cuda._lazy_init": None, "torch.cuda.manual_seed_all": None, "torch.cuda.is_available": True,
-        "torch.cuda.device_count": 1, "torch.cuda.current_device": 0, "torch.cuda.mem_get_info": (free_memory, MEMORY),
-        "torch.cuda.set_rng_state": None, "torch.cuda.synchronize": None,
-        "torch.cuda.amp.common.amp_definitely_not_available": False,
-    }  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch(name, lambda *_, answer=answer: answer))
-        stack.enter_context(mock.patch("torch.cuda.get_rng_state", lambda *_: torch.get_rng_state()))
-        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin_memory))
-        torch.__future__.set_swap_module_params_on_conversion(True)  # a wrapper cannot take the place of a CPU tensor's data
-        stack.callback(torch.__future__.set_swap_module_params_on_conversion, False)
-        PretendedCuda.current = mode = PretendedCuda()
-        stack.enter_context(mock.patch("torch.save", saving(torch.save, mode)))
-        yield stack.enter_context(mode)
+torch.Tensor.pin_memory, torch.save = pin_memory, save
+torch.__future__.set_swap_module_params_on_conversion(True)  # a wrapper cannot take the place of a CPU tensor's data
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+torch.cuda.mem_get_info = lambda _: (PretendedCuda.current.free_memory, 2**36)
+torch.cuda.get_rng_state = lambda _: torch.get_rng_state()
+for name in ("_lazy_init", "manual_seed_all", "set_rng_state"):
+    setattr(torch.cuda, name, lambda *_: None)

@@ -1,4 +1,4 @@
-"""SASRec, the projector and IISAN compute what DESIGN.md section 3 writes down, re-implemented here in plain operations."""
+"""SASRec, the projector and IISAN compute what the papers define, re-implemented here in plain operations."""
 import inspect
 from dataclasses import replace
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ def plain_attention(query, x, weights, name, heads):
 
 
 def plain_states(model, history, item_vectors, heads=HEADS, blocks=BLOCKS, weight_scalar=0.5):
-    """The states of one left-padded history (global item numbers) by DESIGN.md, from the model's weights alone."""
+    """The states of one left-padded history (global item numbers) by their definition, from the model's weights alone."""
     weights = weights_of(model)
     table = weight_scalar * item_vectors.double().numpy() + weights["item_emb.weight"]
     positions = [0 if item == 0 else position for position, item in enumerate(history, 1)]
@@ -174,7 +174,7 @@ def test_item_vectors_equal_the_written_formula_and_the_padding_items_is_the_pro
 
 
 def plain_iisan(weights, image, text):
-    """One item's features by DESIGN.md section 3, from the authors' state_dict names; image, text [S, width]."""
+    """One item's features by the definition, from the authors' state_dict names; image, text [S, width]."""
     w = 1 / (1 + torch.exp(-weights["weight_scalar"]))
 
     def block(name, z):

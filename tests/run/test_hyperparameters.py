@@ -9,7 +9,7 @@ from tests.conftest import exit_code, parsed
 from utils.common.errors import PerPEFTError
 from utils.run.hyperparameters import HYPERPARAMETER_FILE, read_hyperparameters, write_hyperparameters
 
-# DESIGN.md section 4: weight decay of lora / ia3 / iisan; the learning rate is 1e-4 always
+# The paper: weight decay of lora / ia3 / iisan; the learning rate is 1e-4 always
 PAPER = {"sports_outdoors": (1e-4, 1e-4, 5e-4), "toys_games": (5e-5, 1e-4, 1e-4), "beauty_care": (1e-5, 1e-5, 5e-4),
          "arts": (1e-4, 5e-5, 1e-5)}  # fmt: skip
 TABLE = {

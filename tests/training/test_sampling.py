@@ -1,4 +1,4 @@
-"""Batches hold what DESIGN.md section 4 asks: whose turn it is, aligned transitions, negatives of the right group."""
+"""Batches hold what the paper trains on: whose turn it is, aligned transitions, negatives of the right group."""
 import numpy as np
 import pytest
 from hypothesis import given
