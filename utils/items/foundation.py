@@ -2,7 +2,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,23 +32,8 @@ class Foundation:
     clip: PreTrainedModel | EncoderPair
     image_processor: BaseImageProcessor | None
     tokenizer: PreTrainedTokenizerBase
+    traits: Traits
     name: str = ""
-
-    @cached_property
-    def traits(self) -> Traits:
-        """How the model reads items, found by trying it.
-
-        Raises:
-            PerPEFTError: it does not run on an image and a title alone, or not with these processors; says what is missing.
-        """
-        try:
-            with quiet_transformers():
-                return find_traits(self.clip, self.image_processor, self.tokenizer)
-        except Exception as error:  # each model has its own ways to refuse inputs
-            raise self._unfit(first_line(error)) from error
-
-    def _unfit(self, reason: str) -> PerPEFTError:
-        return PerPEFTError(f"'{self.name}' cannot be used: {reason}")
 
     def store(self, dataset: Dataset, missing_images: str = "error") -> ImageTitleStore:
         """A data set's images and titles as this model reads them; images are left out if `missing_images` is "unused"."""
@@ -70,7 +55,7 @@ class Foundation:
         try:
             return tuple(self._tables("hidden states", partial(hidden_states, self.clip, self.traits), store, device, modality))
         except ValueError as error:
-            raise self._unfit(first_line(error)) from error
+            raise PerPEFTError(f"'{self.name}' cannot be used: {first_line(error)}") from error
 
     @torch.no_grad()
     def _tables(
@@ -102,16 +87,16 @@ def load_foundation(name: FoundationName, attention: str | None = None) -> Found
         name: a folder as `save_pretrained` writes it, or a name on the hub; or those of a pair.
         attention: transformers' name of how it is computed, "eager" where its weights are needed (default: the fastest).
     Raises:
-        PerPEFTError: it is neither, of another kind, or its parts do not fit together.
+        PerPEFTError: it is neither, of another kind, its parts do not fit together, or it needs more than an image and a title.
     """
-    foundation = Foundation(*load_parts(name, attention), str(name))
+    parts = load_parts(name, attention)
     try:
-        _ = foundation.traits  # which tries the model
-    except PerPEFTError:
+        with quiet_transformers():
+            return Foundation(*parts, find_traits(*parts), str(name))
+    except Exception as error:  # each model has its own ways to refuse inputs
         if attention == "eager":
-            raise
-        return load_foundation(name, "eager")  # a faster one may drop masks that it thinks needless, as AIMv2's does
-    return foundation
+            raise PerPEFTError(f"'{name}' cannot be used: {first_line(error)}") from error
+    return load_foundation(name, "eager")  # a faster one may drop masks that it thinks needless, as AIMv2's does
 
 
 def known_model(name: FoundationName) -> nn.Module | None:

@@ -158,17 +158,7 @@ def _rows_of_items(path: Path, raw_ids: list[str], ids: list, used: list[torch.T
 
 
 class HiddenStateStore(FeatureStore):
-    """Cached states of all items for IISAN: image states [rows, S, image width], title states [rows, S, text width]."""
-
-    @property
-    def image_states(self) -> torch.Tensor:
-        """The first of the tensors."""
-        return self.tensors[0]
-
-    @property
-    def text_states(self) -> torch.Tensor:
-        """The second of the tensors."""
-        return self.tensors[1]
+    """Cached states of all items for IISAN, `tensors`: of images [rows, S, image width], of titles [rows, S, text width]."""
 
     @classmethod
     def open(

@@ -3,11 +3,11 @@ import contextlib
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
@@ -156,6 +156,4 @@ def _load_image_processor(name: str, source: dict[str, bool]) -> BaseImageProces
         path = cached_file(name, "processor_config.json", local_files_only=source["local_files_only"])
         settings = json.loads(Path(path).read_text(encoding="utf-8"))["image_processor"]
     kind = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings | {"image_processor_type": kind}))
-        return AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)
+    return getattr(transformers, kind).from_dict(settings)

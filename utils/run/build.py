@@ -99,8 +99,8 @@ def peft_encoder(
 
 def iisan_encoder(states: HiddenStateStore, foundation_parameters: int | None, modality: str = "both") -> IISANEncoder:
     """IISAN on hidden states of a foundation model of so many parameters, None where that is not known."""
-    _, num_states, image_dim = states.image_states.shape
-    return IISANEncoder(IISAN(image_dim, states.text_states.shape[2], num_states, modality=modality), foundation_parameters)
+    (_, num_states, image_dim), (_, _, text_dim) = (tensor.shape for tensor in states.tensors)
+    return IISANEncoder(IISAN(image_dim, text_dim, num_states, modality=modality), foundation_parameters)
 
 
 def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:
