@@ -77,14 +77,6 @@ def test_missing_ids_and_rows_with_nan_are_named_together_with_what_to_do(copied
         HiddenStateStore.open(copied.dataset)
 
 
-def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, tiny_clip):
-    with pytest.raises(PerPEFTError, match=r"another CLIP.*\(3, 32\).*\(7, 768\).*--clip_model"):
-        HiddenStateStore.open(copied.dataset, skeleton=known_model(DEFAULT_CLIP))
-    with pytest.raises(PerPEFTError, match="was computed by .*tiny_clip.*not 'elsewhere'"):
-        HiddenStateStore.open(copied.dataset, "elsewhere")
-    assert json.loads(copied.note.read_text())["clip_model"] == str(tiny_clip)
-
-
 def test_iisan_trains_all_stages_from_the_states_alone_without_images_titles_or_weights(copied, tiny_clip, tmp_path):
     shutil.rmtree(copied.folder / "tiny_images")
     (copied.folder / "tiny_texts_final.pickle").unlink()
@@ -111,6 +103,20 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
     assert torch.equal(image_states, copied.image_states) and torch.equal(text_states, copied.text_states)
 
 
+def test_states_of_another_model_are_refused_by_its_name_or_their_shapes_and_name_the_options_that_read_them(copied):
+    def refused(expected, *model):
+        with pytest.raises(PerPEFTError, match=expected):
+            HiddenStateStore.open(copied.dataset, *model)
+
+    refused(r"another CLIP.*\(3, 32\).*\(7, 768\).*--clip_model", None, known_model(DEFAULT_CLIP))
+    refused("was computed by .*tiny_clip.*not 'elsewhere'; pass --clip_model /.*tiny_clip, or delete it", "elsewhere")
+    save_hidden_states(copied.path, copied.image_states, copied.text_states, copied.ids, PairName("dino", "e5", "cls"))
+    refused("pass --image_model dino --text_model e5 --text_pooling cls, or delete it", "some_clip")
+    copied.note.write_text(json.dumps({"clip_model": DEFAULT_CLIP, "clip_files": None}))  # as the first versions wrote it
+    assert HiddenStateStore.open(copied.dataset, DEFAULT_CLIP).num_items == NUM_ITEMS
+    refused(f"not 'openai/clip-vit-large-patch14'; pass --clip_model {DEFAULT_CLIP}, or", "openai/clip-vit-large-patch14")
+
+
 def test_a_clip_is_known_again_by_its_files_wherever_they_lie(copied, tiny_clip, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_clip.parent)
     moved = shutil.copytree(tiny_clip, tmp_path / "moved")
@@ -129,13 +135,6 @@ def test_states_that_cannot_be_written_leave_none_of_another_model(copied, monke
     assert not has_states(copied.folder, "tiny")
 
 
-def test_states_of_a_pair_name_the_options_that_read_them(copied):
-    pair = PairName("dino", "e5", "cls")
-    save_hidden_states(copied.path, copied.image_states, copied.text_states, copied.ids, pair)
-    with pytest.raises(PerPEFTError, match="pass --image_model dino --text_model e5 --text_pooling cls, or delete it"):
-        HiddenStateStore.open(copied.dataset, "some_clip")
-
-
 def test_several_processes_compute_states_once_where_those_of_another_modality_are_there(copied, tiny_clip, monkeypatch):
     change_json(copied.note, lambda note: note.update(modality="text"))
     loaded = []
@@ -143,10 +142,3 @@ def test_several_processes_compute_states_once_where_those_of_another_modality_a
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda _: ensure_hidden_states(copied.dataset, str(tiny_clip), CPU, modality="image"), range(2)))
     assert len(loaded) == 1 and has_states(copied.folder, "tiny", "image")
-
-
-def test_a_note_of_a_clip_from_the_hub_goes_by_its_name(copied):
-    copied.note.write_text(json.dumps({"clip_model": DEFAULT_CLIP, "clip_files": None}))
-    assert HiddenStateStore.open(copied.dataset, DEFAULT_CLIP).num_items == NUM_ITEMS
-    with pytest.raises(PerPEFTError, match="not 'openai/clip-vit-large-patch14'"):
-        HiddenStateStore.open(copied.dataset, "openai/clip-vit-large-patch14")
