@@ -17,9 +17,9 @@ from tests.conftest import NUM_ITEMS, RUN, fresh_data, iisan_arguments, run_scri
 from tests.run_files import change_json, summary_of
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
-from utils.items.foundation import DEFAULT_CLIP, ensure_hidden_states, known_model, load_foundation
+from utils.items.foundation import ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, has_states, save_hidden_states, states_path
-from utils.items.model_files import PairName
+from utils.items.model_files import DEFAULT_CLIP, PairName
 
 CPU = torch.device("cpu")
 
@@ -104,14 +104,15 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
 
 
 def test_states_of_another_model_are_refused_by_its_name_or_their_shapes_and_name_the_options_that_read_them(copied):
-    def refused(expected, *model):
+    def refused(expected, model):
         with pytest.raises(PerPEFTError, match=expected):
-            HiddenStateStore.open(copied.dataset, *model)
+            HiddenStateStore.open(copied.dataset, model)
 
-    refused(r"another CLIP.*\(3, 32\).*\(7, 768\).*--clip_model", None, known_model(DEFAULT_CLIP))
     refused("was computed by .*tiny_clip.*not 'elsewhere'; pass --clip_model /.*tiny_clip, or delete it", "elsewhere")
     save_hidden_states(copied.path, copied.image_states, copied.text_states, copied.ids, PairName("dino", "e5", "cls"))
     refused("pass --image_model dino --text_model e5 --text_pooling cls, or delete it", "some_clip")
+    copied.note.unlink()
+    refused(r"another CLIP.*\(3, 32\), where openai.* has \(7, 768\); pass the right --clip_model", DEFAULT_CLIP)
     copied.note.write_text(json.dumps({"clip_model": DEFAULT_CLIP, "clip_files": None}))  # as the first versions wrote it
     assert HiddenStateStore.open(copied.dataset, DEFAULT_CLIP).num_items == NUM_ITEMS
     refused(f"not 'openai/clip-vit-large-patch14'; pass --clip_model {DEFAULT_CLIP}, or", "openai/clip-vit-large-patch14")

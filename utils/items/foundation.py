@@ -1,24 +1,22 @@
 """Foundation models with what prepares their inputs: loaded, tried, and run once over all items."""
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, BaseImageProcessor, CLIPConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
 from models.pair import EncoderPair
-from models.towers import Traits, dual_features, hidden_states, skeleton
+from models.towers import Traits, dual_features, hidden_states
 from utils.common.errors import PerPEFTError, first_line
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
 from utils.items.hidden_states import has_states, save_hidden_states, states_path
-from utils.items.model_files import DEFAULT_CLIP, FoundationName, load_parts, model_folders, quiet_transformers
+from utils.items.model_files import FoundationName, load_parts, quiet_transformers
 from utils.items.store import ImageTitleStore
 from utils.items.trial import find_traits
 
@@ -97,17 +95,6 @@ def load_foundation(name: FoundationName, attention: str | None = None) -> Found
         if attention == "eager":
             raise PerPEFTError(f"'{name}' cannot be used: {first_line(error)}") from error
     return load_foundation(name, "eager")  # a faster one may drop masks that it thinks needless, as AIMv2's does
-
-
-def known_model(name: FoundationName) -> nn.Module | None:
-    """A model without its weights, from the settings in a folder or what the hub's client has kept; else None."""
-    with quiet_transformers(), contextlib.suppress(Exception):
-        if name == DEFAULT_CLIP:
-            return skeleton(CLIPConfig())  # the library's defaults are ViT-B/32
-        source = {"local_files_only": True, "trust_remote_code": False}
-        *images, text = (skeleton(AutoConfig.from_pretrained(folder, **source)) for folder in model_folders(name))
-        return text if isinstance(name, str) else EncoderPair(images[0] if images else None, text, name.text_pooling)
-    return None
 
 
 def ensure_hidden_states(

@@ -9,9 +9,9 @@ from models.towers import count_parameters, layers_of
 from utils.common.devices import PRECISIONS
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
-from utils.items.foundation import Foundation, ensure_hidden_states, known_model, load_foundation
+from utils.items.foundation import Foundation, ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, has_states
-from utils.items.model_files import FoundationName, PairName
+from utils.items.model_files import FoundationName, PairName, known_model
 from utils.items.source import FeatureStore, ItemSource
 from utils.prepare.demo_clip import demo_clip
 
@@ -62,7 +62,7 @@ def build_encoder(options: argparse.Namespace, dataset: Dataset) -> tuple[ItemEn
             ensure_hidden_states(dataset, name, device, images, modality)
     if options.peft_type == "iisan":
         skeleton = known_model(name)
-        states = HiddenStateStore.open(dataset, name, skeleton, modality)
+        states = HiddenStateStore.open(dataset, name, modality)
         return iisan_encoder(states, count_parameters(skeleton) if skeleton else None, modality), states
     foundation = load_foundation(name)
     store = foundation.store(dataset, images)
