@@ -16,15 +16,15 @@ SMALL = {"image_size": 32, "patch_size": 16}
 SQUARE = {"height": 32, "width": 32}
 PROJECTED = {"projection_dim": 16}
 RESIZED, CROPPED = {"size": SQUARE}, {"size": {"shortest_edge": 32}, "crop_size": SQUARE}
-BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BERT_NAMES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), BERT))
-ROBERTA_NAMES = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "cls_token": "<s>"}
-CLIP_NAMES = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-TOKENIZERS = {  # special tokens before the words and after them, the form of a title, and what they are for
-    "bert": (BERT, (), "[CLS] $A [SEP]", BERT_NAMES),
-    "roberta": (("<s>", "<pad>", "</s>", "<unk>"), (), "<s> $A </s>", ROBERTA_NAMES),
-    "siglip": (("<pad>", "</s>", "<unk>"), (), "$A </s>", {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}),
-    "clip": (("<pad>", "<unk>", "<s>"), ("</s>",), "<s> $A </s>", CLIP_NAMES),  # the end of text has the highest number
+ROLES = {
+    "[PAD]": "pad_token", "[UNK]": "unk_token", "[CLS]": "cls_token", "[SEP]": "sep_token", "[MASK]": "mask_token",
+    "<pad>": "pad_token", "<unk>": "unk_token", "<s>": "bos_token", "</s>": "eos_token",
+}  # fmt: skip
+TOKENIZERS = {  # special tokens before the words and after them, and the form of a title
+    "bert": ("[PAD] [UNK] [CLS] [SEP] [MASK]", "", "[CLS] $A [SEP]"),
+    "roberta": ("<s> <pad> </s> <unk>", "", "<s> $A </s>"),
+    "siglip": ("<unk> </s>", "", "$A </s>"),  # which pads by its end of text
+    "clip": ("<pad> <unk> <s>", "</s>", "<s> $A </s>"),  # the end of text has the highest number
 }
 
 EFFICIENT = {
@@ -75,13 +75,14 @@ PAIRS = ("vit + bert (mean)", "vit + bert (cls)", "dinov2 + distilbert (mean)", 
 
 def save_tokenizer(kind, folder):
     """Save a word-level tokenizer that writes titles as a family's does; returns the settings of a model that reads them."""
-    before, after, form, names = TOKENIZERS[kind]
-    vocabulary = {word: number for number, word in enumerate([*before, *WORDS, *after])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, names["unk_token"]))
+    before, after, form = TOKENIZERS[kind]
+    vocabulary = {word: number for number, word in enumerate([*before.split(), *WORDS, *after.split()])}
+    roles = {"pad_token": "</s>"} | {ROLES[word]: word for word in vocabulary if word in ROLES}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, roles["unk_token"]))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    around = [(word, vocabulary[word]) for word in (*before, *after) if word in form]
+    around = [(word, vocabulary[word]) for word in form.split() if word != "$A"]
     tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=around)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **roles)
     tokenizer.save_pretrained(folder)
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id} if tokenizer.eos_token_id else {}
     positions = 18 if kind == "roberta" else 16  # two are reserved there

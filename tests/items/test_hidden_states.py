@@ -37,11 +37,9 @@ def copied(computed, tmp_path):
     """The same in a folder of the test's own, and what the file of states holds."""
     folder = shutil.copytree(computed, tmp_path / "dataset")
     path = states_path(folder, "tiny")
-    image_states, text_states, ids = torch.load(path, weights_only=True)
-    return SimpleNamespace(
-        folder=folder, path=path, note=path.with_suffix(".json"), dataset=read_dataset(folder, "tiny"),
-        image_states=image_states, text_states=text_states, ids=ids,
-    )  # fmt: skip
+    content = torch.load(path, weights_only=True)
+    dataset = read_dataset(folder, "tiny")
+    return SimpleNamespace(folder=folder, path=path, note=path.with_suffix(".json"), dataset=dataset, content=content)
 
 
 def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer():
@@ -55,9 +53,9 @@ def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer():
 @pytest.mark.parametrize(("others", "dtype"), [([], torch.float32), ([0, 0, "other"], torch.float16), (["0"], torch.float32)])
 def test_published_files_are_read_in_any_order_whatever_rows_of_padding_or_other_items_hold(copied, others, dtype):
     order = torch.randperm(NUM_ITEMS, generator=torch.Generator().manual_seed(3))
-    states = [tensor.to(dtype) for tensor in (copied.image_states, copied.text_states)]
+    states = [tensor.to(dtype) for tensor in copied.content[:2]]
     nothing = torch.full((len(others), 3, 32), float("nan"), dtype=dtype)
-    ids = [*others, *(copied.ids[row] for row in order)]
+    ids = [*others, *(copied.content[2][row] for row in order)]
     torch.save((*(torch.cat([nothing, tensor[order]]) for tensor in states), ids), copied.path)
     store = HiddenStateStore.open(copied.dataset)
     items = np.array([3, 30, 1])
@@ -67,7 +65,7 @@ def test_published_files_are_read_in_any_order_whatever_rows_of_padding_or_other
 
 
 def test_missing_ids_and_rows_with_nan_are_named_together_with_what_to_do(copied):
-    image_states, text_states, ids = copied.image_states, copied.text_states, copied.ids
+    image_states, text_states, ids = copied.content
     torch.save((image_states[:-2], text_states[:-2], ids[:-2]), copied.path)
     with pytest.raises(PerPEFTError, match=rf"(?s)to compute it.*without states \(2\): {ids[-2]}, {ids[-1]}"):
         HiddenStateStore.open(copied.dataset)
@@ -98,9 +96,9 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
     for expected in ("is written", "was there already"):
         run_script(arguments, extract_hidden_states.main)
         assert expected in capsys.readouterr().out
-    image_states, text_states, ids = torch.load(states_path(folder, "tiny"), weights_only=True)
-    assert ids == copied.ids == copied.dataset.raw_ids
-    assert torch.equal(image_states, copied.image_states) and torch.equal(text_states, copied.text_states)
+    *states, ids = torch.load(states_path(folder, "tiny"), weights_only=True)
+    assert ids == copied.content[2] == copied.dataset.raw_ids
+    assert all(torch.equal(found, expected) for found, expected in zip(states, copied.content))
 
 
 def test_states_of_another_model_are_refused_by_its_name_or_their_shapes_and_name_the_options_that_read_them(copied):
@@ -109,7 +107,7 @@ def test_states_of_another_model_are_refused_by_its_name_or_their_shapes_and_nam
             HiddenStateStore.open(copied.dataset, model)
 
     refused("was computed by .*tiny_clip.*not 'elsewhere'; pass --clip_model /.*tiny_clip, or delete it", "elsewhere")
-    save_hidden_states(copied.path, copied.image_states, copied.text_states, copied.ids, PairName("dino", "e5", "cls"))
+    save_hidden_states(copied.path, *copied.content, PairName("dino", "e5", "cls"))
     refused("pass --image_model dino --text_model e5 --text_pooling cls, or delete it", "some_clip")
     copied.note.unlink()
     refused(r"another CLIP.*\(3, 32\), where openai.* has \(7, 768\); pass the right --clip_model", DEFAULT_CLIP)
