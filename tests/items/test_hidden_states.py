@@ -58,6 +58,8 @@ def test_published_files_are_read_in_any_order_whatever_rows_of_padding_or_other
     ids = [*others, *(copied.content[2][row] for row in order)]
     torch.save((*(torch.cat([nothing, tensor[order]]) for tensor in states), ids), copied.path)
     store = HiddenStateStore.open(copied.dataset)
+    with mock.patch("utils.items.source.fits_on", lambda device, *arrays: dtype == torch.float16):
+        store.place_on(CPU)  # as on a GPU
     items = np.array([3, 30, 1])
     for found, tensor in zip(store.fetch(items, CPU), states, strict=True):
         assert found.dtype == torch.float32 and torch.equal(found, tensor[items - 1].float())

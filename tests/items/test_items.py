@@ -124,6 +124,7 @@ def image_path(folder, item):
 @pytest.mark.parametrize(
     ("setting", "max_tokens"), [("32", MAX_TOKENS), ("nearest neighbour", MAX_TOKENS), ("crop smaller than the edge", 5)]
 )
+@mock.patch.object(items_module, "fits_on", lambda device, *arrays: True)
 def test_store_holds_every_items_own_image_and_title_whatever_was_stored_before(shop, tokenizer, changed, setting, max_tokens):
     open_store(shop, tokenizer)
     image, texts = image_path(shop, 4), shop / "shop_texts_final.pickle"
@@ -141,7 +142,9 @@ def test_store_holds_every_items_own_image_and_title_whatever_was_stored_before(
     assert len(own[-1]) < len(uncut[-1])  # the last title is cut
     order = store.reading_order()
     assert order.tolist() == sorted(range(1, 13), key=lambda item: len(own[item - 1]))
-    for batch in (order[:1], order[1:6], order[6:]):
+    for batch, placed in ((order[:1], False), (order[1:6], False), (order[6:], False), (order[3:8], True)):
+        if placed:
+            store.place_on(CPU)  # as on a GPU
         pixels, tokens = store.fetch(batch, CPU)
         longest = max(len(own[item - 1]) for item in batch)
         assert (pixels.dtype, tokens.dtype) == (torch.uint8, torch.int64)
@@ -175,13 +178,16 @@ def test_bad_images_are_all_reported_at_once_and_leave_no_half_store(shop, token
         assert len(open_store(shop, tokenizer).pixels) == 12 and len(decoded) == 12  # each image once
 
 
-def test_blank_images_replace_missing_ones_on_request(shop, tokenizer):
+def test_blank_images_replace_missing_ones_on_request(shop, tokenizer, capsys):
     damage(shop)
     open_store(shop, tokenizer, missing_images="blank")
     with pytest.raises(PerPEFTError, match="B002.jpg"):  # a store with blanks is not taken for a whole one
         open_store(shop, tokenizer)
     image_path(shop, 11).unlink()
+    capsys.readouterr()
     store = open_store(shop, tokenizer, missing_images="blank")
+    warnings = capsys.readouterr().err
+    assert [warnings.count(f"B{item:03d}") for item in (1, 2, 5, 9, 11)] == [0, 1, 1, 1, 1]
     for item in range(1, 13):
         assert bool(store.pixels[item - 1].any()) == (item not in (2, 5, 9, 11))
 

@@ -1,7 +1,6 @@
 """What differs between dual encoders, found by running one on an image and a few titles."""
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -30,10 +29,11 @@ def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenize
     if processor is not None:
         class_token, width = _image_reading(model, processor)
         widths.append(("image", width))
-    longest, padding = _longest_title(model, tokenizer), padding_token(tokenizer)
+    longest = _longest_title(model, tokenizer)
     rows = _tried_titles(model, tokenizer, longest)
-    masks, pads = _padding_rule(model, rows, padding)
-    tokens, mask = _padded([F.pad(row, (0, longest - len(row)), value=padding) for row in rows] if pads else rows, padding)
+    tokens = pad_sequence(rows, batch_first=True, padding_value=padding_token(tokenizer))  # [titles, longest]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # [titles, longest]
+    masks, pads = _padding_rule(model, rows, tokens, mask)
     first, last, width = _pooled_tokens(model, "text", input_ids=tokens, attention_mask=mask if masks else None)
     widths.append(("text", width))
     end = int(tokens[0, last[0].int().argmax()])
@@ -45,7 +45,7 @@ def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenize
         )
     for kind in ("first", "last", "end", "highest", "final", "mean"):
         traits = Traits(kind, end, class_token, masks, pads, tuple(widths), longest)
-        if torch.equal(traits.pooling(tokens, mask) > 0, last):
+        if torch.equal(traits.pooling(tokens, None if pads else mask) > 0, last):
             if pads and kind != "last":
                 raise ValueError("its features of a title change with padding, whether masked or not")
             return traits
@@ -64,14 +64,8 @@ def _pooled_tokens(model: nn.Module, part: str, **inputs: torch.Tensor | None) -
     return (first != 0).any(2), (last != 0).any(2), features.shape[1]
 
 
-def _padded(rows: list[torch.Tensor], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Titles side by side: tokens and mask, [titles, longest] each."""
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True, padding_value=padding), mask
-
-
 def _tried_titles(model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[torch.Tensor]:
-    """Token numbers of an ordinary title, which comes first, and of unusual ones, at most `longest` each."""
+    """Token numbers of an ordinary title, which comes first, and of unusual ones, the last of which has `longest`."""
     embeddings = getattr(tower(model, "text").config, "vocab_size", None)
     highest = max(tokenizer.get_vocab().values())
     if embeddings and highest >= embeddings:
@@ -83,14 +77,13 @@ def _tried_titles(model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest:
 
 
 @torch.no_grad()
-def _padding_rule(model: nn.Module, rows: list[torch.Tensor], padding: int) -> tuple[bool, bool]:
+def _padding_rule(model: nn.Module, rows: list[torch.Tensor], tokens: torch.Tensor, mask: torch.Tensor) -> tuple[bool, bool]:
     """Whether titles need a mask to have the features in a batch that they have alone; whether not even that is enough."""
 
     def changed(mask: torch.Tensor | None) -> bool:
         return (dual_features(model, None, tokens, mask) - alone).abs().max().item() > 2e-5  # what other batch sizes may change
 
-    alone = torch.cat([dual_features(model, None, *_padded([row], padding)) for row in rows])
-    tokens, mask = _padded(rows, padding)
+    alone = torch.cat([dual_features(model, None, row[None], torch.ones_like(row[None])) for row in rows])
     needs_mask = changed(None)
     pads = needs_mask and changed(mask)
     return needs_mask and not pads, pads
