@@ -21,6 +21,7 @@ from utils.common.files import write_json
 from utils.data.dataset import Dataset, read_dataset
 from utils.items.foundation import Foundation, load_foundation
 from utils.items.hidden_states import HiddenStateStore
+from utils.items.trial import find_traits
 from utils.prepare.demo import make_demo
 from utils.prepare.small_tokenizer import train_tokenizer
 from utils.run.build import clip_folder, iisan_encoder, peft_encoder
@@ -59,7 +60,8 @@ def random_foundation(dataset: Dataset) -> Foundation:
     tokenizer = train_tokenizer(dataset.titles, max_tokens=77)
     config = CLIPConfig()
     config.text_config.eos_token_id = tokenizer.eos_token_id
-    return Foundation(CLIPModel(config).eval(), CLIPImageProcessor(), tokenizer)
+    parts = CLIPModel(config).eval(), CLIPImageProcessor(), tokenizer
+    return Foundation(*parts, find_traits(*parts))
 
 
 def measure_adapter(

@@ -6,7 +6,7 @@ from utils.common.console import run_main, script_parser
 from utils.common.devices import choose_device
 from utils.data.dataset import read_dataset
 from utils.items.foundation import ensure_hidden_states
-from utils.items.hidden_states import has_states, states_path
+from utils.items.hidden_states import has_states
 from utils.prepare.demo import make_demo
 from utils.run.build import clip_folder, foundation_name, image_use
 from utils.run.options import add_model_options, resolve_model
@@ -26,10 +26,9 @@ def main() -> None:
     images = image_use(options)
     dataset = read_dataset(options.train_dir, options.dataset, missing_images=images)
     device = torch.device(choose_device(options.device))
-    path = states_path(options.train_dir, options.dataset)
     there = has_states(options.train_dir, options.dataset, options.modality)
     clip_model = clip_folder(foundation_name(options), dataset)
-    ensure_hidden_states(dataset, clip_model, device, images, options.modality, options.restart)
+    path = ensure_hidden_states(dataset, clip_model, device, images, options.modality, options.restart)
     print(f"{path} {'was there already (--restart computes it again)' if there and not options.restart else 'is written'}")
 
 

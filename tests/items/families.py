@@ -1,14 +1,14 @@
-"""A small dual encoder of every kind in transformers, with random weights and its own kind of processor and tokenizer."""
-
+"""Small dual encoders of every kind in transformers, and pairs of encoders, with random weights and their own processors."""
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from models.clip_peft import ClipPeftEncoder
 from models.peft_configs import peft_config
 from models.towers import layers_of
 from tests.conftest import tiny_titles
+from utils.items.model_files import PairName
 
 WORDS = sorted({word for title in tiny_titles() if title for word in title.split()} | {"no", "description", "available", "."})
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -16,30 +16,16 @@ SMALL = {"image_size": 32, "patch_size": 16}
 SQUARE = {"height": 32, "width": 32}
 PROJECTED = {"projection_dim": 16}
 RESIZED, CROPPED = {"size": SQUARE}, {"size": {"shortest_edge": 32}, "crop_size": SQUARE}
-BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BERT_NAMES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), BERT))
-ROBERTA_NAMES = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "cls_token": "<s>"}
-CLIP_NAMES = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-TOKENIZERS = {  # special tokens before the words and after them, the form of a title, and what they are for
-    "bert": (BERT, (), "[CLS] $A [SEP]", BERT_NAMES),
-    "roberta": (("<s>", "<pad>", "</s>", "<unk>"), (), "<s> $A </s>", ROBERTA_NAMES),
-    "siglip": (("<pad>", "</s>", "<unk>"), (), "$A </s>", {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}),
-    "clip": (("<pad>", "<unk>", "<s>"), ("</s>",), "<s> $A </s>", CLIP_NAMES),  # the end of text has the highest number
+ROLES = {
+    "[PAD]": "pad_token", "[UNK]": "unk_token", "[CLS]": "cls_token", "[SEP]": "sep_token", "[MASK]": "mask_token",
+    "<pad>": "pad_token", "<unk>": "unk_token", "<s>": "bos_token", "</s>": "eos_token",
+}  # fmt: skip
+TOKENIZERS = {  # special tokens before the words and after them, and the form of a title
+    "bert": ("[PAD] [UNK] [CLS] [SEP] [MASK]", "", "[CLS] $A [SEP]"),
+    "roberta": ("<s> <pad> </s> <unk>", "", "<s> $A </s>"),
+    "siglip": ("<unk> </s>", "", "$A </s>"),  # which pads by its end of text
+    "clip": ("<pad> <unk> <s>", "</s>", "<s> $A </s>"),  # the end of text has the highest number
 }
-
-
-def save_tokenizer(kind, folder):
-    """Save a word-level tokenizer that writes titles as a family's does; returns it."""
-    before, after, form, names = TOKENIZERS[kind]
-    vocabulary = {word: number for number, word in enumerate([*before, *WORDS, *after])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, names["unk_token"]))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    around = [(word, vocabulary[word]) for word in (*before, *after) if word in form]
-    tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=around)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **names)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
 
 EFFICIENT = {
     "image_size": 32, "hidden_dim": 320, "in_channels": [32, 16], "out_channels": [16, 64], "kernel_sizes": [3, 3],
@@ -47,10 +33,14 @@ EFFICIENT = {
     "depth_coefficient": 1.0, "num_hidden_layers": 8,
 }  # fmt: skip
 GROUPS = {"depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4, 2], "assign_mlp_ratio": [0.5, 4]}
+CODES = {"num_groups": 2, "hidden_size": 8, "vocab_size": 32}
+FUSED = {"hidden_size": 32, "multimodal_config": TOWER, "image_codebook_config": CODES}
 LARGER = {"hidden_size": 48, "num_hidden_layers": 4, "image_size": 28, "patch_size": 14, "hidden_act": "gelu"}  # twice as deep
 CROPPED_28 = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "image_mean": [0.4, 0.5, 0.6]}
+CROPPED_48 = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
 SCALED = RESIZED | {"rescale_offset": True, "include_top": False}
 UNCROPPED = RESIZED | {"do_center_crop": False}
+VIT, VIT_AND_BERT = ("ViTImageProcessor", RESIZED), ({"model_type": "vit"}, {"model_type": "bert"}, PROJECTED)
 # By transformers' model_type: the class, its tokenizer, its image processor and that one's settings; where they are not the
 # usual ones, settings of the image tower, of the text tower, and of both.
 FAMILIES = {
@@ -60,59 +50,82 @@ FAMILIES = {
     "chinese_clip": ("ChineseCLIP", "bert", "ChineseCLIPImageProcessor", UNCROPPED),
     "altclip": ("AltCLIP", "roberta", "CLIPImageProcessor", CROPPED, {}, {"project_dim": 24}),
     "align": ("Align", "bert", "EfficientNetImageProcessor", SCALED, EFFICIENT, {}, {"projection_dim": 320}),
-    "blip": ("Blip", "bert", "BlipImageProcessor", RESIZED, {}, {"projection_dim": 16}),
-    "clipseg": ("CLIPSeg", "clip", "ViTImageProcessor", RESIZED),
-    "flava": ("Flava", "bert", "FlavaImageProcessor", RESIZED | {"crop_size": SQUARE}),
+    "blip": ("Blip", "bert", "BlipImageProcessor", RESIZED),
+    "clipseg": ("CLIPSeg", "clip", *VIT),
+    "flava": ("Flava", "bert", "FlavaImageProcessor", RESIZED | {"crop_size": SQUARE}, {}, {}, PROJECTED | FUSED),
     "groupvit": ("GroupViT", "clip", "CLIPImageProcessor", CROPPED, GROUPS, {}, {**PROJECTED, "projection_intermediate_dim": 24}),
     "owlvit": ("OwlViT", "clip", "OwlViTImageProcessor", UNCROPPED),
     "owlv2": ("Owlv2", "clip", "OwlViTImageProcessor", UNCROPPED),
+    "vision-text-dual-encoder": ("VisionTextDualEncoder", "bert", *VIT, *VIT_AND_BERT),
     # of transformers 5
     "metaclip_2": ("MetaClip2", "clip", "CLIPImageProcessor", CROPPED),
     "aimv2": ("Aimv2", "clip", "CLIPImageProcessor", CROPPED),
     "tipsv2": ("Tipsv2", "siglip", "CLIPImageProcessor", CROPPED, {}, {}, {}),
 }
+# Single encoders: the class, its settings beside a tower's, its options, and its image processor if it has one.
+ENCODERS = {
+    "vit": ("ViT", SMALL, {"add_pooling_layer": False}, *VIT),
+    "dinov2": ("Dinov2", SMALL | {"mlp_ratio": 2}, {}, "BitImageProcessor", CROPPED_48),  # which interpolates positions
+    "siglip": ("SiglipVision", SMALL, {}, *VIT),
+    "bert": ("Bert", {"hidden_size": 24}, {"add_pooling_layer": False}),
+    "distilbert": ("DistilBert", {"hidden_size": 24, "num_hidden_layers": 4, "hidden_dim": 48}, {}),
+}
+PAIRS = ("vit + bert (mean)", "vit + bert (cls)", "dinov2 + distilbert (mean)", "siglip + bert (mean)")
+
+
+def save_tokenizer(kind, folder):
+    """Save a word-level tokenizer that writes titles as a family's does; returns the settings of a model that reads them."""
+    before, after, form = TOKENIZERS[kind]
+    vocabulary = {word: number for number, word in enumerate([*before.split(), *WORDS, *after.split()])}
+    roles = {"pad_token": "</s>"} | {ROLES[word]: word for word in vocabulary if word in ROLES}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, roles["unk_token"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    around = [(word, vocabulary[word]) for word in form.split() if word != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=around)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **roles)
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id} if tokenizer.eos_token_id else {}
+    positions = 18 if kind == "roberta" else 16  # two are reserved there
+    return {"vocab_size": len(tokenizer), "max_position_embeddings": positions, "pad_token_id": tokenizer.pad_token_id, **ends}
 
 
 @torch.random.fork_rng(devices=[])
-def seeded(name, folder):
-    """Save a family's small model with the same weights every time; returns the folder."""
+def save_model(prefix, folder, settings, **options):
+    """Save a model of transformers with the same random weights every time."""
     torch.manual_seed(0)
-    if name == "vision-text-dual-encoder":
-        return _save_own_pair(folder)
-    prefix, tokenizer_kind, processor, form, *special = FAMILIES[name]
+    config = getattr(transformers, f"{prefix}Config")(**settings)
+    getattr(transformers, f"{prefix}Model")(config, **options).save_pretrained(folder)
+
+
+def save_encoder(name, folder):
+    """Save a single encoder; returns its folder."""
+    prefix, settings, options, *image_processor = ENCODERS[name]
+    if image_processor:
+        processor, form = image_processor
+        getattr(transformers, processor)(**form).save_pretrained(folder)
+    else:
+        settings = save_tokenizer("bert", folder) | settings
+    save_model(prefix, folder, TOWER | settings, **options)
+    return str(folder)
+
+
+def seeded(name, folder):
+    """Save a family's small model, or a pair's two, with the same weights every time; returns what `load_foundation` takes."""
+    if name in PAIRS:
+        image, _, text, pooling = name.split()
+        return PairName(save_encoder(image, folder / image), save_encoder(text, folder / text), pooling.strip("()"))
+    prefix, tokenizer, processor, form, *special = FAMILIES[name]
     vision, text, both = [*special, *({}, {}, PROJECTED)[len(special) :]]
-    tokenizer = save_tokenizer(tokenizer_kind, folder)
-    positions = 18 if tokenizer_kind == "roberta" else 16  # two are reserved there
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": positions, "pad_token_id": tokenizer.pad_token_id}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id} if tokenizer.eos_token_id else {}
-    text, vision = TOWER | words | ends | text, TOWER | SMALL | PROJECTED | vision
-    towers = {"text_config": text, "image_config" if name == "flava" else "vision_config": vision}
-    if name == "flava":
-        towers |= {"multimodal_config": TOWER, "image_codebook_config": {"num_groups": 2, "hidden_size": 8, "vocab_size": 32}}
-        towers["hidden_size"] = 32
-    config = getattr(transformers, f"{prefix}Config")(**towers, **both)
-    if name == "altclip":
-        config.text_config.project_dim = 24
-    getattr(transformers, f"{prefix}Model")(config).save_pretrained(folder)
+    towers = {"text_config": TOWER | save_tokenizer(tokenizer, folder) | text}
+    towers["image_config" if name == "flava" else "vision_config"] = TOWER | SMALL | PROJECTED | vision
+    save_model(prefix, folder, towers | both)
     getattr(transformers, processor)(**form).save_pretrained(folder)
-    return folder
-
-
-def _save_own_pair(folder):
-    """A ViT and a BERT with projections, as `VisionTextDualEncoderModel` pairs them."""
-    tokenizer = save_tokenizer("bert", folder)
-    text = transformers.BertConfig(**TOWER, vocab_size=len(tokenizer), max_position_embeddings=16)
-    towers = transformers.ViTConfig(**TOWER, **SMALL), text
-    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(*towers, projection_dim=16)
-    AutoModel.from_config(config).save_pretrained(folder)
-    transformers.ViTImageProcessor(**RESIZED).save_pretrained(folder)
-    return folder
+    return str(folder)
 
 
 def available_families():
     """Those that the installed transformers has."""
-    found = [name for name, family in FAMILIES.items() if hasattr(transformers, f"{family[0]}Model")]
-    return [*found, "vision-text-dual-encoder"]
+    return [name for name, family in FAMILIES.items() if hasattr(transformers, f"{family[0]}Model")]
 
 
 def encoder_of(foundation, kind="lora", **options):

@@ -1,7 +1,6 @@
-"""Dual encoders of every kind, with random weights: features and states are transformers' own; parts that do not fit."""
+"""Foundation models of every kind, with random weights: features and states are transformers' own; parts that do not fit."""
 import json
 import shutil
-from functools import cache
 
 import numpy as np
 import pytest
@@ -9,42 +8,44 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer
 
-from tests.items.families import TOWER, available_families, encoder_of, seeded
+from tests.items.families import FAMILIES, PAIRS, TOWER, available_families, encoder_of, save_model, save_tokenizer
 from tests.run_files import change_json
 from utils.common.errors import PerPEFTError
-from utils.data.dataset import read_dataset
-from utils.items.foundation import known_model, load_foundation
+from utils.items.foundation import load_foundation
 from utils.items.hidden_states import state_shapes
+from utils.items.model_files import known_model
 
 CPU = torch.device("cpu")
-BY_CLASS_TOKEN = {
-    "clip", "larger clip", "chinese_clip", "altclip", "blip", "clipseg", "flava", "owlvit", "owlv2", "vision-text-dual-encoder",
-    "metaclip_2", "tipsv2",
-}  # fmt: skip
-BY_END_OF_TEXT = {"clip", "larger clip", "clipseg", "groupvit", "owlvit", "owlv2", "metaclip_2", "aimv2"}  # or by the first
+POOLING_PATCHES = {"siglip", "groupvit", "aimv2", "siglip + bert (mean)"}  # the others pool the class token
+POOLING_WORDS = {"tipsv2", *PAIRS} - {"vit + bert (cls)"}  # the others pool a title's first token or its last
+FIRST, LAST, ALL = [0], [-1], slice(None)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Makes the folder of a family's small model when it is first asked for."""
-    return cache(lambda name: seeded(name, tmp_path_factory.mktemp(name)))
+def pooled_places(family):
+    """The places whose states a family pools, of an image and of a title."""
+    by_last = family in FAMILIES and FAMILIES[family][1] in ("clip", "siglip")
+    text = ALL if family in POOLING_WORDS else LAST if by_last else FIRST
+    return {"image": ALL if family in POOLING_PATCHES else FIRST, "text": text}
 
 
-@pytest.fixture(scope="module")
-def dataset(tiny_dataset):
-    """The tiny data set, read."""
-    return read_dataset(tiny_dataset.train_dir, tiny_dataset.name)
-
-
-def own_inputs(family, folder, processor, title, path):
+def own_inputs(family, foundation, title, path):
     """One item's inputs as transformers prepares them: SigLIP's processor pads titles, and reads them without a mask."""
     padding = {"padding": "max_length", "return_attention_mask": False} if family == "siglip" else {}
     options = {"truncation": True, "max_length": 16, "return_tensors": "pt", "return_token_type_ids": False, **padding}
     with Image.open(path) as image:
-        return AutoTokenizer.from_pretrained(folder)([title], **options), processor(image.convert("RGB"), return_tensors="pt")
+        pixels = foundation.image_processor(image.convert("RGB"), return_tensors="pt")
+    return {"image": pixels, "text": foundation.tokenizer([title], **options)}
+
+
+def own_towers(family, name):
+    """Both towers as transformers loads them, and the model that they are of; a pair's are of none."""
+    if family in PAIRS:
+        image, text = (AutoModel.from_pretrained(folder).eval() for folder in (name.image_model, name.text_model))
+        return {"image": image, "text": text}, None
+    plain = AutoModel.from_pretrained(name, attn_implementation="eager").eval()
+    return {"image": plain.image_model if family == "flava" else plain.vision_model, "text": plain.text_model}, plain
 
 
 def embedding(found):
@@ -53,42 +54,43 @@ def embedding(found):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", available_families())
-def test_features_and_states_are_transformers_own_of_single_items(family, folders, dataset):
-    folder = folders(family)
-    foundation = load_foundation(str(folder))
+@pytest.mark.parametrize("family", [*available_families(), *PAIRS])
+def test_features_and_states_are_transformers_own_of_single_items(family, models, dataset):
+    name = models(family)
+    foundation = load_foundation(name)
     store = foundation.store(dataset)
-    if family == "align":
+    without_images = family == "align"
+    if without_images:
         with pytest.raises(PerPEFTError, match=r"hidden states of its image tower have several widths \(8, 16\)"):
             foundation.hidden_states(store, CPU)
-    states = foundation.hidden_states(store, CPU, "text" if family == "align" else "both")
-    shapes = state_shapes(known_model(str(folder)))
-    assert family == "align" or all(tuple(found.shape[1:]) in shapes[part] for part, found in zip(("image", "text"), states))
+    states = dict(zip(("image", "text"), foundation.hidden_states(store, CPU, "text" if without_images else "both")))
+    alone, shapes = foundation.hidden_states(store, CPU, "text")[1], state_shapes(known_model(name))
+    assert without_images or {tuple(found.shape[1:]) for found in (alone, states["text"])} == shapes["text"]
+    assert without_images or tuple(states["image"].shape[1:]) in shapes["image"]
     encoder = encoder_of(foundation)
     order = store.reading_order()
     features = encoder(*store.fetch(order, CPU))[order.argsort()]  # titles of several lengths in one batch
-    plain = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
-    image_tower = plain.image_model if family == "flava" else plain.vision_model
+    assert features.shape[1] == encoder.feature_dim
+    places = pooled_places(family)
+    towers, plain = own_towers(family, name)
     for row in (0, 4, 5, 17):  # the fifth has no title, the sixth's is too long
-        text, image = own_inputs(family, folder, foundation.image_processor, dataset.titles[row], dataset.image_paths[row])
-        expected = torch.cat([embedding(plain.get_image_features(**image)), embedding(plain.get_text_features(**text))])
-        torch.testing.assert_close(features[row], expected, rtol=0, atol=1e-5)
-        words = plain.text_model(**text, output_hidden_states=True).hidden_states
-        place = slice(None) if family == "tipsv2" else [-1 if family in BY_END_OF_TEXT | {"siglip"} else 0]
-        for state, layer in enumerate((0, 1, 2)):
-            torch.testing.assert_close(states[1][row, state], words[layer][0, place].mean(0), rtol=0, atol=1e-5)
-            if family != "align":
-                depth = 2 * layer if family == "larger clip" else layer  # of four layers, every second
-                patches = image_tower(**image, output_hidden_states=True).hidden_states[depth][0]
-                own = patches[0] if family in BY_CLASS_TOKEN else patches.mean(0)
-                torch.testing.assert_close(states[0][row, state], own, rtol=0, atol=1e-5)
+        expected = []
+        for part, inputs in own_inputs(family, foundation, dataset.titles[row], dataset.image_paths[row]).items():
+            read = towers[part](**inputs, output_hidden_states=True)
+            pooled = read.last_hidden_state[:, places[part]].mean(1)
+            expected.append(embedding(getattr(plain, f"get_{part}_features")(**inputs) if plain else pooled))
+            if part == "text" or not without_images:
+                layers = read.hidden_states[:: (len(read.hidden_states) - 1) // 2]  # of four layers, every second
+                own = torch.stack([layer[0, places[part]].mean(0) for layer in layers])
+                torch.testing.assert_close(states[part][row], own, rtol=0, atol=1e-5)
+        torch.testing.assert_close(features[row], torch.cat(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", available_families())
+@pytest.mark.parametrize("family", [*available_families(), "dinov2 + distilbert (mean)"])
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, kind, folders, dataset):
+def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, kind, models, dataset):
     """Attention's projections, and with (IA)3 the first feed-forward layer, of two layers a tower, or four."""
-    foundation = load_foundation(str(folders(family)))
+    foundation = load_foundation(models(family))
     store = foundation.store(dataset)
     encoder = encoder_of(foundation, kind, gradient_checkpointing=family == "siglip")
     encoder.clone_groups(2)
@@ -104,10 +106,11 @@ def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, ki
     inside = [name for name in names if "vision_model.head" not in name and "downsample" not in name]
     layers = {name.partition(".lora_")[0].partition(".ia3_")[0] for name in inside}
     of_titles = [name for name in layers if ".text_model." in name]
-    assert len(of_titles) == 2 * (2 if kind == "lora" else 3)
+    each = 2 if kind == "lora" else 3
+    assert len(of_titles) == (4 if family in PAIRS else 2) * each
     depth = {"align": 0, "larger clip": 4}.get(family, 2)
     fused = family == "blip"  # query, key and value in one
-    assert len(layers) - len(of_titles) == depth * ((2 if kind == "lora" else 3) - fused)
+    assert len(layers) - len(of_titles) == depth * (each - fused)
 
 
 # ---------------------------------------------------------------- what is no dual encoder, or does not fit together
@@ -120,13 +123,11 @@ def clip(tiny_clip, tmp_path):
 
 
 def test_a_tokenizer_without_a_padding_token_is_read_with_the_same_features(clip, tiny_clip, dataset):
-    tokenizer = AutoTokenizer.from_pretrained(clip)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(clip)
     for path in (clip / "special_tokens_map.json", clip / "tokenizer_config.json"):
         if path.is_file():
             change_json(path, lambda content: content.update(pad_token=None))
     foundation = load_foundation(str(clip))
+    assert foundation.tokenizer.pad_token is None
     store, expected = foundation.store(dataset), load_foundation(str(tiny_clip)).store(dataset)
     assert np.array_equal(store.tokens, expected.tokens)  # the tiny CLIP pads by its end-of-text token
 
@@ -137,12 +138,8 @@ def larger_vocabulary(clip):
     tokenizer.save_pretrained(clip)
 
 
-def tokenizer_that_ends_no_title(clip):
-    own = AutoTokenizer.from_pretrained(clip)
-    content = json.loads(own.backend_tokenizer.to_str()) | {"post_processor": None}
-    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=own.eos_token)
-    (clip / "tokenizer_config.json").unlink()
-    bare.save_pretrained(clip)
+def another_tokenizer(clip):
+    save_tokenizer("siglip", clip)
 
 
 def tower_that_needs_more_than_an_image(clip):
@@ -150,8 +147,7 @@ def tower_that_needs_more_than_an_image(clip):
         pytest.skip("SigLIP 2 of any resolution came with transformers 4.50")
     text = {"vocab_size": 600, "max_position_embeddings": 16, "projection_size": 32, "bos_token_id": 1, "eos_token_id": 2}
     vision = {**TOWER, "patch_size": 16, "num_patches": 4}
-    config = transformers.Siglip2Config(text_config={**TOWER, **text}, vision_config=vision)
-    transformers.Siglip2Model(config).save_pretrained(clip)
+    save_model("Siglip2", clip, {"text_config": TOWER | text, "vision_config": vision})
 
 
 def settings(file, **changes):
@@ -171,7 +167,7 @@ SMALL_CROP = {"crop_size": {"height": 24, "width": 24}, "size": {"shortest_edge"
         (larger_vocabulary, r"tokens up to number \d+, its text tower \d+ token embeddings"),
         (settings("config.json", eos_token_id=49407), UNFIT + "; eos_token_id is 49407 in config.json"),
         (settings("config.json", eos_token_id=5), UNFIT + "; eos_token_id is 5 in config.json"),
-        (tokenizer_that_ends_no_title, UNFIT + "it ends a title by token"),
+        (another_tokenizer, UNFIT + "it ends a title by token"),
         (tower_that_needs_more_than_an_image, "cannot be used: "),
     ],
 )
@@ -198,5 +194,4 @@ def test_a_clip_as_transformers_5_saves_it_is_read(clip, tiny_clip):
     content = {"image_processor": settings | {"image_processor_type": "CLIPImageProcessorFast"}}
     (clip / "processor_config.json").write_text(json.dumps(content))
     processor, expected = (load_foundation(str(folder)).image_processor for folder in (clip, tiny_clip))
-    assert type(processor) is type(expected)
-    assert dict(processor.size) == dict(expected.size) and dict(processor.crop_size) == dict(expected.crop_size)
+    assert type(processor) is type(expected) and processor.to_dict() == expected.to_dict()

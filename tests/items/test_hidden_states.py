@@ -17,9 +17,9 @@ from tests.conftest import NUM_ITEMS, RUN, fresh_data, iisan_arguments, run_scri
 from tests.run_files import change_json, summary_of
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import read_dataset
-from utils.items.foundation import DEFAULT_CLIP, ensure_hidden_states, known_model, load_foundation
+from utils.items.foundation import ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, has_states, save_hidden_states, states_path
-from utils.items.model_files import PairName
+from utils.items.model_files import DEFAULT_CLIP, PairName
 
 CPU = torch.device("cpu")
 
@@ -37,11 +37,9 @@ def copied(computed, tmp_path):
     """The same in a folder of the test's own, and what the file of states holds."""
     folder = shutil.copytree(computed, tmp_path / "dataset")
     path = states_path(folder, "tiny")
-    image_states, text_states, ids = torch.load(path, weights_only=True)
-    return SimpleNamespace(
-        folder=folder, path=path, note=path.with_suffix(".json"), dataset=read_dataset(folder, "tiny"),
-        image_states=image_states, text_states=text_states, ids=ids,
-    )  # fmt: skip
+    content = torch.load(path, weights_only=True)
+    dataset = read_dataset(folder, "tiny")
+    return SimpleNamespace(folder=folder, path=path, note=path.with_suffix(".json"), dataset=dataset, content=content)
 
 
 def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer():
@@ -55,11 +53,13 @@ def test_states_are_evenly_spaced_from_the_embedding_output_to_the_last_layer():
 @pytest.mark.parametrize(("others", "dtype"), [([], torch.float32), ([0, 0, "other"], torch.float16), (["0"], torch.float32)])
 def test_published_files_are_read_in_any_order_whatever_rows_of_padding_or_other_items_hold(copied, others, dtype):
     order = torch.randperm(NUM_ITEMS, generator=torch.Generator().manual_seed(3))
-    states = [tensor.to(dtype) for tensor in (copied.image_states, copied.text_states)]
+    states = [tensor.to(dtype) for tensor in copied.content[:2]]
     nothing = torch.full((len(others), 3, 32), float("nan"), dtype=dtype)
-    ids = [*others, *(copied.ids[row] for row in order)]
+    ids = [*others, *(copied.content[2][row] for row in order)]
     torch.save((*(torch.cat([nothing, tensor[order]]) for tensor in states), ids), copied.path)
     store = HiddenStateStore.open(copied.dataset)
+    with mock.patch("utils.items.source.fits_on", lambda device, *arrays: dtype == torch.float16):
+        store.place_on(CPU)  # as on a GPU
     items = np.array([3, 30, 1])
     for found, tensor in zip(store.fetch(items, CPU), states, strict=True):
         assert found.dtype == torch.float32 and torch.equal(found, tensor[items - 1].float())
@@ -67,7 +67,7 @@ def test_published_files_are_read_in_any_order_whatever_rows_of_padding_or_other
 
 
 def test_missing_ids_and_rows_with_nan_are_named_together_with_what_to_do(copied):
-    image_states, text_states, ids = copied.image_states, copied.text_states, copied.ids
+    image_states, text_states, ids = copied.content
     torch.save((image_states[:-2], text_states[:-2], ids[:-2]), copied.path)
     with pytest.raises(PerPEFTError, match=rf"(?s)to compute it.*without states \(2\): {ids[-2]}, {ids[-1]}"):
         HiddenStateStore.open(copied.dataset)
@@ -75,14 +75,6 @@ def test_missing_ids_and_rows_with_nan_are_named_together_with_what_to_do(copied
     torch.save((image_states, text_states, ids), copied.path)
     with pytest.raises(PerPEFTError, match=rf"NaN or infinity \(2\): {ids[4]}, {ids[7]}"):
         HiddenStateStore.open(copied.dataset)
-
-
-def test_states_of_another_clip_are_refused_by_shape_and_by_name(copied, tiny_clip):
-    with pytest.raises(PerPEFTError, match=r"another CLIP.*\(3, 32\).*\(7, 768\).*--clip_model"):
-        HiddenStateStore.open(copied.dataset, skeleton=known_model(DEFAULT_CLIP))
-    with pytest.raises(PerPEFTError, match="was computed by .*tiny_clip.*not 'elsewhere'"):
-        HiddenStateStore.open(copied.dataset, "elsewhere")
-    assert json.loads(copied.note.read_text())["clip_model"] == str(tiny_clip)
 
 
 def test_iisan_trains_all_stages_from_the_states_alone_without_images_titles_or_weights(copied, tiny_clip, tmp_path):
@@ -106,9 +98,24 @@ def test_extract_hidden_states_on_its_own_writes_the_same_file(tiny_dataset, tin
     for expected in ("is written", "was there already"):
         run_script(arguments, extract_hidden_states.main)
         assert expected in capsys.readouterr().out
-    image_states, text_states, ids = torch.load(states_path(folder, "tiny"), weights_only=True)
-    assert ids == copied.ids == copied.dataset.raw_ids
-    assert torch.equal(image_states, copied.image_states) and torch.equal(text_states, copied.text_states)
+    *states, ids = torch.load(states_path(folder, "tiny"), weights_only=True)
+    assert ids == copied.content[2] == copied.dataset.raw_ids
+    assert all(torch.equal(found, expected) for found, expected in zip(states, copied.content))
+
+
+def test_states_of_another_model_are_refused_by_its_name_or_their_shapes_and_name_the_options_that_read_them(copied):
+    def refused(expected, model):
+        with pytest.raises(PerPEFTError, match=expected):
+            HiddenStateStore.open(copied.dataset, model)
+
+    refused("was computed by .*tiny_clip.*not 'elsewhere'; pass --clip_model /.*tiny_clip, or delete it", "elsewhere")
+    save_hidden_states(copied.path, *copied.content, PairName("dino", "e5", "cls"))
+    refused("pass --image_model dino --text_model e5 --text_pooling cls, or delete it", "some_clip")
+    copied.note.unlink()
+    refused(r"another CLIP.*\(3, 32\), where openai.* has \(7, 768\); pass the right --clip_model", DEFAULT_CLIP)
+    copied.note.write_text(json.dumps({"clip_model": DEFAULT_CLIP, "clip_files": None}))  # as the first versions wrote it
+    assert HiddenStateStore.open(copied.dataset, DEFAULT_CLIP).num_items == NUM_ITEMS
+    refused(f"not 'openai/clip-vit-large-patch14'; pass --clip_model {DEFAULT_CLIP}, or", "openai/clip-vit-large-patch14")
 
 
 def test_a_clip_is_known_again_by_its_files_wherever_they_lie(copied, tiny_clip, tmp_path, monkeypatch):
@@ -129,13 +136,6 @@ def test_states_that_cannot_be_written_leave_none_of_another_model(copied, monke
     assert not has_states(copied.folder, "tiny")
 
 
-def test_states_of_a_pair_name_the_options_that_read_them(copied):
-    pair = PairName("dino", "e5", "cls")
-    save_hidden_states(copied.path, copied.image_states, copied.text_states, copied.ids, pair)
-    with pytest.raises(PerPEFTError, match="pass --image_model dino --text_model e5 --text_pooling cls, or delete it"):
-        HiddenStateStore.open(copied.dataset, "some_clip")
-
-
 def test_several_processes_compute_states_once_where_those_of_another_modality_are_there(copied, tiny_clip, monkeypatch):
     change_json(copied.note, lambda note: note.update(modality="text"))
     loaded = []
@@ -143,10 +143,3 @@ def test_several_processes_compute_states_once_where_those_of_another_modality_a
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda _: ensure_hidden_states(copied.dataset, str(tiny_clip), CPU, modality="image"), range(2)))
     assert len(loaded) == 1 and has_states(copied.folder, "tiny", "image")
-
-
-def test_a_note_of_a_clip_from_the_hub_goes_by_its_name(copied):
-    copied.note.write_text(json.dumps({"clip_model": DEFAULT_CLIP, "clip_files": None}))
-    assert HiddenStateStore.open(copied.dataset, DEFAULT_CLIP).num_items == NUM_ITEMS
-    with pytest.raises(PerPEFTError, match="not 'openai/clip-vit-large-patch14'"):
-        HiddenStateStore.open(copied.dataset, "openai/clip-vit-large-patch14")

@@ -120,29 +120,11 @@ def image_path(folder, item):
     return folder / "shop_images" / f"B{item:03d}.jpg"
 
 
-def test_fetch_is_no_longer_than_the_longest_title_of_the_batch(shop, tokenizer):
-    store = open_store(shop, tokenizer)
-    lengths = [min(MAX_TOKENS, len(tokens)) for tokens in tokenizer(TITLES)["input_ids"]]
-    for batch in ([1, 2, 3], [12], [4, 12], [10, 11]):
-        pixels, tokens = store.fetch(np.array(batch), CPU)
-        assert (pixels.dtype, tokens.dtype) == (torch.uint8, torch.int64)
-        assert tokens.shape[1] == max(lengths[item - 1] for item in batch)
-        assert (tokens[0, lengths[batch[0] - 1] :] == tokenizer.pad_token_id).all()
-    order = store.reading_order()
-    assert sorted(order.tolist()) == list(range(1, 13))
-    assert (np.diff([lengths[item - 1] for item in order]) >= 0).all()
-
-
-def test_store_is_decoded_once(shop, tokenizer, decoded):
-    for _ in range(2):
-        open_store(shop, tokenizer)
-        assert sorted(decoded) == [f"B{item:03d}.jpg" for item in range(1, 13)]
-
-
 @pytest.mark.parametrize("changed", ["nothing", "image", "title"])
 @pytest.mark.parametrize(
     ("setting", "max_tokens"), [("32", MAX_TOKENS), ("nearest neighbour", MAX_TOKENS), ("crop smaller than the edge", 5)]
 )
+@mock.patch.object(items_module, "fits_on", lambda device, *arrays: True)
 def test_store_holds_every_items_own_image_and_title_whatever_was_stored_before(shop, tokenizer, changed, setting, max_tokens):
     open_store(shop, tokenizer)
     image, texts = image_path(shop, 4), shop / "shop_texts_final.pickle"
@@ -155,13 +137,20 @@ def test_store_holds_every_items_own_image_and_title_whatever_was_stored_before(
         titles["B001"] = "another title"
         texts.write_bytes(pickle.dumps(titles))
     store = open_store(shop, tokenizer, PROCESSORS[setting], max_tokens=max_tokens)
-    assert store.num_items == 12
-    for item in range(1, 13):
-        pixels, tokens = store.fetch(np.array([item]), CPU)
-        np.testing.assert_array_equal(pixels[0].numpy(), original(PROCESSORS[setting], image_path(shop, item)))
-        uncut = tokenizer(titles[f"B{item:03d}"])["input_ids"]
-        assert tokens[0].tolist() == uncut[:-1][: max_tokens - 1] + [tokenizer.eos_token_id]
-    assert len(uncut) > MAX_TOKENS  # the last title is cut
+    uncut = [tokenizer(titles[f"B{item:03d}"])["input_ids"] for item in range(1, 13)]
+    own = [tokens[:-1][: max_tokens - 1] + [tokenizer.eos_token_id] for tokens in uncut]
+    assert len(own[-1]) < len(uncut[-1])  # the last title is cut
+    order = store.reading_order()
+    assert order.tolist() == sorted(range(1, 13), key=lambda item: len(own[item - 1]))
+    for batch, placed in ((order[:1], False), (order[1:6], False), (order[6:], False), (order[3:8], True)):
+        if placed:
+            store.place_on(CPU)  # as on a GPU
+        pixels, tokens = store.fetch(batch, CPU)
+        longest = max(len(own[item - 1]) for item in batch)
+        assert (pixels.dtype, tokens.dtype) == (torch.uint8, torch.int64)
+        for item, found, row in zip(batch, pixels.numpy(), tokens.tolist(), strict=True):
+            np.testing.assert_array_equal(found, original(PROCESSORS[setting], image_path(shop, item)))
+            assert row == own[item - 1] + [tokenizer.pad_token_id] * (longest - len(own[item - 1]))
 
 
 def files_of_stores(folder):
@@ -185,21 +174,29 @@ def test_bad_images_are_all_reported_at_once_and_leave_no_half_store(shop, token
     for item in (2, 5, 9):
         noise(20, 20, seed=item).save(image_path(shop, item))
     decoded.clear()
-    assert len(open_store(shop, tokenizer).pixels) == 12 and len(decoded) == 12
+    for _ in range(2):
+        assert len(open_store(shop, tokenizer).pixels) == 12 and len(decoded) == 12  # each image once
 
 
-def test_blank_images_replace_missing_ones_on_request(shop, tokenizer):
+def test_blank_images_replace_missing_ones_on_request(shop, tokenizer, capsys):
     damage(shop)
     open_store(shop, tokenizer, missing_images="blank")
     with pytest.raises(PerPEFTError, match="B002.jpg"):  # a store with blanks is not taken for a whole one
         open_store(shop, tokenizer)
     image_path(shop, 11).unlink()
+    capsys.readouterr()
     store = open_store(shop, tokenizer, missing_images="blank")
+    warnings = capsys.readouterr().err
+    assert [warnings.count(f"B{item:03d}") for item in (1, 2, 5, 9, 11)] == [0, 1, 1, 1, 1]
     for item in range(1, 13):
         assert bool(store.pixels[item - 1].any()) == (item not in (2, 5, 9, 11))
 
 
-def test_failure_on_the_way_leaves_no_half_store(shop, tokenizer, monkeypatch):
+def test_store_that_cannot_be_written_is_reported_and_leaves_no_half_of_it(shop, tokenizer, monkeypatch):
+    (shop / "shop_store").write_text("a file where the folder would be")
+    with pytest.raises(PerPEFTError, match="the image store .*shop_store/.* cannot be written"):
+        open_store(shop, tokenizer)
+    (shop / "shop_store").unlink()
     full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     with mock.patch.object(os, "posix_fallocate", full), pytest.raises(PerPEFTError, match="No space left"):
         open_store(shop, tokenizer)
@@ -222,9 +219,3 @@ def test_two_runs_that_build_the_store_at_the_same_time_both_get_it_and_decode_o
     assert len(decoded) == 12
     for store in stores:
         np.testing.assert_array_equal(store.pixels[0], original(PROCESSORS["32"], image_path(shop, 1)))
-
-
-def test_folder_that_cannot_be_written_is_reported(shop, tokenizer):
-    (shop / "shop_store").write_text("a file where the folder would be")
-    with pytest.raises(PerPEFTError, match="shop_store"):
-        open_store(shop, tokenizer)

@@ -20,11 +20,7 @@ def check_dataset(
 ) -> Check:
     """Check all files of a data set, every image included unless titles alone are used, and count what they hold.
 
-    Args:
-        train_dir, name, num_groups, missing_images: as in `read_dataset`.
-        modality: which hidden states are needed: "both", "image" or "text".
-    Raises:
-        PerPEFTError: there is no such data set.
+    Arguments and errors are those of `inspect_dataset`, and which hidden states are needed: "both", "image" or "text".
     """
     found = inspect_dataset(train_dir, name, missing_images=missing_images, num_groups=num_groups)
     unreadable = found.try_images(missing_images) if found.present else []

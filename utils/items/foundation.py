@@ -1,24 +1,22 @@
 """Foundation models with what prepares their inputs: loaded, tried, and run once over all items."""
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, BaseImageProcessor, CLIPConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
 from models.item_encoder import MODALITIES
 from models.pair import EncoderPair
-from models.towers import Traits, dual_features, hidden_states, skeleton
+from models.towers import Traits, dual_features, hidden_states
 from utils.common.errors import PerPEFTError, first_line
 from utils.common.files import build_once
 from utils.data.dataset import Dataset
 from utils.items.hidden_states import has_states, save_hidden_states, states_path
-from utils.items.model_files import DEFAULT_CLIP, FoundationName, load_parts, model_folders, quiet_transformers
+from utils.items.model_files import FoundationName, load_parts, quiet_transformers
 from utils.items.store import ImageTitleStore
 from utils.items.trial import find_traits
 
@@ -32,23 +30,8 @@ class Foundation:
     clip: PreTrainedModel | EncoderPair
     image_processor: BaseImageProcessor | None
     tokenizer: PreTrainedTokenizerBase
+    traits: Traits
     name: str = ""
-
-    @cached_property
-    def traits(self) -> Traits:
-        """How the model reads items, found by trying it.
-
-        Raises:
-            PerPEFTError: it does not run on an image and a title alone, or not with these processors; says what is missing.
-        """
-        try:
-            with quiet_transformers():
-                return find_traits(self.clip, self.image_processor, self.tokenizer)
-        except Exception as error:  # each model has its own ways to refuse inputs
-            raise self._unfit(first_line(error)) from error
-
-    def _unfit(self, reason: str) -> PerPEFTError:
-        return PerPEFTError(f"'{self.name}' cannot be used: {reason}")
 
     def store(self, dataset: Dataset, missing_images: str = "error") -> ImageTitleStore:
         """A data set's images and titles as this model reads them; images are left out if `missing_images` is "unused"."""
@@ -70,7 +53,7 @@ class Foundation:
         try:
             return tuple(self._tables("hidden states", partial(hidden_states, self.clip, self.traits), store, device, modality))
         except ValueError as error:
-            raise self._unfit(first_line(error)) from error
+            raise PerPEFTError(f"'{self.name}' cannot be used: {first_line(error)}") from error
 
     @torch.no_grad()
     def _tables(
@@ -102,27 +85,16 @@ def load_foundation(name: FoundationName, attention: str | None = None) -> Found
         name: a folder as `save_pretrained` writes it, or a name on the hub; or those of a pair.
         attention: transformers' name of how it is computed, "eager" where its weights are needed (default: the fastest).
     Raises:
-        PerPEFTError: it is neither, of another kind, or its parts do not fit together.
+        PerPEFTError: it is neither, of another kind, its parts do not fit together, or it needs more than an image and a title.
     """
-    foundation = Foundation(*load_parts(name, attention), str(name))
+    parts = load_parts(name, attention)
     try:
-        _ = foundation.traits  # which tries the model
-    except PerPEFTError:
+        with quiet_transformers():
+            return Foundation(*parts, find_traits(*parts), str(name))
+    except Exception as error:  # each model has its own ways to refuse inputs
         if attention == "eager":
-            raise
-        return load_foundation(name, "eager")  # a faster one may drop masks that it thinks needless, as AIMv2's does
-    return foundation
-
-
-def known_model(name: FoundationName) -> nn.Module | None:
-    """A model without its weights, from the settings in a folder or what the hub's client has kept; else None."""
-    with quiet_transformers(), contextlib.suppress(Exception):
-        if name == DEFAULT_CLIP:
-            return skeleton(CLIPConfig())  # the library's defaults are ViT-B/32
-        source = {"local_files_only": True, "trust_remote_code": False}
-        *images, text = (skeleton(AutoConfig.from_pretrained(folder, **source)) for folder in model_folders(name))
-        return text if isinstance(name, str) else EncoderPair(images[0] if images else None, text, name.text_pooling)
-    return None
+            raise PerPEFTError(f"'{name}' cannot be used: {first_line(error)}") from error
+    return load_foundation(name, "eager")  # a faster one may drop masks that it thinks needless, as AIMv2's does
 
 
 def ensure_hidden_states(

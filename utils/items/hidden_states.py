@@ -15,7 +15,7 @@ from utils.common.files import save_tensors, write_atomically, write_json
 from utils.common.pickles import refuse_damaged_tensors
 from utils.data.dataset import Dataset
 from utils.data.problems import Problems
-from utils.items.model_files import FoundationName, model_hash, model_options
+from utils.items.model_files import FoundationName, known_model, model_hash, model_options
 from utils.items.source import FeatureStore
 
 AGAIN = "delete it and start again to compute it, or download it again"
@@ -105,28 +105,25 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], list]:
 
 
 def made_by(path: Path) -> tuple[str, str | None]:
-    """The name and the hash of the model that states came from, by the note beside them.
-
-    Raises:
-        PerPEFTError: the note does not say so.
-    """
+    """The name and the hash of the model that states came from, by the note beside them; a PerPEFTError if it does not say."""
     note, where = _note(path), path.with_suffix(".json")
     if "clip_model" not in note:
         raise PerPEFTError(f"{where} does not say which model made the states beside it; delete both and start again")
     return str(note["clip_model"])[:200], note.get("clip_files")
 
 
-def _check_model(path: Path, used: dict[str, torch.Tensor], model: FoundationName | None, skeleton: nn.Module | None) -> None:
+def _check_model(path: Path, used: dict[str, torch.Tensor], model: FoundationName | None) -> None:
     """Refuse states that are left out, or of another model, whatever its folder is called now: by the note, or else by shapes."""
-    noted = model is not None and path.with_suffix(".json").is_file()
-    if noted:
+    expected: dict[str, set[tuple[int, int]]] = {}
+    if model is not None and path.with_suffix(".json").is_file():
         (name, files), own_files = made_by(path), model_hash(model)
         if files != own_files if files and own_files else name != str(model):
             options = _note(path).get("options", f"--clip_model {name}")
             raise PerPEFTError(
                 f"{path} was computed by '{name}', not '{model}'; pass {options}, or delete it and start again to compute it"
             )
-    expected = {} if noted or skeleton is None else state_shapes(skeleton)
+    elif model is not None and (skeleton := known_model(model)) is not None:
+        expected = state_shapes(skeleton)
     for part, states in used.items():
         own, found = expected.get(part), tuple(states.shape[1:])
         if states.shape[2] == 0:
@@ -134,7 +131,7 @@ def _check_model(path: Path, used: dict[str, torch.Tensor], model: FoundationNam
         if own and found not in own:
             raise PerPEFTError(
                 f"{path} holds states of another CLIP: layers and widths of the {part} states are {found}, where "
-                f"{model or 'this one'} has {' or '.join(map(str, sorted(own)))}; pass the right --clip_model, or delete the "
+                f"{model} has {' or '.join(map(str, sorted(own)))}; pass the right --clip_model, or delete the "
                 "file and start again to compute it"
             )
 
@@ -158,27 +155,14 @@ def _rows_of_items(path: Path, raw_ids: list[str], ids: list, used: list[torch.T
 
 
 class HiddenStateStore(FeatureStore):
-    """Cached states of all items for IISAN: image states [rows, S, image width], title states [rows, S, text width]."""
-
-    @property
-    def image_states(self) -> torch.Tensor:
-        """The first of the tensors."""
-        return self.tensors[0]
-
-    @property
-    def text_states(self) -> torch.Tensor:
-        """The second of the tensors."""
-        return self.tensors[1]
+    """Cached states of all items for IISAN, `tensors`: of images [rows, S, image width], of titles [rows, S, text width]."""
 
     @classmethod
-    def open(
-        cls, dataset: Dataset, model: FoundationName | None = None, skeleton: nn.Module | None = None, modality: str = "both"
-    ) -> "HiddenStateStore":
+    def open(cls, dataset: Dataset, model: FoundationName | None = None, modality: str = "both") -> "HiddenStateStore":
         """Read `{name}_preX.pt`; ids may stand in any order, with or without one for the padding item.
 
         Args:
             model: that the states must come from, as on the command line.
-            skeleton: that model without its weights, where it is known; asked where no note says which model it was.
             modality: "both", "image" or "text"; the states of the other are left out.
         Raises:
             PerPEFTError: unreadable, of another CLIP, items missing, or states that are not finite, with their ids.
@@ -186,6 +170,6 @@ class HiddenStateStore(FeatureStore):
         path = states_path(dataset.folder, dataset.name)
         states, ids = _read(path)
         used = {part: states[part] for part in MODALITIES[modality]}
-        _check_model(path, used, model, skeleton)
+        _check_model(path, used, model)
         rows = _rows_of_items(path, dataset.raw_ids, ids, list(used.values()))
         return cls(*(found if part in used else found[:, :, :0] for part, found in states.items()), rows=rows)

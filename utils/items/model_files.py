@@ -3,12 +3,13 @@ import contextlib
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig
+import transformers
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from models.pair import EncoderPair
+from models.towers import skeleton
 from utils.common.errors import PerPEFTError, first_line
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
@@ -84,6 +86,17 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def known_model(name: FoundationName) -> nn.Module | None:
+    """A model without its weights, from the settings in a folder or what the hub's client has kept; else None."""
+    with quiet_transformers(), contextlib.suppress(Exception):
+        if name == DEFAULT_CLIP:
+            return skeleton(CLIPConfig())  # the library's defaults are ViT-B/32
+        source = {"local_files_only": True, "trust_remote_code": False}
+        *images, text = (skeleton(AutoConfig.from_pretrained(folder, **source)) for folder in model_folders(name))
+        return text if isinstance(name, str) else EncoderPair(images[0] if images else None, text, name.text_pooling)
+    return None
 
 
 def load_parts(name: FoundationName, attention: str | None) -> FoundationParts:
@@ -156,6 +169,4 @@ def _load_image_processor(name: str, source: dict[str, bool]) -> BaseImageProces
         path = cached_file(name, "processor_config.json", local_files_only=source["local_files_only"])
         settings = json.loads(Path(path).read_text(encoding="utf-8"))["image_processor"]
     kind = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings | {"image_processor_type": kind}))
-        return AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)
+    return getattr(transformers, kind).from_dict(settings)

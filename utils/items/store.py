@@ -47,29 +47,21 @@ def _store_key(dataset: Dataset, processor: BaseImageProcessor | None, tokenizer
     return digest.hexdigest()[:16]
 
 
-def _claim_room(path: Path, header: int) -> None:
-    """Reserve a file's whole size on the disk: a full disk is an error here, where a memory map would crash on it later."""
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-            return
-        file.seek(header)
-        while (left := size - file.tell()) > 0:
-            file.write(bytes(min(left, 2**24)))
-
-
 def _write_images(path: Path, dataset: Dataset, processor: BaseImageProcessor, missing_images: str) -> None:
     unreadable: list[str] = []
-    store = np.lib.format.open_memmap(path, "w+", np.uint8, (dataset.num_items, 3, *output_size(processor)))
-    _claim_room(path, store.offset)
+    pixels = np.empty((3, *output_size(processor)), np.uint8)
     images = on_all_cores(lambda path: read_image(path, processor), dataset.image_paths)
-    for row, image in enumerate(tqdm(images, "images", dataset.num_items, unit="image", disable=None)):
-        if isinstance(image, np.ndarray):
-            store[row] = image
-        elif missing_images == "error" or not isinstance(image, FileNotFoundError):  # missing ones are reported already
-            unreadable.append(format_image_problem(dataset.image_paths[row], row + 1, image))
-    store.flush()
+    with path.open("w+b") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (dataset.num_items, *pixels.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        if hasattr(os, "posix_fallocate"):  # which macOS lacks: a full disk is an error at once, not after minutes
+            os.posix_fallocate(file.fileno(), file.tell(), dataset.num_items * pixels.nbytes)
+        for row, image in enumerate(tqdm(images, "images", dataset.num_items, unit="image", disable=None)):
+            pixels[:] = 0 if isinstance(image, Exception) else image
+            file.write(pixels)
+            is_reported = missing_images != "error" and isinstance(image, FileNotFoundError)
+            if isinstance(image, Exception) and not is_reported:
+                unreadable.append(format_image_problem(dataset.image_paths[row], row + 1, image))
     problems = Problems()
     problems.add(UNREADABLE_IMAGES if missing_images == "error" else BLANK_IMAGES, unreadable)
     if missing_images == "error":
@@ -98,20 +90,19 @@ class ImageTitleStore:
     """Images and titles of all items, ready for the foundation model; array row i is item i + 1.
 
     Attributes:
-        pixels: uint8 [items, 3, height, width], resized and cropped, not rescaled; a memory map.
+        pixels: uint8 [items, 3, height, width], resized and cropped, not rescaled; a memory map, or on a GPU.
         tokens: int32 [items, longest title], padded after the end-of-text token.
         lengths: tokens of each title, [items].
         masked: whether `fetch` returns an attention mask too.
     """
 
-    pixels: np.ndarray
-    tokens: np.ndarray
+    pixels: np.ndarray | torch.Tensor
+    tokens: np.ndarray | torch.Tensor
     lengths: np.ndarray
     masked: bool = False
 
     def __post_init__(self):
         self.num_items = len(self.pixels)
-        self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def open(
@@ -154,7 +145,7 @@ class ImageTitleStore:
     def place_on(self, device: torch.device) -> None:
         """Keep the whole store on a GPU if it fits there with room to spare, so that a step copies no image."""
         if fits_on(device, self.pixels):
-            self._on_device = (torch.from_numpy(np.array(self.pixels)).to(device), torch.from_numpy(self.tokens).to(device))
+            self.pixels, self.tokens = torch.tensor(self.pixels).to(device), torch.tensor(self.tokens).to(device)
 
     def fetch(self, items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
         """The encoder's inputs for some items (numbers from 1), on a device.
@@ -163,18 +154,12 @@ class ImageTitleStore:
             pixels uint8 [items, 3, height, width], tokens int64 [items, longest title among them], and a mask like the tokens,
             1 at tokens and 0 at padding, where the text tower takes one
         """
-        rows = items - 1
-        length = self.lengths[rows].max(initial=1)
-        if self._on_device is not None:
-            pixels, tokens = self._on_device
-            on_device = to_device(rows, device)
-            found = [pixels[on_device], tokens[on_device, :length].long()]
-        else:
-            found = [to_device(self.pixels[rows], device), to_device(self.tokens[rows, :length].astype(np.int64), device)]
-        if self.masked:
-            mask = np.arange(length) < self.lengths[rows][:, None]  # [items, length]
-            found.append(to_device(mask.astype(np.int64), device))
-        return tuple(found)
+        lengths = self.lengths[items - 1]
+        longest = lengths.max(initial=1)
+        rows = items - 1 if isinstance(self.pixels, np.ndarray) else to_device(items - 1, device)
+        found = to_device(self.pixels[rows], device), to_device(self.tokens[rows, :longest], device).long()
+        mask = np.arange(longest) < lengths[:, None]  # [items, longest]
+        return (*found, to_device(mask, device).long()) if self.masked else found
 
     def reading_order(self) -> np.ndarray:
         """All items by title length, so that a batch of them holds little padding."""

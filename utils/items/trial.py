@@ -1,12 +1,12 @@
 """What differs between dual encoders, found by running one on an image and a few titles."""
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from models.clip_peft import channel_statistics
-from models.towers import TOWER_NAMES, Traits, part_features, recorded_states, tower, tower_name
+from models.towers import TOWER_NAMES, Traits, dual_features, part_features, recorded_states, tower, tower_name
 from utils.items.preprocessing import bare_image, output_size, processed
 from utils.items.store import padding_token
 
@@ -29,10 +29,11 @@ def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenize
     if processor is not None:
         class_token, width = _image_reading(model, processor)
         widths.append(("image", width))
-    longest, padding = _longest_title(model, tokenizer), padding_token(tokenizer)
+    longest = _longest_title(model, tokenizer)
     rows = _tried_titles(model, tokenizer, longest)
-    masks, pads = _padding_rule(model, rows, padding)
-    tokens, mask = _padded([row + [padding] * (longest - len(row)) for row in rows] if pads else rows, padding)
+    tokens = pad_sequence(rows, batch_first=True, padding_value=padding_token(tokenizer))  # [titles, longest]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # [titles, longest]
+    masks, pads = _padding_rule(model, rows, tokens, mask)
     first, last, width = _pooled_tokens(model, "text", input_ids=tokens, attention_mask=mask if masks else None)
     widths.append(("text", width))
     end = int(tokens[0, last[0].int().argmax()])
@@ -44,7 +45,7 @@ def find_traits(model: nn.Module, processor: BaseImageProcessor | None, tokenize
         )
     for kind in ("first", "last", "end", "highest", "final", "mean"):
         traits = Traits(kind, end, class_token, masks, pads, tuple(widths), longest)
-        if torch.equal(traits.pooling(tokens, mask) > 0, last):
+        if torch.equal(traits.pooling(tokens, None if pads else mask) > 0, last):
             if pads and kind != "last":
                 raise ValueError("its features of a title change with padding, whether masked or not")
             return traits
@@ -63,15 +64,8 @@ def _pooled_tokens(model: nn.Module, part: str, **inputs: torch.Tensor | None) -
     return (first != 0).any(2), (last != 0).any(2), features.shape[1]
 
 
-def _padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Titles side by side: tokens and mask, [titles, longest] each."""
-    length = max(map(len, rows))
-    tokens = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
-    return tokens, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-
-
-def _tried_titles(model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[list[int]]:
-    """Token numbers of an ordinary title, which comes first, and of unusual ones, at most `longest` each."""
+def _tried_titles(model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[torch.Tensor]:
+    """Token numbers of an ordinary title, which comes first, and of unusual ones, the last of which has `longest`."""
     embeddings = getattr(tower(model, "text").config, "vocab_size", None)
     highest = max(tokenizer.get_vocab().values())
     if embeddings and highest >= embeddings:
@@ -79,21 +73,17 @@ def _tried_titles(model: nn.Module, tokenizer: PreTrainedTokenizerBase, longest:
         raise ValueError(f"its parts do not fit together: {sizes}")
     specials = " ".join(tokenizer.all_special_tokens)
     titles = ["red lamp of wood and steel", "", "lamp", f"red {specials} lamp", "very long title " * longest]
-    return [title for title in tokenizer(titles, truncation=True, max_length=longest)["input_ids"] if len(title)]
+    return [torch.tensor(row) for row in tokenizer(titles, truncation=True, max_length=longest)["input_ids"] if len(row)]
 
 
 @torch.no_grad()
-def _padding_rule(model: nn.Module, rows: list[list[int]], padding: int) -> tuple[bool, bool]:
+def _padding_rule(model: nn.Module, rows: list[torch.Tensor], tokens: torch.Tensor, mask: torch.Tensor) -> tuple[bool, bool]:
     """Whether titles need a mask to have the features in a batch that they have alone; whether not even that is enough."""
 
-    def features(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return F.normalize(part_features(model, "text", input_ids=tokens, attention_mask=mask).float(), dim=-1)
-
     def changed(mask: torch.Tensor | None) -> bool:
-        return (features(tokens, mask) - alone).abs().max().item() > 2e-5  # what batches of other sizes may change
+        return (dual_features(model, None, tokens, mask) - alone).abs().max().item() > 2e-5  # what other batch sizes may change
 
-    alone = torch.cat([features(*_padded([row], padding)) for row in rows])
-    tokens, mask = _padded(rows, padding)
+    alone = torch.cat([dual_features(model, None, row[None], torch.ones_like(row[None])) for row in rows])
     needs_mask = changed(None)
     pads = needs_mask and changed(mask)
     return needs_mask and not pads, pads
@@ -109,16 +99,14 @@ def _image_reading(model: nn.Module, processor: BaseImageProcessor) -> tuple[boo
     if (own - image).abs().max() > 1e-3:
         raise ValueError("its image processor does more than resize, crop, rescale and normalise")
     try:
-        with torch.no_grad():
-            part_features(model, "image", pixel_values=image[None])
+        _, pooled, features = _pooled_tokens(model, "image", pixel_values=image[None])
     except Exception as error:
         side = getattr(tower(model, "image").config, "image_size", None)
         if side in (None, height, [height, width]):
             raise
         sizes = f"its image processor makes images of {height} x {width} pixels, its image tower takes {side} x {side}"
         raise ValueError(f"its parts do not fit together: {sizes}") from error
-    _, pooled, width = _pooled_tokens(model, "image", pixel_values=image[None])
-    return pooled.shape[1] > 1 and bool(pooled[0, 0]) and not pooled[0, 1:].any(), width
+    return pooled.shape[1] > 1 and pooled[0].nonzero().tolist() == [[0]], features
 
 
 def _longest_title(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:

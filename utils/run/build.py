@@ -9,9 +9,9 @@ from models.towers import count_parameters, layers_of
 from utils.common.devices import PRECISIONS
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
-from utils.items.foundation import Foundation, ensure_hidden_states, known_model, load_foundation
+from utils.items.foundation import Foundation, ensure_hidden_states, load_foundation
 from utils.items.hidden_states import HiddenStateStore, has_states
-from utils.items.model_files import FoundationName, PairName
+from utils.items.model_files import FoundationName, PairName, known_model
 from utils.items.source import FeatureStore, ItemSource
 from utils.prepare.demo_clip import demo_clip
 
@@ -62,7 +62,7 @@ def build_encoder(options: argparse.Namespace, dataset: Dataset) -> tuple[ItemEn
             ensure_hidden_states(dataset, name, device, images, modality)
     if options.peft_type == "iisan":
         skeleton = known_model(name)
-        states = HiddenStateStore.open(dataset, name, skeleton, modality)
+        states = HiddenStateStore.open(dataset, name, modality)
         return iisan_encoder(states, count_parameters(skeleton) if skeleton else None, modality), states
     foundation = load_foundation(name)
     store = foundation.store(dataset, images)
@@ -99,8 +99,8 @@ def peft_encoder(
 
 def iisan_encoder(states: HiddenStateStore, foundation_parameters: int | None, modality: str = "both") -> IISANEncoder:
     """IISAN on hidden states of a foundation model of so many parameters, None where that is not known."""
-    _, num_states, image_dim = states.image_states.shape
-    return IISANEncoder(IISAN(image_dim, states.text_states.shape[2], num_states, modality=modality), foundation_parameters)
+    (_, num_states, image_dim), (_, _, text_dim) = (tensor.shape for tensor in states.tensors)
+    return IISANEncoder(IISAN(image_dim, text_dim, num_states, modality=modality), foundation_parameters)
 
 
 def trainable_counts(encoder: ItemEncoder) -> dict[str, float]:

@@ -11,7 +11,7 @@ from models.peft_configs import ORIGIN, PAPER_RANK, peft_config
 from utils.common.console import SHARED_OPTIONS, HelpFormatter, number
 from utils.common.devices import PRECISIONS
 from utils.data.dataset import default_groups
-from utils.items.foundation import DEFAULT_CLIP
+from utils.items.model_files import DEFAULT_CLIP
 from utils.run.hyperparameters import demo_hyperparameters, read_hyperparameters
 from utils.run.tracking import TRACKERS
 
