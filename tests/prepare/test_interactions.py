@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.prepare import interactions, json_files, lines
+from utils.prepare import interactions, lines
 from utils.prepare.columns import TableOptions
 from utils.prepare.engine import engine
 from utils.prepare.interactions import keep_core, keep_first, keep_sample
@@ -96,8 +96,7 @@ def test_the_sample_is_of_active_users_and_ignores_the_order_of_rows(rows, count
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_equal_times_keep_the_order_of_files_that_several_cores_read(kind, tmp_path, monkeypatch):
-    for module in (lines, json_files):  # so that the files have many blocks
-        monkeypatch.setattr(module, "LONGEST_LINE", 2**13)
+    monkeypatch.setattr(lines, "LONGEST_LINE", 2**13)  # so that the files have many blocks
     con = duckdb.connect(config={"threads": 4})
     draw = random.Random(1)
     rows = [(draw.choice("abc"), str(draw.randrange(5000)), "7") for _ in range(40_000)]

@@ -197,6 +197,13 @@ def test_images_within_a_parquet_file_need_a_folder(shop, tmp_path, image):
     assert "the column 'image' holds the images themselves; write them as files" in shop(PLAIN_BUYS, goods, fails=True)
 
 
+@pytest.mark.parametrize("image", ["image::BLOB", "{'bytes': NULL::BLOB, 'path': image}"])
+def test_a_parquet_file_may_name_images_by_bytes_or_beside_them(shop, tmp_path, image):
+    rows = ", ".join(map(str, GOODS))
+    goods = parquet(tmp_path / "items", f"SELECT item, title, {image} AS image FROM (VALUES {rows}) t(item, title, image)")
+    assert shop(PLAIN_BUYS, goods).counts["fetched"] == 6
+
+
 MANY = [(f"u{row % 901}", ITEMS[row % 6], row) for row in range(20_000)]
 
 
@@ -208,10 +215,10 @@ def test_damage_in_compressed_files_loses_nothing_unseen(shop, content, compress
     packed = compress(content.encode())
     middle = len(packed) // 2
     changed = packed[:middle] + bytes(byte ^ 255 for byte in packed[middle : middle + 9]) + packed[middle + 9 :]
-    for damaged in (packed[:-1], packed[:middle], changed, packed[:-3] + b"abc"):
+    first, second = compress(content[:99_999].encode()), compress(content[99_999:].encode())
+    for damaged in (packed[:-1], packed[:middle], changed, packed[:-3] + b"abc", first + b"abc" + second[3:]):
         assert "buys.csv is cut off or damaged" in shop(damaged, PLAIN_GOODS, fails=True)
-    appended = compress(content[:99_999].encode()) + compress(content[99_999:].encode())
-    assert shop(appended, PLAIN_GOODS).counts["read"] == 20_000
+    assert shop(first + second + b"\0" * 512, PLAIN_GOODS).counts["read"] == 20_000
 
 
 @pytest.mark.parametrize("title, separator", [

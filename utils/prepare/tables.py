@@ -157,7 +157,7 @@ def _require_text(con: duckdb.DuckDBPyConnection, path: Path, column: str, kind:
     texts = {"BLOB": f"try(decode({name}))", "STRUCT(bytes BLOB, path VARCHAR)": f"{name}.path"}
     if kind not in texts:
         return
-    value = con.execute(f"SELECT {texts[kind]} FROM {parquet_source(path)} WHERE {name} IS NOT NULL LIMIT 1").fetchone()
-    if value == (None,):
+    value = con.execute(f"SELECT {texts[kind]} FROM {parquet_source(path)} WHERE {name} IS NOT NULL LIMIT 1").fetchall()
+    if value == [(None,)]:
         advice = "write them as files named by the item's id into a folder, and name that by --images"
         raise PerPEFTError(f"{path}: the column '{column}' holds the images themselves; {advice}")
