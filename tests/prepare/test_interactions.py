@@ -112,9 +112,9 @@ def test_equal_times_keep_the_order_of_files_that_several_cores_read(kind, tmp_p
             con.execute(f"COPY (FROM read_csv('{path.with_suffix('.csv')}', all_varchar=true)) TO '{path}' (ROW_GROUP_SIZE 2048)")
     con.execute("CREATE TABLE items AS SELECT range::INTEGER AS number, range::VARCHAR AS raw_id FROM range(5000)")
     table = open_table(con, tmp_path / f"*.{kind}", header, (), TableOptions())
-    assert interactions.stage(con, table, None, None, stable_keys=False) == len(rows)
+    assert interactions.stage(table, None, None, stable_keys=False) == len(rows)
     line = {"csv": 15_002, "jsonl": 30_001, "parquet": 15_001}[kind]
-    assert interactions.left_out(con, table, "staged") == {"item missing": (1, [f"1.{kind} line {line}"])}
+    assert table.left_out("staged") == {"item missing": (1, f"1.{kind} line {line}")}
     keep_first(con)
     found = [items for (items,) in con.execute("SELECT list(item ORDER BY rank) FROM kept GROUP BY user").fetchall()]
     expected = first_interactions(rows, {30_000}).values()

@@ -18,6 +18,8 @@ from utils.prepare.text_tables import recognise_form
 
 ROWS = "{rows}"
 HEAD = 1000  # lines by which a file's form is recognised, and within which all keys of JSON are usually named
+SHOWN_ROWS = 3  # of each reason for leaving rows out
+LeftOut = dict[str, tuple[int, str]]  # reason -> how many rows, and the lines of the first
 
 
 class Table:
@@ -26,20 +28,22 @@ class Table:
     `columns` names each role's column in the first file, None where there is none.
     """
 
-    def __init__(self, parts: list[Part], columns: dict[str, str | None], encoding: str | None = None):
-        self.parts, self.columns, self.encoding = parts, columns, encoding
+    def __init__(
+        self, con: duckdb.DuckDBPyConnection, parts: list[Part], columns: dict[str, str | None], encoding: str | None = None
+    ):
+        self.con, self.parts, self.columns, self.encoding = con, parts, columns, encoding
         self.files = [part.path for part in parts]
         self._careful = False
         self._first_places: list[int] = []  # of each file
 
-    def create(self, con: duckdb.DuckDBPyConnection, name: str, query: str) -> None:
+    def create(self, name: str, query: str) -> None:
         """Make a table of a query that selects `file` and more of ROWS; `rowid`, the order of the rows, is their place."""
-        self.execute(con, f"CREATE OR REPLACE TABLE {name} AS {query}")
-        counts = dict(con.execute(f"SELECT file, count(*) FROM {name} GROUP BY file").fetchall())
+        self.execute(f"CREATE OR REPLACE TABLE {name} AS {query}")
+        counts = dict(self.con.execute(f"SELECT file, count(*) FROM {name} GROUP BY file").fetchall())
         ends = itertools.accumulate(counts.get(file, 0) for file in range(len(self.parts)))
         self._first_places = [0, *ends][:-1]
 
-    def execute(self, con: duckdb.DuckDBPyConnection, query: str) -> list[tuple]:
+    def execute(self, query: str) -> list[tuple]:
         """Run a query in which ROWS stands for the rows of all files; twice if a file cannot be read the fast way.
 
         Raises:
@@ -49,8 +53,8 @@ class Table:
             with contextlib.ExitStack() as opened:
                 parts = [self._select(part, opened) for part in self.parts]
                 rows = " UNION ALL ".join(f"SELECT {n}::USMALLINT AS file, * FROM ({part})" for n, part in enumerate(parts))
-                opened.enter_context(shown_progress(con, self.files[0].name))
-                return con.execute(query.replace(ROWS, f"({rows})")).fetchall()
+                opened.enter_context(shown_progress(self.con, self.files[0].name))
+                return self.con.execute(query.replace(ROWS, f"({rows})")).fetchall()
         except (duckdb.OutOfMemoryException, RuntimeError):  # the latter after a signal
             raise
         except Exception as error:
@@ -60,7 +64,7 @@ class Table:
             if self._careful:
                 raise
         self._careful = True  # the errors of this way name the line
-        return self.execute(con, query)
+        return self.execute(query)
 
     def _select(self, part: Part, opened: contextlib.ExitStack) -> str:
         if part.rows is None:
@@ -69,6 +73,11 @@ class Table:
             texts = (text for _, text in part.rows(text_lines(part.path, self.encoding)))
             return part.careful.replace(SOURCE, quote(opened.enter_context(named_lines(texts))))
         return part.fast.replace(SOURCE, quote(opened.enter_context(named_text(part.path, self.encoding))))
+
+    def first_rows(self, roles: list[str], count: int) -> list[tuple]:
+        """Some columns of the first usable rows that have a value in the first of them."""
+        usable = f"problem IS NULL AND {roles[0]} IS NOT NULL"
+        return self.execute(f"SELECT {', '.join(roles)} FROM {ROWS} WHERE {usable} LIMIT {count}")
 
     def where(self, place: int) -> str:
         """The line of a row that `create` found, with its file where there are several."""
@@ -79,6 +88,20 @@ class Table:
         else:
             line = next(itertools.islice(part.rows(text_lines(part.path, self.encoding)), row, None))[0]
         return f"line {line}" if len(self.parts) == 1 else f"{part.path.name} line {line}"
+
+    def left_out(self, relation: str) -> LeftOut:
+        """How many rows of a relation (with columns place and reason) have each reason, and where the first of them are."""
+        found = self.con.execute(f"""
+            SELECT reason, count(*), min(place, {SHOWN_ROWS}) FROM {relation}
+            WHERE reason IS NOT NULL GROUP BY reason ORDER BY min(place)""").fetchall()
+        more = {reason: ", ..." if count > SHOWN_ROWS else "" for reason, count, _ in found}
+        return {reason: (count, ", ".join(map(self.where, places)) + more[reason]) for reason, count, places in found}
+
+    def describe(self, heading: str) -> str:
+        """Which column was chosen for each role."""
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        columns = ", ".join(f"{role} = {name}" for role, name in self.columns.items() if name)
+        return f"{heading}: {self.files[0]}{more} ({columns})"
 
 
 def files_of(pattern: str | Path) -> list[Path]:
@@ -140,7 +163,7 @@ def open_table(
         return text_part(form, columns, [columns[role] for role in required]), columns
 
     opened = [open_part(path) for path in files]
-    return Table([part for part, _ in opened], opened[0][1], options.encoding)
+    return Table(con, [part for part, _ in opened], opened[0][1], options.encoding)
 
 
 def _parquet_types(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
