@@ -35,16 +35,22 @@ def counts_of(report):
 
 
 @pytest.fixture
-def prepare(tmp_path, monkeypatch, capsys):
+def run():
+    """Run a script's `main` with options; the exit code."""
+    return lambda main, *options: exit_code(options, main)
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch, capsys, run):
     """Make the data set `mine` in `data` of files in `shop`, the working folder being another: what was printed and made."""
     monkeypatch.chdir(tmp_path)
     Path("shop/img").mkdir(parents=True)
 
-    def run(main, files, options, code=0):
+    def prepared(main, files, options, code=0):
         for name, content in files.items():
             (path := Path("shop", name)).parent.mkdir(exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        found = exit_code(f"--name mine --train_dir data {options}".split(), main)
+        found = run(main, *f"--name mine --train_dir data {options}".split())
         out, error = capsys.readouterr()
         assert found == code, (out, error)
         assert code != 2 or (error.startswith("error: ") and error.count("\n") == 1), error
@@ -54,4 +60,4 @@ def prepare(tmp_path, monkeypatch, capsys):
             made.histories, made.titles = histories_of("data", "mine"), dict(zip(dataset.raw_ids, dataset.titles))
         return made
 
-    return run
+    return prepared

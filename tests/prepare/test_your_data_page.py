@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts import check_data, prepare_amazon, prepare_tables
-from tests.conftest import draw_image, exit_code
+from tests.conftest import draw_image
 from tests.prepare.conftest import histories_of, json_lines, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "your_data.md"
@@ -48,9 +48,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_commands_run_as_printed(folder):
+def test_the_commands_run_as_printed(folder, run):
     assert {script for script, _ in COMMANDS} == set(MAINS)
     for script, options in COMMANDS:
-        assert exit_code(options, MAINS[script]) == 0, (script, options)
+        assert run(MAINS[script], *options) == 0, (script, options)
         name = options[options.index("--name" if "--name" in options else "--dataset") + 1]
         assert sorted(map(len, histories_of(folder / "dataset", name))) == [6] * 9

@@ -20,5 +20,4 @@ META = {
 
 def open_amazon(con: duckdb.DuckDBPyConnection, pattern: Path, fields: dict[str, tuple[str, ...]]) -> Table:
     """A category's reviews or items, of which only these fields are read."""
-    parts = [json_part(path, fields) for path in files_of(pattern)]
-    return Table(con, parts, {role: "/".join(names) for role, names in fields.items()})
+    return Table(con, [json_part(path, fields) for path in files_of(pattern)])

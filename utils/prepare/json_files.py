@@ -88,7 +88,8 @@ def json_part(path: Path, keys: dict[str, tuple[str, ...]], whole: bool = False)
     lines = lines_sql(SOURCE)
     plain = f"{not whole} AND starts_with(line, '{{') AND NOT starts_with(line, '{{''')"  # not so a dict of Python
     checked = f"SELECT CASE WHEN {plain} THEN line ELSE error('no lines of JSON') END AS line FROM {lines} WHERE line IS NOT NULL"
-    return Part(path, f"{select} ({checked}))", f"{select} {lines})", json_rows, skipped=None)
+    columns = {role: "/".join(names) or None for role, names in keys.items()}
+    return Part(path, columns, f"{select} ({checked}))", f"{select} {lines})", json_rows, skipped=None)
 
 
 def _json_text(value: str) -> str:

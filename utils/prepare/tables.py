@@ -28,11 +28,9 @@ class Table:
     `columns` names each role's column in the first file, None where there is none.
     """
 
-    def __init__(
-        self, con: duckdb.DuckDBPyConnection, parts: list[Part], columns: dict[str, str | None], encoding: str | None = None
-    ):
-        self.con, self.parts, self.columns, self.encoding = con, parts, columns, encoding
-        self.files = [part.path for part in parts]
+    def __init__(self, con: duckdb.DuckDBPyConnection, parts: list[Part], encoding: str | None = None):
+        self.con, self.parts, self.encoding = con, parts, encoding
+        self.files, self.columns = [part.path for part in parts], parts[0].columns
         self._careful = False
         self._first_places: list[int] = []  # of each file
 
@@ -136,10 +134,9 @@ def open_table(
     files = files_of(pattern)
     all_keys = functools.cache(lambda: json_keys(files, options.encoding))  # at most once for all parts
 
-    def recognise(path: Path, header: list[str]) -> dict[str, str | None]:
-        return recognise_columns(path, header, required, optional, options)
+    recognise = functools.partial(recognise_columns, required=required, optional=optional, options=options)
 
-    def open_part(path: Path) -> tuple[Part, dict[str, str | None]]:
+    def open_part(path: Path) -> Part:
         with path.open("rb") as file:
             is_parquet = file.read(4) == b"PAR1"
         if is_parquet:
@@ -147,7 +144,7 @@ def open_table(
             columns = recognise(path, list(types))
             if "image" in required:
                 _require_text(con, path, columns["image"], types[columns["image"]])
-            return parquet_part(path, columns, types), columns
+            return parquet_part(path, columns, types)
         head = list(itertools.islice(text_lines(path, options.encoding), HEAD))
         start = "\n".join(head)
         whole = is_document(start)
@@ -156,14 +153,13 @@ def open_table(
                 columns = recognise(path, json_keys([path], options.encoding, first=HEAD))
             except PerPEFTError:  # writers that leave empty values out may name a key late, or only in another file
                 columns = recognise(path, all_keys())
-            return json_part(path, {role: (name,) if name else () for role, name in columns.items()}, whole), columns
+            return json_part(path, {role: (name,) if name else () for role, name in columns.items()}, whole)
         numbered = all(options.columns.get(role, "").isdecimal() for role in required)
         form = recognise_form(path, head, options.separator, has_header=not numbered)
         columns = recognise(path, form.header)
-        return text_part(form, columns, [columns[role] for role in required]), columns
+        return text_part(form, columns, [columns[role] for role in required])
 
-    opened = [open_part(path) for path in files]
-    return Table(con, [part for part, _ in opened], opened[0][1], options.encoding)
+    return Table(con, list(map(open_part, files)), options.encoding)
 
 
 def _parquet_types(con: duckdb.DuckDBPyConnection, path: Path) -> dict[str, str]:
