@@ -16,6 +16,7 @@ from tests.conftest import draw_image
 from tests.prepare.conftest import json_lines, table
 from tests.prepare.test_downloads import server  # noqa: F401
 from utils.items.data_check import check_dataset
+from utils.prepare import lines
 
 ITEMS = [f"A-{number}" for number in range(6)]
 DRAWN = random.Random(1)
@@ -199,6 +200,11 @@ def test_ids_that_are_numbers_of_parquet_files(shop):
     assert made.histories == sorted([item[-1] for item in history] for history in histories())
 
 
+def test_a_damaged_parquet_file_is_no_traceback(shop):
+    packed = parquet("*", "user, item, time", BUYS)
+    assert "is it cut off or damaged?" in shop(b"PAR1" + b"\xff" * 40 + packed[44:], PLAIN_GOODS, code=2).error
+
+
 @pytest.mark.parametrize("image, code", [
     ("'\\xFF\\xD8'::BLOB", 2), ("{'bytes': '\\xFF'::BLOB, 'path': NULL::VARCHAR}", 2),
     ("i::BLOB", 0), ("{'bytes': NULL::BLOB, 'path': i}", 0),
@@ -226,6 +232,11 @@ def test_damage_in_compressed_files_loses_nothing_unseen(shop, content, compress
     for damaged in (packed[:-1], packed[:middle], changed, packed[:-3] + b"abc", first + b"abc" + second[3:]):
         assert "buys.csv is cut off or damaged" in shop(damaged, PLAIN_GOODS, code=2).error
     assert shop(first + second + b"\0" * 512, PLAIN_GOODS).counts["read"] == 20_000
+
+
+def test_zst_without_its_package(shop, monkeypatch):
+    monkeypatch.setattr(lines, "zstandard", None)
+    assert "needs the package zstandard" in shop(b"\x28\xb5\x2f\xfd", PLAIN_GOODS, code=2).error
 
 
 @pytest.mark.parametrize("title, separator", [
@@ -323,6 +334,7 @@ def test_latin_1_needs_its_name_and_then_is_read(shop):
     ("user,item,time\na,A-1,13/09/20\n", PLAIN_GOODS, "", "write the form of times such as '13/09/20' as --time_format"),
     (b"PK\x03\x04", PLAIN_GOODS, "", "is a zip or Excel file"),
     (PLAIN_BUYS, gzip.compress(PLAIN_GOODS.encode(), mtime=0)[:-9], "", "items.csv is cut off or damaged after line"),
+    ('[{"user": 1}', PLAIN_GOODS, "", "neither a JSON array nor JSON lines (Expecting"),
     (b"PAR1 and no more", PLAIN_GOODS, "", "is cut off or damaged, or no Parquet file"),
     (PLAIN_BUYS, PLAIN_GOODS + "x" * (2**24 + 1), "", "items.csv, line 8: longer than 16,777,216 bytes"),
     (b"\0\0\0b" * 9, PLAIN_GOODS, "", "buys.csv is not a text file"),

@@ -180,11 +180,9 @@ def _pipe(blocks: Iterator[bytes]) -> Iterator[str]:
 
     def write() -> None:
         try:
-            with os.fdopen(target, "wb", buffering=0) as pipe:
+            with contextlib.suppress(BrokenPipeError), os.fdopen(target, "wb", buffering=0) as pipe:
                 for block in blocks:
                     pipe.write(block)
-        except BrokenPipeError:
-            pass
         except Exception as error:
             errors.append(error)
 
