@@ -56,7 +56,8 @@ class Table:
         except (duckdb.OutOfMemoryException, RuntimeError):  # the latter after a signal
             raise
         except Exception as error:
-            if self._careful and isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)):
+            damage = isinstance(error, (duckdb.IOException, duckdb.InvalidInputException)) or type(error) is duckdb.Error
+            if self._careful and damage:
                 names, reason = ", ".join(map(str, self.files[:3])), first_line(error)[:200]
                 raise PerPEFTError(f"{names} cannot be read; is it cut off or damaged? ({reason})") from error
             if self._careful:
