@@ -1,5 +1,4 @@
 """A table of any usual format: its files, its columns recognised by their names, and queries on its rows."""
-import bisect
 import contextlib
 import functools
 import glob
@@ -10,7 +9,7 @@ import duckdb
 
 from utils.common.errors import PerPEFTError, first_line
 from utils.prepare.columns import TableOptions, recognise_columns
-from utils.prepare.engine import shown_progress
+from utils.prepare.engine import one_value, shown_progress
 from utils.prepare.json_files import is_document, json_keys, json_part
 from utils.prepare.lines import named_lines, named_text, require_encoding, text_lines
 from utils.prepare.parts import SOURCE, Part, name_sql, parquet_part, parquet_source, quote, text_part
@@ -31,15 +30,12 @@ class Table:
     def __init__(self, con: duckdb.DuckDBPyConnection, parts: list[Part], encoding: str | None = None):
         self.con, self.parts, self.encoding = con, parts, encoding
         self.files, self.columns = [part.path for part in parts], parts[0].columns
-        self._careful = False
-        self._first_places: list[int] = []  # of each file
+        self._careful, self._made = False, ""  # whether each line is verified; the name of the table of all rows
 
     def create(self, name: str, query: str) -> None:
         """Make a table of a query that selects `file` and more of ROWS; `rowid`, the order of the rows, is their place."""
         self.execute(f"CREATE OR REPLACE TABLE {name} AS {query}")
-        counts = dict(self.con.execute(f"SELECT file, count(*) FROM {name} GROUP BY file").fetchall())
-        ends = itertools.accumulate(counts.get(file, 0) for file in range(len(self.parts)))
-        self._first_places = [0, *ends][:-1]
+        self._made = name
 
     def execute(self, query: str) -> list[tuple]:
         """Run a query in which ROWS stands for the rows of all files; twice if a file cannot be read the fast way.
@@ -80,8 +76,9 @@ class Table:
 
     def where(self, place: int) -> str:
         """The line of a row that `create` found, with its file where there are several."""
-        file = bisect.bisect_right(self._first_places, place) - 1
-        part, row = self.parts[file], place - self._first_places[file]
+        file = one_value(self.con, f"SELECT file FROM {self._made} WHERE rowid = {place}")
+        row = one_value(self.con, f"SELECT count(*) FROM {self._made} WHERE file = {file} AND rowid < {place}")
+        part = self.parts[file]
         if part.skipped is not None and (part.rows is None or not self._careful):
             line = part.skipped + row + 1
         else:
