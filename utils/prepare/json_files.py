@@ -75,16 +75,16 @@ def json_part(path: Path, keys: dict[str, tuple[str, ...]], whole: bool = False)
 
     Of a role's keys, the first with a value counts; all values of the role "image" become one JSON list.
     """
-    names = [name for role, names in keys.items() if role != "image" for name in names]
-    values = {name: f"texts[{place}]" for place, name in enumerate(names, 1)}
+    texts = [name for role, names in keys.items() if role != "image" for name in names]
+    values = {name: f"texts[{place}]" for place, name in enumerate(texts, 1)}
     roles = [
         "to_json(images)::VARCHAR AS image" if role == "image"
         else f"coalesce({', '.join([*(_json_text(values[name]) for name in names), 'NULL'])}) AS {role}"
         for role, names in keys.items()
     ]  # fmt: skip
     problem = f"CASE WHEN coalesce({', '.join(values.values())}, NULL) IS NULL THEN '{NO_OBJECT}' END"
-    texts, images = _extract("json_extract_string", names), _extract("json_extract", keys.get("image", ()))
-    select = f"SELECT {problem} AS problem, {', '.join(roles)} FROM (SELECT {texts} AS texts, {images} AS images FROM"
+    extracted = f"{_extract('json_extract_string', texts)} AS texts, {_extract('json_extract', keys.get('image', ()))} AS images"
+    select = f"SELECT {problem} AS problem, {', '.join(roles)} FROM (SELECT {extracted} FROM"
     lines = lines_sql(SOURCE)
     plain = f"{not whole} AND starts_with(line, '{{') AND NOT starts_with(line, '{{''')"  # not so a dict of Python
     checked = f"SELECT CASE WHEN {plain} THEN line ELSE error('no lines of JSON') END AS line FROM {lines} WHERE line IS NOT NULL"

@@ -75,6 +75,8 @@ def _unpacked(blocks: Iterable[bytes], new_frame: Callable[[], Any]) -> Iterator
                 frame = new_frame()
             try:
                 content = frame.decompress(packed)
+            except MemoryError:
+                raise
             except Exception as error:  # every kind of packing has errors of its own
                 raise EOFError from error
             if content:
