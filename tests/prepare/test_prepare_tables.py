@@ -235,6 +235,11 @@ def test_damage_in_compressed_files_loses_nothing_unseen(shop, content, compress
     assert shop(first + second + b"\0" * 512, PLAIN_GOODS).counts["read"] == 20_000
 
 
+def test_what_is_no_text_because_of_damage_is_called_so(shop):
+    packed = gzip.compress(table(USER, MANY).encode(), compresslevel=0)  # of many blocks, of which the last one has the checksum
+    assert "buys.csv is cut off or damaged" in shop(packed[:5000] + b"\xff" + packed[5001:], PLAIN_GOODS, code=2).error
+
+
 def test_zst_without_its_package(shop, monkeypatch):
     monkeypatch.setattr(lines, "zstandard", None)
     assert "needs the package zstandard" in shop(b"\x28\xb5\x2f\xfd", PLAIN_GOODS, code=2).error
