@@ -23,9 +23,9 @@ def main() -> None:
     add_image_options(parser, "folder with {parent_asin}.jpg, in place of the web")
     options = parser.parse_args()
 
-    def open_shop(_con) -> Shop:
+    def open_shop(con) -> Shop:
         meta_fields = META if options.images is None else META | {"image": ()}  # a folder stands in for the addresses
-        reviews, meta = open_amazon(options.reviews, REVIEWS), open_amazon(options.meta, meta_fields)
+        reviews, meta = open_amazon(con, options.reviews, REVIEWS), open_amazon(con, options.meta, meta_fields)
         return Shop(reviews, meta, ImageFinder(options.meta.parent, options.images), first_row_counts=True)
 
     print(prepare(options, open_shop))

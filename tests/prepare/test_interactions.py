@@ -1,16 +1,17 @@
 """First interactions, the core and the sample of users in SQL, against plain Python on small random tables."""
-import json
 import os
 import random
 import signal
 import threading
+from collections import Counter
 
 import duckdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.prepare import interactions, json_files, lines
+from tests.prepare.conftest import json_lines, table
+from utils.prepare import interactions, lines
 from utils.prepare.columns import TableOptions
 from utils.prepare.engine import engine
 from utils.prepare.interactions import keep_core, keep_first, keep_sample
@@ -51,18 +52,13 @@ def first_interactions(rows, unusable=()):
 
 
 def core_of(histories, core):
-    """One user or item with too few interactions is removed at a time."""
-    histories = {user: list(items) for user, items in histories.items()}
     while True:
-        few_users = [user for user, items in histories.items() if len(items) < core]
-        bought = [item for items in histories.values() for item in items]
-        few_items = [item for item in bought if bought.count(item) < core]
-        if few_users:
-            del histories[few_users[0]]
-        elif few_items:
-            histories = {user: [item for item in items if item != few_items[0]] for user, items in histories.items()}
-        else:
-            return histories
+        counts = Counter(item for items in histories.values() for item in items)
+        users = {user: items for user, items in histories.items() if len(items) >= core}
+        left = {user: [item for item in items if counts[item] >= core] for user, items in users.items()}
+        if left == histories:
+            return left
+        histories = left
 
 
 @settings(max_examples=25, deadline=None)
@@ -96,26 +92,24 @@ def test_the_sample_is_of_active_users_and_ignores_the_order_of_rows(rows, count
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_equal_times_keep_the_order_of_files_that_several_cores_read(kind, tmp_path, monkeypatch):
-    for module in (lines, json_files):  # so that the files have many blocks
-        monkeypatch.setattr(module, "LONGEST_LINE", 2**13)
+    monkeypatch.setattr(lines, "LONGEST_LINE", 2**13)  # so that the files have many blocks
     con = duckdb.connect(config={"threads": 4})
     draw = random.Random(1)
     rows = [(draw.choice("abc"), str(draw.randrange(5000)), "7") for _ in range(40_000)]
     rows[30_000] = ("a", "", "7")
     header = ("user", "item", "time")
     for number, part in enumerate((rows[:15_000], rows[15_000:])):
-        path = tmp_path / f"{number}.{kind}"
+        path, text = tmp_path / f"{number}.{kind}", tmp_path / f"{number}.csv"
+        text.write_text(table(header, part))
         if kind == "jsonl":
-            path.write_text("\n\n".join(json.dumps(dict(zip(header, row))) for row in part))
-        else:
-            path.with_suffix(".csv").write_text("\n".join(map(",".join, [header, *part])))
-        if kind == "parquet":
-            con.execute(f"COPY (FROM read_csv('{path.with_suffix('.csv')}', all_varchar=true)) TO '{path}' (ROW_GROUP_SIZE 2048)")
+            path.write_text(json_lines(dict(zip(header, row)) for row in part).replace("\n", "\n\n"))
+        elif kind == "parquet":
+            con.execute(f"COPY (FROM read_csv('{text}', all_varchar=true)) TO '{path}' (ROW_GROUP_SIZE 2048)")
     con.execute("CREATE TABLE items AS SELECT range::INTEGER AS number, range::VARCHAR AS raw_id FROM range(5000)")
-    table = open_table(con, tmp_path / f"*.{kind}", header, (), TableOptions())
-    assert interactions.stage(con, table, None, None, stable_keys=False) == len(rows)
+    opened = open_table(con, tmp_path / f"*.{kind}", header, (), TableOptions())
+    assert interactions.stage(opened, None, None, stable_keys=False) == len(rows)
     line = {"csv": 15_002, "jsonl": 30_001, "parquet": 15_001}[kind]
-    assert interactions.left_out(con, table, "staged") == {"item missing": (1, [f"1.{kind} line {line}"])}
+    assert opened.left_out("staged") == {"item missing": (1, f"1.{kind} line {line}")}
     keep_first(con)
     found = [items for (items,) in con.execute("SELECT list(item ORDER BY rank) FROM kept GROUP BY user").fetchall()]
     expected = first_interactions(rows, {30_000}).values()

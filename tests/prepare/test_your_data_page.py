@@ -1,6 +1,5 @@
 """The prepare commands of docs/your_data.md, run as printed on small generated files."""
 import gzip
-import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from scripts import check_data, prepare_amazon, prepare_tables
 from tests.conftest import draw_image
-from tests.prepare.conftest import histories_of
+from tests.prepare.conftest import histories_of, json_lines, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "your_data.md"
 MAINS = {"prepare_tables": prepare_tables.main, "prepare_amazon": prepare_amazon.main, "check_data": check_data.main}
@@ -18,33 +17,34 @@ COMMANDS = [
     for block in re.findall(r"```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     for match in re.finditer(r"^python3 -m scripts\.(\w+) (.*)$", block, re.MULTILINE)
 ]
-BUYS = [(user, item, 1_600_000_000 + 10 * user + item) for user in range(1, 10) for item in range(1, 7)]
+ITEMS = range(1, 7)
+BUYS = [(user, item, 1_600_000_000 + 10 * user + item) for user in range(1, 10) for item in ITEMS]
+
+
+ITEMS = range(1, 7)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working folder with the files that the page names."""
-    for name in ("images", "posters"):
-        (tmp_path / name).mkdir()
-    for item in range(1, 7):
-        draw_image(item).save(tmp_path / "images" / f"{item}.png")
-        draw_image(item).save(tmp_path / "posters" / f"{item}.jpg")
-    tables = {
-        "interactions.csv": ["user,item,time", *(f"{user},{item},{time}" for user, item, time in BUYS)],
-        "items.csv": ["item,title,image", *(f"{item},Thing {item},images/{item}.png" for item in range(1, 7))],
-        "ratings.csv": ["userId,movieId,rating,timestamp", *(f"{user},{item},4.5,{time}" for user, item, time in BUYS)],
-        "movies.csv": ["movieId,title,genres", *(f'{item},"President, The ({item})",Comedy|Drama' for item in range(1, 7))],
-    }
-    for name, lines in tables.items():
-        (tmp_path / name).write_text("\n".join(lines))
-    image = [{"large": str(tmp_path / "images" / "1.png"), "variant": "MAIN"}]
-    rows = {
-        "Arts.jsonl.gz": [{"user_id": f"u{u}", "parent_asin": f"B{i}", "timestamp": 1000 * t} for u, i, t in BUYS],
-        "meta_Arts.jsonl.gz": [{"parent_asin": f"B{i}", "title": f"Thing {i}", "images": image} for i in range(1, 7)],
-    }
-    for name, objects in rows.items():
-        (tmp_path / name).write_bytes(gzip.compress("\n".join(map(json.dumps, objects)).encode()))
     monkeypatch.chdir(tmp_path)
+    for item in ITEMS:
+        for path in (Path(f"images/{item}.png"), Path(f"posters/{item}.jpg")):
+            path.parent.mkdir(exist_ok=True)
+            draw_image(item).save(path)
+    image = [{"large": str(tmp_path / "images" / "1.png"), "variant": "MAIN"}]
+    reviews = [{"user_id": f"u{u}", "parent_asin": f"B{i}", "timestamp": 1000 * t} for u, i, t in BUYS]
+    films = [(item, f"President, The ({item})", "Comedy|Drama") for item in ITEMS]
+    files = {
+        "interactions.csv": table(("user", "item", "time"), BUYS),
+        "items.csv": table(("item", "title", "image"), [(item, f"Thing {item}", f"images/{item}.png") for item in ITEMS]),
+        "ratings.csv": table(("userId", "movieId", "rating", "timestamp"), [(u, i, 4.5, t) for u, i, t in BUYS]),
+        "movies.csv": table(("movieId", "title", "genres"), films),
+        "Arts.jsonl.gz": json_lines(reviews),
+        "meta_Arts.jsonl.gz": json_lines({"parent_asin": f"B{i}", "title": f"Thing {i}", "images": image} for i in ITEMS),
+    }
+    for name, text in files.items():
+        Path(name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return tmp_path
 
 

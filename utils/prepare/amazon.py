@@ -1,6 +1,8 @@
 """The fields of Amazon Reviews 2023, 2018 and 2014: two JSON lines files a category."""
 from pathlib import Path
 
+import duckdb
+
 from utils.prepare.json_files import json_part
 from utils.prepare.tables import Table, files_of
 
@@ -16,7 +18,6 @@ META = {
 }
 
 
-def open_amazon(pattern: str | Path, fields: dict[str, tuple[str, ...]]) -> Table:
+def open_amazon(con: duckdb.DuckDBPyConnection, pattern: Path, fields: dict[str, tuple[str, ...]]) -> Table:
     """A category's reviews or items, of which only these fields are read."""
-    parts = [json_part(path, fields) for path in files_of(pattern)]
-    return Table(parts, {role: "/".join(names) for role, names in fields.items()})
+    return Table(con, [json_part(path, fields) for path in files_of(pattern)])

@@ -25,7 +25,6 @@ class TableOptions:
 
     separator: str | None = None
     encoding: str | None = None
-    time_format: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,7 +52,7 @@ def table_options_of(options: argparse.Namespace, of_items: bool = False) -> Tab
     if of_items and options.items_item_column is not None:
         columns["item"] = options.items_item_column
     chosen = {role: name for role, name in columns.items() if name is not None}
-    return TableOptions(options.separator, options.encoding, options.time_format, chosen)
+    return TableOptions(options.separator, options.encoding, chosen)
 
 
 def _named(header: list[str], named: str) -> list[str]:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 from tqdm import tqdm
@@ -45,12 +46,17 @@ def engine(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     scratch = Path(tempfile.mkdtemp(prefix=".prepare_", suffix=".tmp", dir=folder))
     try:
         with _interruptible(), duckdb.connect() as con:
-            threads = con.execute("SELECT current_setting('threads')").fetchone()[0]
+            threads = one_value(con, "SELECT current_setting('threads')")
             con.execute(f"SET threads = {min(threads, THREADS)}; SET memory_limit = '{MEMORY}'; SET TimeZone = 'UTC'")
             con.execute(f"SET temp_directory = {quote(scratch)}")
             yield con
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def one_value(con: duckdb.DuckDBPyConnection, query: str) -> Any:
+    """The first value that a query returns; of a changed or created table, how many rows that were."""
+    return con.execute(query).fetchone()[0]
 
 
 @contextlib.contextmanager

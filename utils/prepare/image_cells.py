@@ -1,6 +1,8 @@
 """The image that a table's cell names: a path, an address, or lists and objects of them as shops and libraries write them."""
 import ast
 import collections
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -28,33 +30,24 @@ def first_image(cell: str | None) -> str | None:
         return cell
     if array := NUMPY_ARRAY.match(cell):
         return array[2] or array[4]
-    try:
-        value = json.loads(cell)
-    except (ValueError, RecursionError):
-        try:
-            value = ast.literal_eval(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return cell
-    try:
-        return _first_of(value)
-    except RecursionError:
-        return None
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return _first_of(parse(cell))
+    return cell
 
 
 def _first_of(value: Any) -> str | None:
     if isinstance(value, str):
         value = value.strip()
         return first_image(value) if value.startswith(("[", "{")) else value or None
+    entries = value if isinstance(value, list) else []
     if isinstance(value, dict):
-        if any(isinstance(value.get(key), list) for key in (*SIZES, "variant")):  # a list by key, as `datasets` returns it
-            lists = {key: entries for key, entries in value.items() if isinstance(entries, list)}
-            longest = max(map(len, lists.values()), default=0)
-            return _first_of([{key: row[i] for key, row in lists.items() if i < len(row)} for i in range(longest)])
-        return next((found for size in SIZES if (found := _first_of(value.get(size)))), None)
-    if isinstance(value, list):
-        main_first = sorted(value, key=lambda entry: not (isinstance(entry, dict) and entry.get("variant") == "MAIN"))
-        return next((found for entry in main_first if (found := _first_of(entry))), None)
-    return None
+        lists = {key: entries for key, entries in value.items() if isinstance(entries, list)}
+        if not lists.keys() & {*SIZES, "variant"}:
+            return next((found for size in SIZES if (found := _first_of(value.get(size)))), None)
+        entries = [dict(zip(lists, row)) for row in itertools.zip_longest(*lists.values())]  # so `datasets` returns a list
+    main_first = sorted(entries, key=lambda entry: not (isinstance(entry, dict) and entry.get("variant") == "MAIN"))
+    return next((found for entry in main_first if (found := _first_of(entry))), None)
 
 
 def images_by_id(folder: Path) -> dict[str, str]:

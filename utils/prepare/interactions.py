@@ -2,7 +2,7 @@
 import duckdb
 
 from utils.common.errors import PerPEFTError
-from utils.prepare.engine import shown_progress
+from utils.prepare.engine import one_value, shown_progress
 from utils.prepare.parts import BLANK, PROBLEMS, quote
 from utils.prepare.tables import ROWS, Table
 from utils.prepare.times import COUNTER, DATE, MICROSECONDS, require_time_format, scaled_sql, timed_sql
@@ -13,28 +13,25 @@ NO_TIME, UNREADABLE_TIME = "time missing", "time not readable"
 NO_RATING, LOW = "rating not a number", "rating below --min_rating"
 REASONS = (*PROBLEMS, NO_USER, NO_ITEM, NO_TIME, UNREADABLE_TIME, NO_RATING, LOW, UNKNOWN)
 REASON_TYPE = f"ENUM({', '.join(map(quote, REASONS))})"  # one byte a row
-SHOWN_ROWS = 3  # of each reason for leaving rows out
 
 
-def stage(
-    con: duckdb.DuckDBPyConnection, table: Table, time_format: str | None, min_rating: float | None, stable_keys: bool
-) -> int:
+def stage(table: Table, time_format: str | None, min_rating: float | None, stable_keys: bool) -> int:
     """Read all interactions once; make the view `staged` of them: place, reason, user (a key), item (its number), time, kind.
 
     `reason` says why a row cannot be used; NULL where it can. Dates are microseconds since 1970, numbers as they are.
 
     Args:
-        con: with a table `items` (number, raw_id) of the items that can be used.
+        table: in a database with a table `items` (number, raw_id) of the items that can be used.
         stable_keys: whether a user's key is the same in every version of DuckDB, which takes longer.
     Returns:
         how many rows there are, blank ones not counted
     """
     if time_format is not None:
-        require_time_format(con, time_format)
+        require_time_format(table.con, time_format)
     rating = "TRY_CAST(replace(rating, ',', '.') AS DOUBLE)"
     low = "" if min_rating is None else f"WHEN {rating} IS NULL THEN '{NO_RATING}' WHEN {rating} < {min_rating!r} THEN '{LOW}'"
     user_key = "md5_number_lower" if stable_keys else "hash"  # 64 bits each
-    table.create(con, "interactions", f"""
+    table.create("interactions", f"""
         WITH timed AS ({timed_sql(ROWS, time_format)})
         SELECT file, {user_key}(timed.user) AS user, hash(item) AS item, value AS time, kind,
                CASE WHEN problem IS NOT NULL THEN problem
@@ -44,32 +41,21 @@ def stage(
                     WHEN value IS NULL THEN '{UNREADABLE_TIME}'
                     {low} END::{REASON_TYPE} AS reason
         FROM timed""")  # fmt: skip
-    con.execute(f"""
+    table.con.execute(f"""
         CREATE OR REPLACE VIEW staged AS
         SELECT i.rowid AS place, i.user, items.number AS item, i.time, i.kind,
                coalesce(i.reason, CASE WHEN items.number IS NULL THEN '{UNKNOWN}' END) AS reason
         FROM interactions i LEFT JOIN items ON hash(items.raw_id) = i.item""")
-    return _one(con, f"SELECT count(*) FROM interactions WHERE reason IS DISTINCT FROM '{BLANK}'")
+    return one_value(table.con, f"SELECT count(*) FROM interactions WHERE reason IS DISTINCT FROM '{BLANK}'")
 
 
-def _one(con: duckdb.DuckDBPyConnection, query: str) -> int:
-    return con.execute(query).fetchone()[0]
-
-
-def require_one_kind_of_time(con: duckdb.DuckDBPyConnection, table: Table) -> None:
+def require_one_kind_of_time(table: Table) -> None:
     """Raise a PerPEFTError where dates stand beside numbers that are no times since 1970; with a line of each."""
-    rows = dict(con.execute("SELECT kind, min(rowid) FROM interactions WHERE time IS NOT NULL GROUP BY kind").fetchall())
+    query = "SELECT kind, min(rowid) FROM interactions WHERE time IS NOT NULL GROUP BY kind"
+    rows = dict(table.con.execute(query).fetchall())
     if DATE in rows and COUNTER in rows:
         kinds = f"a date in {table.where(rows[DATE])} and a number in {table.where(rows[COUNTER])}"
         raise PerPEFTError(f"{table.files[0].name}: the time is {kinds}; write all as dates, or all as numbers")
-
-
-def left_out(con: duckdb.DuckDBPyConnection, table: Table, relation: str) -> dict[str, tuple[int, list[str]]]:
-    """How many rows of a table (with columns place and reason) have each reason, and the first of them."""
-    found = con.execute(f"""
-        SELECT reason, count(*), min(place, {SHOWN_ROWS}) FROM {relation}
-        WHERE reason IS NOT NULL GROUP BY reason ORDER BY min(place)""").fetchall()
-    return {reason: (count, [table.where(place) for place in places]) for reason, count, places in found}
 
 
 def keep_first(con: duckdb.DuckDBPyConnection) -> int:
@@ -82,11 +68,10 @@ def keep_first(con: duckdb.DuckDBPyConnection) -> int:
         WHERE reason IS NULL""").fetchone()
     time = scaled_sql(largest) if counters else MICROSECONDS
     with shown_progress(con, "first interactions"):
-        con.execute(f"""
+        return usable - one_value(con, f"""
             CREATE OR REPLACE TABLE kept AS
             SELECT user, item, min(({time})::HUGEINT * {MOST_ROWS} + place) AS rank FROM staged
-            WHERE reason IS NULL GROUP BY user, item""")
-    return usable - _one(con, "SELECT count(*) FROM kept")
+            WHERE reason IS NULL GROUP BY user, item""")  # fmt: skip
 
 
 def keep_core(con: duckdb.DuckDBPyConnection, core: int) -> int:
@@ -94,18 +79,18 @@ def keep_core(con: duckdb.DuckDBPyConnection, core: int) -> int:
 
     The tables `users` (user, count, first: their first interaction's rank) and `used` (item, count) are made of what remains.
     """
-    before = _one(con, "SELECT count(*) FROM kept")
-    few_users, few_items = (f"FROM {table} WHERE count < {core}" for table in ("users", "used"))
+    removed = 0
     with shown_progress(con, f"{core}-core"):
         while True:
             con.execute("""
                 CREATE OR REPLACE TABLE users AS SELECT user, count(*) AS count, min(rank) AS first FROM kept GROUP BY user""")
             con.execute("CREATE OR REPLACE TABLE used AS SELECT item, count(*) AS count FROM kept GROUP BY item")
-            if not _one(con, f"SELECT (SELECT count(*) {few_users}) + (SELECT count(*) {few_items})"):
-                return before - _one(con, "SELECT count(*) FROM kept")
-            con.execute(f"""
-                CREATE OR REPLACE TABLE kept AS SELECT * FROM kept
-                ANTI JOIN (SELECT user {few_users}) USING (user) ANTI JOIN (SELECT item {few_items}) USING (item)""")
+            few = one_value(con, f"""
+                DELETE FROM kept WHERE user IN (SELECT user FROM users WHERE count < {core})
+                OR item IN (SELECT item FROM used WHERE count < {core})""")  # fmt: skip
+            if not few:
+                return removed
+            removed += few
 
 
 def keep_sample(con: duckdb.DuckDBPyConnection, count: int, core: int, seed: int) -> int:
@@ -113,10 +98,7 @@ def keep_sample(con: duckdb.DuckDBPyConnection, count: int, core: int, seed: int
 
     The draw depends on the users' ids alone, not on the order of rows.
     """
-    before = _one(con, "SELECT count(*) FROM kept")
-    con.execute(f"""
-        CREATE OR REPLACE TABLE kept AS SELECT * FROM kept SEMI JOIN (
+    return one_value(con, f"""
+        DELETE FROM kept WHERE user NOT IN (
             SELECT user FROM kept GROUP BY user HAVING count(*) >= {core}
-            ORDER BY md5(concat({seed}, ' ', user)), user LIMIT {count}
-        ) USING (user)""")
-    return before - _one(con, "SELECT count(*) FROM kept")
+            ORDER BY md5(concat({seed}, ' ', user)), user LIMIT {count})""")  # fmt: skip

@@ -4,91 +4,102 @@ DuckDB could unpack files itself, but it passes over damage in compressed ones w
 """
 import bz2
 import codecs
+import collections
 import contextlib
 import glob
-import gzip
 import io
 import itertools
 import lzma
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
 from utils.common.errors import PerPEFTError
 
-BLOCK = 2**20  # bytes per read
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
+
+BLOCK = 2**16  # bytes per read
 LONGEST_LINE = 2**24  # bytes
 SEPARATOR = "\x1e\x1f\x1e\x1f"  # DuckDB needs one; no text holds this
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 ZSTD, ZIP = b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
+FRAMES = {  # by the first bytes of a packed file, what unpacks one frame of it
+    b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ": lzma.LZMADecompressor,
+    ZSTD: lambda: zstandard.ZstdDecompressor().decompressobj(),
+}
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
 
 
-class _ShownFile(io.FileIO):
-    """A file with a progress bar of the bytes read."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._bar = tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, delay=1, disable=None)
-
-    def readinto(self, buffer: memoryview) -> int:
-        count = super().readinto(buffer)
-        self._bar.update(count)
-        return count
-
-    def close(self) -> None:
-        self._bar.close()
-        super().close()
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompresses a .zst file, several frames too, and raises EOFError where it is cut off."""
-
-    def __init__(self, file: BinaryIO, path: Path):
-        try:
-            import zstandard
-        except ImportError:
-            raise PerPEFTError(f"{path}: reading .zst needs the package zstandard; install it, or unpack: zstd -d") from None
-        self._file, self._start, self._ready = file, zstandard.ZstdDecompressor().decompressobj, b""
-        self._frame = self._start()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._ready:
-            ended = self._frame.eof
-            packed = (self._frame.unused_data if ended else b"") or self._file.read(2**16)
-            if not packed and not ended:
-                raise EOFError
-            if not packed:
-                return 0
-            if ended:  # another frame follows
-                self._frame = self._start()
-            self._ready = self._frame.decompress(packed)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-
-@contextlib.contextmanager
-def _open(path: Path, encoding: str | None) -> Iterator[tuple[BinaryIO, str, bool]]:
+def _content(path: Path, encoding: str | None) -> tuple[Iterable[bytes], str, bool]:
     """A file's unpacked content, its encoding, and whether it is not packed, which its first bytes say, whatever its name."""
-    with io.BufferedReader(_ShownFile(path), BLOCK) as file:
-        start = file.peek(8)[:8]
-        if start.startswith(ZIP):
-            raise PerPEFTError(f"{path} is a zip or Excel file; unpack it, or save the sheet as CSV")
-        opener = next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), None)
-        content = opener(file) if opener else file
-        if start.startswith(ZSTD):
-            content = io.BufferedReader(_ZstdStream(file, path), BLOCK)
-        yield content, encoding or _recognise_encoding(content.peek(BLOCK), path), content is file
+    with path.open("rb") as file:
+        start = file.read(BLOCK)
+    if start.startswith(ZIP):
+        raise PerPEFTError(f"{path} is a zip or Excel file; unpack it, or save the sheet as CSV")
+    if start.startswith(ZSTD) and zstandard is None:
+        raise PerPEFTError(f"{path}: reading .zst needs the package zstandard; install it, or unpack: zstd -d")
+    blocks = _blocks(path)
+    new_frame = next((new_frame for mark, new_frame in FRAMES.items() if start.startswith(mark)), None)
+    if new_frame is not None:
+        blocks = _unpacked(blocks, new_frame)
+        start = next(blocks, b"")
+        blocks = itertools.chain([start], blocks)
+    return blocks, encoding or _recognise_encoding(start, path), new_frame is None
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, with a progress bar."""
+    size = path.stat().st_size
+    with path.open("rb") as file, tqdm(desc=path.name, total=size, unit="B", unit_scale=True, delay=1, disable=None) as bar:
+        while block := file.read(BLOCK):
+            bar.update(len(block))
+            yield block
+
+
+def _unpacked(blocks: Iterable[bytes], new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of one or several frames, after which there may be zeros; raises EOFError for what is cut off or damaged."""
+    frame = new_frame()
+    for packed in blocks:
+        while packed := (packed.lstrip(b"\0") if frame.eof else packed):
+            if frame.eof:
+                frame = new_frame()
+            try:
+                content = frame.decompress(packed)
+            except MemoryError:
+                raise
+            except Exception as error:  # every kind of packing has errors of its own
+                raise EOFError from error
+            if content:
+                yield content
+            packed = frame.unused_data if frame.eof else b""
+    if not frame.eof:
+        raise EOFError
+
+
+def _decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
+    """The text of a file's content; up to the first fault, if there is one."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
+    block = b""
+    try:
+        for block in blocks:
+            yield decoder.decode(block)
+        yield decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        if isinstance(error, UnicodeDecodeError):
+            faulty = len(error.object) - error.start  # `object` may begin with the end of another block
+            yield decoder.decode(block[: max(0, len(block) - faulty)])
+        collections.deque(blocks, maxlen=0)  # to the end, where damage may show as the reason
+        raise
 
 
 def _recognise_encoding(start: bytes, path: Path) -> str:
@@ -116,44 +127,24 @@ def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
     Raises:
         PerPEFTError: the file is damaged; a line is not of the encoding, or too long.
     """
-    number = 0
+    number, rest = 0, ""
     try:
-        with _open(path, encoding) as (content, encoding, _):
-            for number, line in enumerate(io.TextIOWrapper(content, encoding), 1):
-                if len(line) > LONGEST_LINE:
-                    raise PerPEFTError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes")
-                yield line.removesuffix("\n")
-    except Exception as error:
-        if isinstance(error, UnicodeError):
-            error = _undecodable(path, encoding, getattr(error, "reason", str(error)))
-        if not _is_damage(error):
-            raise error from None
+        blocks, encoding, _ = _content(path, encoding)
+        for text in _decoded(blocks, encoding):
+            lines = (rest + text).split("\n")
+            if max(map(len, lines)) >= LONGEST_LINE:
+                number += next(place for place, line in enumerate(lines, 1) if len(line) >= LONGEST_LINE)
+                raise PerPEFTError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes")
+            rest = lines.pop()
+            yield from lines
+            number += len(lines)
+        if rest:
+            yield rest
+    except UnicodeError as error:
+        reason, advice = getattr(error, "reason", error), "name its encoding by --encoding, for example --encoding cp1252"
+        raise PerPEFTError(f"{path}, line {number + 1}: not {encoding} text ({reason}); {advice}") from error
+    except EOFError as error:
         raise PerPEFTError(f"{path} is cut off or damaged after line {number:,}; download or copy it again") from error
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether an error says that a compressed file is cut off or damaged."""
-    kinds = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-    return isinstance(error, kinds) or type(error).__name__ == "ZstdError" or (type(error) is OSError and error.errno is None)
-
-
-def _undecodable(path: Path, encoding: str, reason: str) -> Exception:
-    """The error of a file that cannot be decoded: damage if that is why, else one that names the line.
-
-    Lines are split as bytes, which holds for encodings that contain ASCII.
-    """
-    first = None
-    try:
-        with _open(path, encoding) as (content, _, _):
-            for number, line in enumerate(content, 1):  # to the end, where damage may show
-                try:
-                    line.decode(encoding)
-                except UnicodeError:
-                    first = first or number
-    except Exception as error:
-        return error
-    advice = "name its encoding by --encoding, for example --encoding cp1252"
-    return PerPEFTError(f"{path}, line {first or 1}: not {encoding} text ({reason}); {advice}")
 
 
 def lines_sql(source: str, skip: int = 0) -> str:
@@ -168,13 +159,13 @@ def lines_sql(source: str, skip: int = 0) -> str:
 @contextlib.contextmanager
 def named_text(path: Path, encoding: str | None) -> Iterator[str]:
     """A name under which DuckDB can read a file's text once: its own where it is plain UTF-8, else a pipe's."""
-    with _open(path, encoding) as (content, name, is_plain):
-        is_utf8 = codecs.lookup(name).name == "utf-8"
-        if not (is_plain and is_utf8):
-            with _pipe(_blocks(content) if is_utf8 else _decoded(content, name)) as source:
-                yield source
-            return
-    yield glob.escape(str(path))
+    blocks, encoding, is_plain = _content(path, encoding)
+    is_utf8 = codecs.lookup(encoding).name == "utf-8"
+    if is_plain and is_utf8:
+        yield glob.escape(str(path))
+    else:
+        with _pipe(iter(blocks) if is_utf8 else map(str.encode, _decoded(blocks, encoding))) as source:
+            yield source
 
 
 def named_lines(lines: Iterable[str]) -> contextlib.AbstractContextManager[str]:
@@ -184,16 +175,6 @@ def named_lines(lines: Iterable[str]) -> contextlib.AbstractContextManager[str]:
     return _pipe(batch.encode(errors="replace") for batch in batches)
 
 
-def _blocks(content: BinaryIO) -> Iterator[bytes]:
-    return iter(lambda: content.read(BLOCK), b"")
-
-
-def _decoded(content: BinaryIO, encoding: str) -> Iterator[bytes]:
-    decoder = codecs.getincrementaldecoder(encoding)()
-    yield from (decoder.decode(block).encode() for block in _blocks(content))
-    yield decoder.decode(b"", final=True).encode()
-
-
 @contextlib.contextmanager
 def _pipe(blocks: Iterator[bytes]) -> Iterator[str]:
     """A pipe's name, and a thread that writes blocks into it until their end, or until nobody reads any more."""
@@ -201,11 +182,9 @@ def _pipe(blocks: Iterator[bytes]) -> Iterator[str]:
 
     def write() -> None:
         try:
-            with os.fdopen(target, "wb", buffering=0) as pipe:
+            with contextlib.suppress(BrokenPipeError), os.fdopen(target, "wb", buffering=0) as pipe:
                 for block in blocks:
                     pipe.write(block)
-        except BrokenPipeError:
-            pass
         except Exception as error:
             errors.append(error)
 

@@ -21,6 +21,7 @@ class Part:
     DuckDB reads with all cores only where nobody asks for the number of a row; it is found by counting where it is needed.
 
     Attributes:
+        columns: the name of each role's column, None where there is none.
         fast: a SELECT of SOURCE, the file's text, for files without damage and odd lines; it raises for others.
         careful: a SELECT of SOURCE, the texts of `rows`.
         rows: the number of the line and the text of each row among the file's lines; None for a file that is no text.
@@ -28,6 +29,7 @@ class Part:
     """
 
     path: Path
+    columns: dict[str, str | None]
     fast: str
     careful: str
     rows: Callable[[Iterable[str]], Iterable[tuple[int, str]]] | None
@@ -54,7 +56,7 @@ def parquet_part(path: Path, columns: dict[str, str | None], types: dict[str, st
     texts = {role: "NULL::VARCHAR" if name is None else _parquet_text(name, types[name]) for role, name in columns.items()}
     roles = ", ".join(f"{text} AS {role}" for role, text in texts.items())
     select = f"SELECT NULL AS problem, {roles} FROM {parquet_source(path)}"
-    return Part(path, select, select, rows=None, skipped=0)
+    return Part(path, columns, select, select, rows=None, skipped=0)
 
 
 def _parquet_text(name: str, kind: str) -> str:
@@ -84,7 +86,7 @@ def text_part(form: TextForm, columns: dict[str, str | None], needed: list[str])
     fast = f"SELECT string_split({plain}, {quote(form.separator)}) AS cells FROM {lines_sql(SOURCE, form.header_line)}"
     careful = f"SELECT string_split(replace(line, '{NEWLINE}', chr(10)), '{CELL}') AS cells FROM {lines_sql(SOURCE)}"
     rows = f"SELECT {problem} AS problem, {', '.join(roles)} FROM"
-    return Part(form.path, f"{rows} ({fast})", f"{rows} ({careful})", form.one_line_rows, form.header_line)
+    return Part(form.path, columns, f"{rows} ({fast})", f"{rows} ({careful})", form.one_line_rows, form.header_line)
 
 
 def trimmed(text: str, *nulls: str) -> str:

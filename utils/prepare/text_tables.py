@@ -1,11 +1,13 @@
 """Rows of text files: separator, header and quotation marks, recognised from the first lines."""
 import collections
+import contextlib
 import csv
 import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.common.errors import PerPEFTError
 
@@ -50,8 +52,8 @@ class TextForm:
 
         number = 1
         for line in take():
-            plain = [_bare(cell) for cell in line.split(self.separator)]
-            cells, taken = plain, [line]
+            cells = plain = [_bare(cell) for cell in line.split(self.separator)]
+            taken = [line]
             if '"' in line and len(self.separator) == 1:
                 cells = self._escaped(line) or self._quoted(taken, take())
                 if not self._is_row(cells, plain, taken):
@@ -78,13 +80,8 @@ class TextForm:
 
     def _escaped(self, line: str) -> list[str] | None:
         """The cells of a line with quotation marks written as `\\"`; None if it is none."""
-        if '\\"' not in line:
-            return None
-        try:
-            cells = next(csv.reader([line], delimiter=self.separator, escapechar="\\", doublequote=False, strict=True))
-        except csv.Error:
-            return None
-        return cells if self._fits(cells) else None
+        cells = self._parsed([line], escapechar="\\", doublequote=False) if '\\"' in line else None
+        return cells if cells and self._fits(cells) else None
 
     def _quoted(self, taken: list[str], following: Iterator[str]) -> list[str] | None:
         """The cells of the quoted row that begins with the line in `taken`, which receives its other lines; None if none."""
@@ -95,10 +92,11 @@ class TextForm:
                 taken.append(line)
                 yield line + "\n"
 
-        try:
-            return next(csv.reader(feed(), delimiter=self.separator, strict=True, skipinitialspace=True), None)
-        except csv.Error:
-            return None
+        return self._parsed(feed(), skipinitialspace=True)
+
+    def _parsed(self, lines: Iterable[str], **quoting: Any) -> list[str] | None:
+        with contextlib.suppress(csv.Error):
+            return next(csv.reader(lines, delimiter=self.separator, strict=True, **quoting), None)
 
 
 def recognise_form(path: Path, lines: list[str], separator: str | None, has_header: bool) -> TextForm:

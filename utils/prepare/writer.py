@@ -1,6 +1,7 @@
 """A data set's files from a shop's tables: the core, titles, images, and a report of what was left out."""
 import argparse
 import csv
+import io
 import shlex
 import sys
 import tempfile
@@ -16,12 +17,12 @@ from utils.common.files import write_atomically, write_pickle
 from utils.data.dataset import default_groups, is_dataset_name
 from utils.data.histories import FEWEST_INTERACTIONS
 from utils.prepare.downloads import Downloader
-from utils.prepare.engine import engine, shown_progress
+from utils.prepare.engine import engine, one_value, shown_progress
 from utils.prepare.image_cells import WEB
 from utils.prepare.image_folder import Filling, fill_folder, read_image
 from utils.prepare.interactions import keep_core, keep_sample
 from utils.prepare.parts import quote
-from utils.prepare.shop import LeftOut, Shop, format_columns, format_left_out, format_lines
+from utils.prepare.shop import Shop, format_left_out
 
 LONGEST_NAME = 200  # bytes of a data set's name: the longest ending and a temporary one must fit behind it
 
@@ -70,17 +71,17 @@ def prepare(options: argparse.Namespace, open_shop: Callable[[duckdb.DuckDBPyCon
     if options.dry_run:
         with engine(Path(tempfile.gettempdir())) as con:
             shop = open_shop(con)
-            described = shop.describe(con)
-            _select(options, shop, con)
-            return f"{described}\n{_tables(options, shop, con, {})}\nNothing was written (--dry_run); no image was opened."
+            described = shop.describe()
+            _select(options, shop)
+            return f"{described}\n{_tables(options, shop, {})}\nNothing was written (--dry_run); no image was opened."
     options.train_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(options.train_dir / f".{options.name}_prepare.lock", timeout=0), engine(options.train_dir) as con:
             shop = open_shop(con)
-            _select(options, shop, con)
-            filling = _fetch(options, shop, con)
+            _select(options, shop)
+            filling = _fetch(options, shop)
             _write(options, con)
-            return _report(options, shop, con, filling)
+            return _report(options, shop, filling)
     except Timeout:
         raise PerPEFTError(f"another process is making data set '{options.name}' in {options.train_dir}") from None
 
@@ -99,18 +100,19 @@ def _require_name(options: argparse.Namespace) -> None:
         raise PerPEFTError(f"{final} exists already; choose another --name, or replace it by --restart")
 
 
-def _select(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> None:
+def _select(options: argparse.Namespace, shop: Shop) -> None:
     """Read the tables and keep the core."""
-    shop.read(con, options.strict, stable_keys=options.max_users is not None)
+    shop.read(options.strict, stable_keys=options.max_users is not None)
     if options.max_users is not None:
-        shop.removed["of users not drawn"] = keep_sample(con, options.max_users, options.core, options.seed)
-    shop.removed[f"outside the {options.core}-core"] = keep_core(con, options.core)
+        shop.removed["of users not drawn"] = keep_sample(shop.con, options.max_users, options.core, options.seed), ""
+    shop.removed[f"outside the {options.core}-core"] = keep_core(shop.con, options.core), ""
     reasons = format_left_out(shop.interactions_left_out)
-    _require_enough(con, options, f" (of {shop.interactions_read:,} interactions read, left out: {reasons})" if reasons else "")
+    when = f" (of {shop.interactions_read:,} interactions read, left out: {reasons})" if reasons else ""
+    _require_enough(options, shop, when)
 
 
-def _require_enough(con: duckdb.DuckDBPyConnection, options: argparse.Namespace, when: str) -> None:
-    longest = con.execute("SELECT max(count) FROM users").fetchone()[0]
+def _require_enough(options: argparse.Namespace, shop: Shop, when: str) -> None:
+    longest = one_value(shop.con, "SELECT max(count) FROM users")
     if longest is None:
         more_users = "" if options.max_users is None else " or raise --max_users"
         raise PerPEFTError(f"no users and items with {options.core} interactions each are left{when}; lower --core{more_users}")
@@ -118,11 +120,11 @@ def _require_enough(con: duckdb.DuckDBPyConnection, options: argparse.Namespace,
         raise PerPEFTError(f"no user has the {FEWEST_INTERACTIONS} interactions that evaluation needs{when}")
 
 
-def _fetch(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection) -> Filling:
+def _fetch(options: argparse.Namespace, shop: Shop) -> Filling:
     """Fill the folder of images, list what failed, and leave those items out."""
     folder, failures = _file(options, "_images"), _file(options, "_failed_images.csv")
     query = "SELECT raw_id, source FROM items JOIN used ON number = item ORDER BY number"
-    sources = dict(con.execute(query).fetchall())
+    sources = dict(shop.con.execute(query).fetchall())
     web = Downloader(options.retries, options.timeout, options.deadline, options.max_image_bytes)
 
     def get(source: str) -> bytes:
@@ -135,53 +137,46 @@ def _fetch(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnecti
         raise
     failures.unlink(missing_ok=True)
     if filling.failed:
-        write_atomically(failures, lambda path: _write_failures(path, sources, filling.failed))
-    if len(filling.failed) == len(sources):
-        reason = next(iter(filling.failed.values()))
-        raise PerPEFTError(f"all {len(sources):,} images failed (the first: {reason}); see {failures}")
-    if filling.failed:
+        rows = sorted((raw_id, sources[raw_id], reason) for raw_id, reason in filling.failed.items())
+        csv.writer(table := io.StringIO()).writerows([("raw_id", "source", "reason"), *rows])
+        write_atomically(failures, lambda path: path.write_bytes(table.getvalue().encode(errors="backslashreplace")))
+        if len(rows) == len(sources):
+            reason = next(iter(filling.failed.values()))
+            raise PerPEFTError(f"all {len(sources):,} images failed (the first: {reason}); see {failures}")
         failed = "SELECT number FROM items WHERE raw_id IN (SELECT unnest(?::VARCHAR[]))"
-        deleted = con.execute(f"DELETE FROM kept WHERE item IN ({failed})", [list(filling.failed)]).fetchone()[0]
-        shop.removed["of items whose image failed, and outside the core without them"] = deleted + keep_core(con, options.core)
-        _require_enough(con, options, f" once {len(filling.failed):,} items without image are left out")
+        (deleted,) = shop.con.execute(f"DELETE FROM kept WHERE item IN ({failed})", [list(filling.failed)]).fetchone()
+        outside = keep_core(shop.con, options.core)
+        shop.removed["of items whose image failed, and outside the core without them"] = deleted + outside, ""
+        _require_enough(options, shop, f" once {len(rows):,} items without image are left out")
     return filling
-
-
-def _write_failures(path: Path, sources: dict[str, str], failed: dict[str, str]) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("raw_id", "source", "reason"))
-        writer.writerows((raw_id, sources[raw_id], reason) for raw_id, reason in sorted(failed.items()))
 
 
 def _write(options: argparse.Namespace, con: duckdb.DuckDBPyConnection) -> None:
     """Number users and items from 1, users by their first interaction and items by their raw ids; write the three files."""
     titles = con.execute("SELECT raw_id, title FROM items JOIN used ON number = item ORDER BY number").fetchall()
-    con.execute("CREATE TABLE user_numbers AS SELECT user, (row_number() OVER (ORDER BY first))::INTEGER AS number FROM users")
-    con.execute("CREATE TABLE item_numbers AS SELECT item, (row_number() OVER (ORDER BY item))::INTEGER AS number FROM used")
-    lines = """
-        SELECT users.number, items.number FROM kept JOIN user_numbers users USING (user) JOIN item_numbers items USING (item)
-        ORDER BY users.number, rank"""
     for ending in ("_final.txt", "_preX.pt", "_preX.json"):  # from here on an old data set is being replaced
         _file(options, ending).unlink(missing_ok=True)
     write_pickle(_file(options, "_item2id_final.pickle"), {item: raw_id for item, (raw_id, _) in enumerate(titles, 1)})
     write_pickle(_file(options, "_texts_final.pickle"), dict(titles))
-
-    def write_lines(path: Path) -> None:
-        con.execute(f"COPY ({lines}) TO {quote(path)} (FORMAT csv, DELIMITER ' ', HEADER false)")
-
+    copy = """
+        COPY (
+            SELECT u.number, i.number FROM kept
+            JOIN (SELECT user, row_number() OVER (ORDER BY first) AS number FROM users) u USING (user)
+            JOIN (SELECT item, row_number() OVER (ORDER BY item) AS number FROM used) i USING (item)
+            ORDER BY u.number, rank
+        ) TO {} (FORMAT csv, DELIMITER ' ', HEADER false)"""
     final = _file(options, "_final.txt")
     with shown_progress(con, final.name):
-        write_atomically(final, write_lines)
+        write_atomically(final, lambda path: con.execute(copy.format(quote(path))))
 
 
-def _tables(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection, images: dict[str, int]) -> str:
+def _tables(options: argparse.Namespace, shop: Shop, images: dict[str, int]) -> str:
     """What was read, left out and kept, as a table."""
-    users, items, kept = con.execute("SELECT count(*), (SELECT count(*) FROM used), sum(count) FROM users").fetchone()
+    users, items, kept = shop.con.execute("SELECT count(*), (SELECT count(*) FROM used), sum(count) FROM users").fetchone()
     parts = {
-        "items left out": _counts(shop.items_left_out) | {"listed again": (shop.items_again, "")},
+        "items left out": shop.items_left_out,
         "interactions": {"read": (shop.interactions_read, "")},
-        "interactions left out": _counts(shop.interactions_left_out) | {what: (n, "") for what, n in shop.removed.items()},
+        "interactions left out": shop.interactions_left_out | shop.removed,
         "images": {what: (count, "") for what, count in images.items()},
         f"data set '{options.name}'": {"users": (users, ""), "items": (items, ""), "interactions": (kept, "")},
     }
@@ -193,19 +188,15 @@ def _tables(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnect
     return "\n".join(lines)
 
 
-def _counts(left_out: LeftOut) -> dict[str, tuple[int, str]]:
-    return {reason: (count, format_lines(count, lines)) for reason, (count, lines) in left_out.items()}
-
-
-def _report(options: argparse.Namespace, shop: Shop, con: duckdb.DuckDBPyConnection, filling: Filling) -> str:
+def _report(options: argparse.Namespace, shop: Shop, filling: Filling) -> str:
     """The columns chosen, what was read, left out and kept, and the next command."""
     images = {"fetched": filling.fetched, "already there": filling.kept, "failed": len(filling.failed)}
-    lines = [format_columns("interactions", shop.interactions), format_columns("items", shop.items)]
-    lines.append(_tables(options, shop, con, images))
+    lines = [shop.interactions.describe("interactions"), shop.items.describe("items")]
+    lines.append(_tables(options, shop, images))
     if filling.failed:
         failures = _file(options, "_failed_images.csv")
         lines.append(f"{failures} lists the failed images with the reasons; their items are left out.")
-    users = con.execute("SELECT count(*) FROM users").fetchone()[0]
+    users = one_value(shop.con, "SELECT count(*) FROM users")
     command = ["python3", "-m", "scripts.check_data", "--dataset", options.name, "--train_dir", str(options.train_dir)]
     command += ["--C", str(users)] if users < default_groups(options.name) else []
     return "\n".join([*lines, f"Next: {shlex.join(command)}"])
