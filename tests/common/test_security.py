@@ -90,7 +90,7 @@ PAYLOADS = {
 
 @pytest.fixture(autouse=True)
 def nothing_ran():
-    """No test of this module lets a payload run, but for those that show that it would."""
+    """No test of this module lets a payload run, but to show that it would."""
     copyreg.add_extension(__name__, "run", CODE)
     pickle.loads(PAYLOADS["an extension"])  # from now on the registry hands the function out without asking find_class
     RAN.clear()
@@ -100,20 +100,20 @@ def nothing_ran():
 
 
 @contextlib.contextmanager
-def replaced(path, content):
-    """A file with another content, for a while."""
+def refused(path, content, error=PerPEFTError, match=None):
+    """What is read meanwhile must raise, with another content in a file."""
     sound = path.read_bytes()
     path.write_bytes(content)
-    try:
+    with pytest.raises(error, match=match):
         yield
-    finally:
-        path.write_bytes(sound)
+    assert RAN == []
+    path.write_bytes(sound)
 
 
-@pytest.mark.parametrize("kind", PAYLOADS)
-def test_payload_is_live(kind):
-    """Without protection each would run: otherwise nothing would follow from their not running."""
-    pickle.loads(PAYLOADS[kind])
+def assert_live(load, content):
+    """Without protection a payload would run: otherwise nothing would follow from its not running."""
+    with contextlib.suppress(Exception):  # what comes after it may fail
+        load(io.BytesIO(content))
     assert RAN
     RAN.clear()
 
@@ -128,8 +128,9 @@ def test_pickle_with_code_is_refused_by_every_reader_of_pickles(kind, folder, tm
         read_hyperparameters("shop", "lora", path)
     for end in ("item2id", "texts"):
         name = f"shop_{end}_final.pickle"
-        with replaced(folder / name, PAYLOADS[kind]), pytest.raises(PerPEFTError, match=name):
+        with refused(folder / name, PAYLOADS[kind], match=name):
             read_dataset(folder, "shop")
+    assert_live(pickle.load, PAYLOADS[kind])
 
 
 def test_opcodes_that_can_call_or_fill_anything_are_refused_by_name(tmp_path):
@@ -157,30 +158,14 @@ def test_names_are_never_looked_up(tmp_path):
 # ---------------------------------------------------------------- files of torch
 
 
-def with_payloads(sound):
-    """A file of torch with each payload, as saved today, and as of old."""
+def refuse_every_payload(path, read, error=PerPEFTError, match=None):
+    """`read` must raise for every payload in place of a sound file of torch, saved as today or as of old, and read that file."""
     for kind, payload in PAYLOADS.items():
         if "protocol" not in kind or kind[-1] in "24":
-            yield with_pickle(sound, lambda _, payload=payload: payload)
-            yield payload
-
-
-def test_payloads_in_a_file_of_torch_are_live(tmp_path):
-    path = tmp_path / "payload.pt"
-    torch.save({"weight": torch.ones(3)}, path)
-    for content in list(with_payloads(path)):
-        path.write_bytes(content)
-        with contextlib.suppress(Exception):  # a payload is no tensor, so what comes after it may fail
-            torch.load(path, weights_only=False)
-        assert RAN
-        RAN.clear()
-
-
-def refuse_every_payload(path, read, error=PerPEFTError, match=None):
-    """`read` must raise for every payload in place of a sound file of torch, and read that file."""
-    for content in with_payloads(path):
-        with replaced(path, content), pytest.raises(error, match=match):
-            read()
+            for content in (with_pickle(path, lambda _, payload=payload: payload), payload):
+                with refused(path, content, error, match):
+                    read()
+                assert_live(partial(torch.load, weights_only=False), content)
     read()
 
 
@@ -228,14 +213,14 @@ def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
     as_torch = with_pickle(copied_run.folder / "global" / "sasrec.pth", lambda _: PAYLOADS["within a dict"])
     (adapter / "adapter_model.bin").write_bytes(as_torch)  # what peft falls back to
     for content in (as_torch, *PAYLOADS.values()):
-        with replaced(weights, content), pytest.raises(PerPEFTError):
+        with refused(weights, content):
             load_weights(lora_model, copied_run.folder / "global", "global")
     load_weights(lora_model, copied_run.folder / "global", "global")  # the other file beside it is not read
     as_bin = io.BytesIO()
     torch.save(load_file(weights), as_bin)
     weights.unlink()
     for content in (as_torch, as_bin.getvalue()):  # nor without it, whether it carries code or the very weights
-        with replaced(adapter / "adapter_model.bin", content), pytest.raises(PerPEFTError):
+        with refused(adapter / "adapter_model.bin", content):
             load_weights(lora_model, copied_run.folder / "global", "global")
 
 
@@ -289,12 +274,10 @@ def test_store_with_pickled_arrays_is_refused(folder, tokenizer):
     damaged = [(titles, as_npz.getvalue()), (pixels, as_npy.getvalue()), (titles, as_npy.getvalue())]
     damaged += [(path, path.read_bytes()[:-100]) for path in (titles, pixels)]
     for path, content in damaged:
-        with replaced(path, content), pytest.raises(PerPEFTError, match="store.*damaged"):
+        with refused(path, content, match="store.*damaged"):
             open_store(dataset, tokenizer)
     assert open_store(dataset, tokenizer).num_items == 5
-    np.load(io.BytesIO(as_npy.getvalue()), allow_pickle=True)
-    assert RAN  # the payload is live
-    RAN.clear()
+    assert_live(partial(np.load, allow_pickle=True), as_npy.getvalue())
 
 
 # ---------------------------------------------------------------- names that could lead elsewhere

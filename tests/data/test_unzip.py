@@ -224,7 +224,7 @@ REFUSED = {  # what is wrong: the archive or all files, the sentence
     "flipped byte beside another": ({ARCHIVE: FLIPPED[STORED], "dataset/toys_final.txt": b"1 1\n"}, "damaged"),
     **{f"cut off at {end}": (WITH_INNER[:end], "damaged or not a zip") for end in CUTS},
     "with entries in a comment": (SWALLOWED, "damaged or not a zip"),
-    "with more behind it": (WITH_INNER + b"more", "damaged or not a zip"),
+    "with more behind it": (WITH_INNER + bytes(10) + b"\2" + bytes(11), "damaged or not a zip"),
     "a page": (b"<html>Quota exceeded</html>", "damaged or not a zip"),
     "no files": (zip_bytes({"dataset/": b""}), "holds no files"),
     "a file for the target": ({ARCHIVE: TWO, "dataset": b"mine"}, "dataset is not a folder"),
@@ -277,7 +277,7 @@ def test_failing_disk_and_full_memory(refused, monkeypatch):
     with mock.patch.object(zipfile.ZipFile, "open", side_effect=MemoryError), pytest.raises(MemoryError):
         archives.unpack_all(Path(ARCHIVE), Path("dataset"))
     with mock.patch.object(os, "fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
-        assert "No space left on device" in refused()
+        assert "cannot be unpacked: No space left on device" in refused()
     real = Path.open
 
     def forgetful(path, mode="r", *rest):
