@@ -26,17 +26,15 @@ def lists(histories):
     return [histories[user].tolist() for user in range(histories.num_users)]
 
 
-def write_final(folder, text):
-    (folder / "shop_final.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
-def write_pickle(folder, end, value):
-    (folder / f"shop_{end}_final.pickle").write_bytes(pickle.dumps(value))
+def put(folder, end, content):
+    """Replace a file of the data set by bytes, a text, or the pickle of a value."""
+    content = content.encode() if isinstance(content, str) else content
+    (folder / f"shop_{end}").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
 
 
 def write_title(folder, title):
     """Replace the first item's title."""
-    write_pickle(folder, "texts", dict(zip(RAW_IDS, [title, *TITLES[1:]])))
+    put(folder, "texts_final.pickle", dict(zip(RAW_IDS, [title, *TITLES[1:]])))
 
 
 def image_path(folder, item):
@@ -97,9 +95,9 @@ def test_nothing_is_printed_and_no_image_opened_if_nothing_is_wrong(folder, caps
 
 
 def test_items_without_users_and_in_any_order_and_a_padding_entry_are_no_error(folder):
-    write_pickle(folder, "item2id", {3: "B003", 0: "padding", 1: "B001", 5: "B005", 2: "B002", 4: "B004"})
-    write_pickle(folder, "texts", {**dict(zip(RAW_IDS, TITLES)), "B999": "of another shop"})
-    write_final(folder, "1 1\n1 2\n1 1\n")
+    put(folder, "item2id_final.pickle", {3: "B003", 0: "padding", 1: "B001", 5: "B005", 2: "B002", 4: "B004"})
+    put(folder, "texts_final.pickle", {**dict(zip(RAW_IDS, TITLES)), "B999": "of another shop"})
+    put(folder, "final.txt", "1 1\n1 2\n1 1\n")
     dataset = read_dataset(folder, "shop")
     assert dataset.raw_ids == RAW_IDS and dataset.titles == TITLES
 
@@ -127,12 +125,12 @@ GOOD_TEXTS = {
 @pytest.mark.parametrize("kind", GOOD_TEXTS)
 def test_ways_to_write_the_same_interactions(folder, kind):
     text = GOOD_TEXTS[kind]
-    write_final(folder, text)
+    put(folder, "final.txt", text)
     dataset = read_dataset(folder, "shop")
     assert dataset.user_ids.tolist() == [1, 900]
     assert lists(dataset.histories) == [[1, 2, 3], [2]]
     end = re.search(b"\r?\n|\r", text).group()  # lines are numbered alike however they end
-    write_final(folder, text.removesuffix(end) + end + b"1 2 3" + end)
+    put(folder, "final.txt", text.removesuffix(end) + end + b"1 2 3" + end)
     assert re.search(rf"not two integers \(1\): line {7 if b'	' in text else 5} '1 2 3'$", complaint(folder))
 
 
@@ -141,11 +139,11 @@ def test_ways_to_write_the_same_interactions(folder, kind):
 
 def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     folder = write_dataset(tmp_path, "shop", {1: [1]}, [None] * 40, raw_ids=[f"R{item:02d}" for item in range(1, 41)])
-    malformed = "".join(f"{number} x\n" for number in range(12))
+    malformed = "".join(f"{number} x\n" for number in range(20_000))
     below_one = "".join(f"1 {-number}\n" for number in range(11))
-    write_final(folder, f"1 1\n2 2\n{malformed}{below_one}2 77\n")
+    put(folder, "final.txt", f"1 1\n2 2\n{below_one}{malformed}2 77\n")
     raw_ids = {item: f"R{item:02d}" for item in range(1, 41) if item not in (20, 39)}
-    write_pickle(folder, "item2id", {**raw_ids, 7: "R06", 8: 9, 9: "up\n"})
+    put(folder, "item2id_final.pickle", {**raw_ids, 7: "R06", 8: 9, 9: "up\n"})
     images = folder / "shop_images"
     bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")  # 400 million pixels in 50 kilobytes
     thin = encoded(Image.new("1", (60_000, 1)), "PNG")  # after the resize, 13 million pixels wide
@@ -159,8 +157,8 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
         (images / f"R{item}.jpg").unlink()
     report = complaint(folder, num_groups=3)
     assert len(report) < 3000
-    assert re.search(r"not two integers \(12\): line 3 '0 x', .*line 12 '9 x' and 2 more", report)
-    assert re.search(r"below 1 \(11\): line 15 '1 0', line 16 '1 -1', .*line 24 '1 -9' and 1 more", report)
+    assert re.search(r"not two integers \(20000\): line 14 '0 x', .*line 23 '9 x' and 19990 more", report)
+    assert re.search(r"below 1 \(11\): line 3 '1 0', line 4 '1 -1', .*line 12 '1 -9' and 1 more", report)
     assert "no user with the 3 interactions that evaluation needs; most interactions of one user (1): 2" in report
     assert "fewer users than the 3 groups of --C (1): 2 users" in report
     assert re.search(r"not item number: raw id.*\(2\): 8: 9, 9: 'up\\n'", report)
@@ -175,21 +173,14 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     assert re.search(r"without a title.*\(36\): R01, R02, .* and 26 more", capsys.readouterr().err)
 
 
-def test_report_stays_short_however_much_is_wrong(folder):
-    write_final(folder, "not a number\n0 1\n" * 20_000)
-    write_pickle(folder, "item2id", dict.fromkeys(range(1, 40_000), ""))
-    report = complaint(folder)
-    assert "(20000)" in report and "(39999)" in report and len(report) < 3000
-
-
 def test_images_are_not_checked_if_they_are_not_needed(folder):
-    write_final(folder, "bad\n1 1\n1 2\n1 3\n")
+    put(folder, "final.txt", "bad\n1 1\n1 2\n1 3\n")
     image_path(folder, 2).write_bytes(b"")
     assert "B002.jpg (item 2" in complaint(folder)
     for options in ({"contents": False}, {"missing_images": "blank"}):
         assert "line 1" in complaint(folder, **options) and "B002" not in complaint(folder, **options)
     image_path(folder, 3).unlink()
-    write_final(folder, "1 1\n1 2\n1 3\n")
+    put(folder, "final.txt", "1 1\n1 2\n1 3\n")
     assert "B003.jpg (item 3)" in complaint(folder)
     assert read_dataset(folder, "shop", missing_images="blank").num_items == 5
 
@@ -218,7 +209,7 @@ def test_fewer_users_than_groups(folder, tiny_dataset, tiny_clip, tmp_path):
 
 def test_user_with_every_item_is_a_remark_with_their_own_number(folder, capsys):
     histories = {7: [1, 2, 3], 1000: [5, 4, 3, 2, 1, 1, 2], 9: [5, 4, 3, 2, 1]}  # of 9's, the last two are held out
-    write_final(folder, "".join(f"{user} {item}\n" for user, items in histories.items() for item in items))
+    put(folder, "final.txt", "".join(f"{user} {item}\n" for user, items in histories.items() for item in items))
     assert read_dataset(folder, "shop").num_users == 3
     assert re.search(r"every item in their training history.*left out of training.*\(1\): user 1000\n", capsys.readouterr().err)
 
@@ -260,7 +251,7 @@ DAMAGED = [  # the file, its content, words of the report
 
 @pytest.mark.parametrize("end, content, words", DAMAGED)
 def test_what_is_wrong_in_a_file_is_named(folder, capsys, end, content, words):
-    (folder / f"shop_{end}").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    put(folder, end, content)
     report = complaint(folder) + capsys.readouterr().err
     assert re.search(words, report)
     assert all(letter.isprintable() for letter in report.replace("\n", ""))  # names in the data cannot control the terminal
@@ -270,9 +261,9 @@ def test_what_is_wrong_in_a_file_is_named(folder, capsys, end, content, words):
 @pytest.mark.parametrize("where", ["lines", "raw ids", "both", "a user"])
 def test_huge_number_takes_no_memory(folder, where):
     huge = 10**12
-    write_final(folder, f"1 1\n1 2\n1 3\n{huge if where == 'a user' else 1} {huge if where in ('lines', 'both') else 4}\n")
+    put(folder, "final.txt", f"1 1\n1 2\n1 3\n{huge if where == 'a user' else 1} {huge if where in ('lines', 'both') else 4}\n")
     if where in ("raw ids", "both"):
-        write_pickle(folder, "item2id", raw_ids({huge: "B006"}))
+        put(folder, "item2id_final.pickle", raw_ids({huge: "B006"}))
 
     def read(write):
         try:
@@ -366,7 +357,7 @@ def test_check_reports_everything_and_ends_with_code_2(folder, run_check):
     code, out, _ = run_check("shop", "--C", 1, "--missing_images", "blank")
     assert code == 0 and table(out)["images found"] == "3"
     assert re.search(r"replaced by black ones \(2\): B002.jpg \(item 2\), B001.jpg \(item 1: the file is empty\)", out)
-    write_final(folder, "1 1\n1 2\n1 3\nbad\n")
+    put(folder, "final.txt", "1 1\n1 2\n1 3\nbad\n")
     write_states(folder, torch.zeros(5, 3, 8) / 0)
     code, out, err = run_check("shop")
     counts = table(out)
