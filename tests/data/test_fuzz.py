@@ -115,34 +115,26 @@ class Reader:
             "item2id_final.pickle": [pickle.dumps(raw_ids, protocol) for protocol in range(6)],
             "texts_final.pickle": [pickle.dumps(title_of, protocol) for protocol in range(6)],
             "preX.pt": [
-                saved((images, texts, self.raw_ids)),
-                saved([images.half(), texts.double(), tuple(self.raw_ids)]),
+                saved((images, texts, self.raw_ids)), saved([images.half(), texts.double(), tuple(self.raw_ids)]),
                 saved((*padded, [0, *self.raw_ids])),
             ],
             "zip": [zip_bytes(below("data/", self.members), method) for method in METHODS],
             "image": [
-                *(encoded(image, "JPEG", quality=quality) for quality in (75, 90, 95)),
-                encoded(image, "JPEG", progressive=True),
-                encoded(image.convert("CMYK"), "JPEG"),
-                encoded(image.convert("L"), "JPEG", optimize=True),
-                encoded(image, "PNG"),
-                encoded(image, "WEBP"),
-                encoded(image.quantize(16), "GIF"),
+                *(encoded(image, "JPEG", **options) for options in ({"quality": 75}, {"quality": 95}, {"progressive": True})),
+                encoded(image.convert("CMYK"), "JPEG"), encoded(image.convert("L"), "JPEG", optimize=True),
+                encoded(image, "PNG"), encoded(image, "WEBP"), encoded(image.quantize(16), "GIF"),
                 encoded(image, "TIFF", compression="raw"),
                 encoded(Image.new("1", (3000, 2000)), "TIFF", compression="group4"),
             ],
-        }
+        }  # fmt: skip
 
     def path(self, end):
         return self.folder / f"shop_{end}"
 
     def read(self, kind, seed):
         """Read one damaged input."""
-        content = damaged(self.sound[kind], seed)
-        if kind in IN_PLACE:
-            self.read_in_place(self.path(kind), content, seed)
-        else:
-            {"preX.pt": self.read_states, "zip": self.read_zip, "image": self.read_image}[kind](content, seed)
+        others = {"preX.pt": self.read_states, "zip": self.read_zip, "image": self.read_image}
+        others.get(kind, partial(self.read_in_place, self.path(kind)))(damaged(self.sound[kind], seed), seed)
 
     def read_in_place(self, path, content, seed):
         sound = path.read_bytes()
