@@ -126,15 +126,6 @@ def test_file_in_the_format_of_old_torch_is_refused_with_how_to_convert_it(folde
     assert torch.equal(third_image_states(folder), sound_states()[0][2])
 
 
-def test_file_cut_off_anywhere_is_refused(folder):
-    path = states_file(folder, sound_states())
-    whole = path.read_bytes()
-    for end in range(0, len(whole), 97):
-        path.write_bytes(whole[:end])
-        with pytest.raises(PerPEFTError, match="cannot be read"):
-            open_states(folder)
-
-
 def odd_states():
     image_states, text_states, ids = sound_states()
     return {

@@ -277,25 +277,23 @@ def test_store_with_pickled_arrays_is_refused(folder, tokenizer):
 
 # ---------------------------------------------------------------- names that could lead elsewhere
 
-WATCHERS = []  # lists of the real paths of files that this process opens
+WATCHED = []  # for each test that watches, the real paths of files that are opened
 
 
 def _audit(event, arguments):
-    if WATCHERS and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        WATCHERS[-1].append(os.path.realpath(os.fsdecode(arguments[0])))
+    if WATCHED and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        WATCHED[-1].append(os.path.realpath(os.fsdecode(arguments[0])))
 
 
 sys.addaudithook(_audit)
 
 
-@contextlib.contextmanager
-def watching():
-    """Note the real paths of all files that are opened meanwhile."""
-    WATCHERS.append(opened := [])
-    try:
-        yield opened
-    finally:
-        WATCHERS.pop()
+@pytest.fixture
+def opened():
+    """The real paths of the files that are opened in this process during a test."""
+    WATCHED.append([])
+    yield WATCHED[-1]
+    WATCHED.pop()
 
 
 LEADING_AWAY = ["../secret", "..\\secret", "/etc/passwd", "a/../../secret", "./B005", "\\\\host\\share", "C:\\x", "B005\0", "\0"]
@@ -303,14 +301,14 @@ ODD = ["..", ".", "...", "~", "~root", "$HOME", "%2e%2e%2f", "a b", "-rf", "|id"
 
 
 @pytest.mark.parametrize("raw_id", [*LEADING_AWAY, *ODD])
-def test_raw_ids_stay_inside_their_folder(folder, raw_id, tokenizer):
+def test_raw_ids_stay_inside_their_folder(folder, raw_id, tokenizer, opened):
     images = folder / "shop_images"
     shutil.copy(images / "B005.jpg", folder / "secret.jpg")
     (images / "B005.jpg").rename(images / (f"{raw_id}.jpg" if raw_id in ODD else image_file_name(raw_id)))
     (folder / "shop_item2id_final.pickle").write_bytes(pickle.dumps(dict(enumerate([*RAW_IDS[:4], raw_id], 1))))
-    with watching() as opened:
-        dataset = read_dataset(folder, "shop")
-        open_store(dataset, tokenizer)
+    opened.clear()
+    dataset = read_dataset(folder, "shop")
+    open_store(dataset, tokenizer)
     assert dataset.image_paths[4].parent == images
     assert sorted(path for path in opened if path.endswith(".jpg")) == sorted(str(path.resolve()) for path in dataset.image_paths)
     assert str((folder / "secret.jpg").resolve()) not in opened
@@ -321,9 +319,9 @@ LEADING_NAMES = ["../shop", "/shop", "a/shop", "..", ".", "", "shop/", "..\\shop
 
 
 @pytest.mark.parametrize("name", LEADING_NAMES)
-def test_name_of_a_data_set_that_leads_away_is_refused(folder, name):
+def test_name_of_a_data_set_that_leads_away_is_refused(folder, name, opened):
     (folder / "inner").mkdir()
-    with watching() as opened, pytest.raises(PerPEFTError, match="expected a name, not a path"):
+    with pytest.raises(PerPEFTError, match="expected a name, not a path"):
         read_dataset(folder / "inner", name)
     assert opened == []
 

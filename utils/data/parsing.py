@@ -110,8 +110,7 @@ def find_images(
 ) -> dict[int, Path]:
     """The image files that are there, by item number; missing ones are noted."""
     try:
-        with os.scandir(folder) as entries:
-            names = {entry.name for entry in entries}
+        names = set(os.listdir(folder))
     except OSError as error:
         problems.add("folder of images that cannot be read", [f"{folder} ({error.strerror})"])
         return {}
