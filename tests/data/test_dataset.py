@@ -117,7 +117,6 @@ GOOD_TEXTS = {
     "byte order mark": b"\xef\xbb\xbf1 1\n1 2\n1 3\n900 2\n",
     "tabs, spaces, no last line end": b"1\t1\n  1   2  \n1 \t 3\n\n \n900 2",
     "leading zeros": b"001 01\n1 2\n1 3\n900 0002\n",
-    "users in any order": b"900 2\n1 1\n1 2\n1 3\n",
     "users interleaved": b"1 1\n900 2\n1 2\n1 3\n",
 }
 
@@ -132,6 +131,13 @@ def test_ways_to_write_the_same_interactions(folder, kind):
     end = re.search(b"\r?\n|\r", text).group()  # lines are numbered alike however they end
     put(folder, "final.txt", text.removesuffix(end) + end + b"1 2 3" + end)
     assert re.search(rf"not two integers \(1\): line {7 if b'	' in text else 5} '1 2 3'$", complaint(folder))
+
+
+def test_users_in_any_order_keep_the_order_of_their_items(folder):
+    items = [step * step % 5 + 1 for step in range(200)]
+    put(folder, "final.txt", "".join(f"{user} {item}\n" for item in items for user in (2**63 - 1, 1, 30)))
+    dataset = read_dataset(folder, "shop", contents=False)
+    assert dataset.user_ids.tolist() == [1, 30, 2**63 - 1] and lists(dataset.histories) == [items] * 3
 
 
 # ---------------------------------------------------------------- one report for everything
