@@ -230,7 +230,7 @@ BAD_LINES = (
 BELOW_ONE = (b"0 1", b"1 0", b"-1 2", b"1 -1", b"-5 -7", b"00 1")
 NO_DICTS = (b"", b"no pickle at all", pickle.dumps({1: "B001"})[:-4], [1, 2], {})
 NO_NUMBERS = (2**62, 2**63, -1, 1.5, True, None, "2", 10**30)
-NO_IDS = (None, 5, b"B005", ["B005"], "half\ud83d", "", "two\nlines")
+NO_IDS = (None, 5, b"B005", ["B005"], "half\ud83d", "", "two\nlines", "lines\n" * 1000)
 CONTROLLING = ("x\x1b[2Jy", "line\nbreak", "\u202ereversed")
 LAUGHS = ["ha"]
 for _ in range(16):  # 2 ** 16 laughs in 17 lists; with 60, unfolding them never ends
