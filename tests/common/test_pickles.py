@@ -58,6 +58,7 @@ HARMFUL_PICKLES = {
     "numbers of one hash for keys": b"\x80\x04}("
     + b"".join(b"\x8a\x0d" + (step * (2**61 - 1)).to_bytes(13, "little") + b"K\x01" for step in range(1, 60_000))
     + b"u.",
+    **{f"the value {value!r}": pickle.dumps({"B001": value}) for value in (("a",), 10**40, {1}, bytearray(1), 1j)},
     "sound": pickle.dumps({1: "B001"}),
 }
 
@@ -66,14 +67,8 @@ def test_pickle_made_to_harm_is_read_or_refused_in_little_time_and_memory(tmp_pa
     path = tmp_path / "harmful.pickle"
     found = verdicts(path, HARMFUL_PICKLES, lambda: type(load_pickle(path)).__name__, addresses=2**28)
     assert {kind for kind in found if found[kind].startswith("read")} == {"very many lists in each other", "sound"}
-
-
-@pytest.mark.parametrize("value", [("a",), 10**40, {1}, bytearray(1), 1j])
-def test_value_that_is_not_plain_is_refused(tmp_path, value):
-    path = tmp_path / "values.pickle"
-    path.write_bytes(pickle.dumps({"B001": value}))
-    with pytest.raises(PerPEFTError, match=r"values.pickle is refused: .* Write it again with pickle.dump of a plain dict"):
-        load_pickle(path)
+    assert all(re.match("read|refused .* is (refused:|not a readable pickle) .* again", verdict) for verdict in found.values())
+    assert "is refused" in found["the value ('a',)"]
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -129,15 +124,6 @@ def test_file_in_the_format_of_old_torch_is_refused_with_how_to_convert_it(folde
         open_states(folder)
     exec(re.search(r'python3 -c "(.*)"', str(refused.value)).group(1), {})
     assert torch.equal(third_image_states(folder), sound_states()[0][2])
-
-
-def test_file_cut_off_anywhere_is_refused(folder):
-    path = states_file(folder, sound_states())
-    whole = path.read_bytes()
-    for end in range(0, len(whole), 97):
-        path.write_bytes(whole[:end])
-        with pytest.raises(PerPEFTError, match="cannot be read"):
-            open_states(folder)
 
 
 def odd_states():

@@ -90,7 +90,7 @@ PAYLOADS = {
 
 @pytest.fixture(autouse=True)
 def nothing_ran():
-    """No test of this module lets a payload run, but for those that show that it would."""
+    """No test of this module lets a payload run, but to show that it would."""
     copyreg.add_extension(__name__, "run", CODE)
     pickle.loads(PAYLOADS["an extension"])  # from now on the registry hands the function out without asking find_class
     RAN.clear()
@@ -100,20 +100,20 @@ def nothing_ran():
 
 
 @contextlib.contextmanager
-def replaced(path, content):
-    """A file with another content, for a while."""
+def refused(path, content, error=PerPEFTError, match=None):
+    """What is read meanwhile must raise, with another content in a file."""
     sound = path.read_bytes()
     path.write_bytes(content)
-    try:
+    with pytest.raises(error, match=match):
         yield
-    finally:
-        path.write_bytes(sound)
+    assert RAN == []
+    path.write_bytes(sound)
 
 
-@pytest.mark.parametrize("kind", PAYLOADS)
-def test_payload_is_live(kind):
-    """Without protection each would run: otherwise nothing would follow from their not running."""
-    pickle.loads(PAYLOADS[kind])
+def assert_live(load, content):
+    """Without protection a payload would run: otherwise nothing would follow from its not running."""
+    with contextlib.suppress(Exception):  # what comes after it may fail
+        load(io.BytesIO(content))
     assert RAN
     RAN.clear()
 
@@ -128,28 +128,24 @@ def test_pickle_with_code_is_refused_by_every_reader_of_pickles(kind, folder, tm
         read_hyperparameters("shop", "lora", path)
     for end in ("item2id", "texts"):
         name = f"shop_{end}_final.pickle"
-        with replaced(folder / name, PAYLOADS[kind]), pytest.raises(PerPEFTError, match=name):
+        with refused(folder / name, PAYLOADS[kind], match=name):
             read_dataset(folder, "shop")
+    assert_live(pickle.load, PAYLOADS[kind])
 
 
-def test_opcodes_that_can_call_or_fill_anything_are_refused_by_name(tmp_path):
-    names = {opcode.name for opcode in pickletools.opcodes}
-    assert names >= PLAIN_OPCODES
+CALLS = {"opcode NEWOBJ ": b"}}\x81.", "opcode BUILD ": b"}}b.", "opcode REDUCE ": b"}}R.", "opcode PERSID ": b"Px\n."}
+NAMED = (b"cthis\ns\n.", b"\x80\x04\x8c\x04this\x8c\x01s\x93.", b"(ithis\ns\n.")
+
+
+def test_calls_are_refused_by_name_and_names_never_looked_up(tmp_path):
+    """Importing a module runs it, so a name must be refused before it is."""
+    assert {opcode.name for opcode in pickletools.opcodes} >= PLAIN_OPCODES
     assert not {"REDUCE", "BUILD", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", *NAMES} & PLAIN_OPCODES
     path = tmp_path / "call.pickle"
-    for name, content in {"NEWOBJ": b"}}\x81.", "BUILD": b"}}b.", "REDUCE": b"}}R.", "PERSID": b"Px\n."}.items():
-        path.write_bytes(content)
-        with pytest.raises(PerPEFTError, match=f"opcode {name} "):
-            load_pickle(path)
-
-
-def test_names_are_never_looked_up(tmp_path):
-    """Importing a module runs it, so a name must be refused before it is."""
-    path = tmp_path / "name.pickle"
-    for content in (b"cthis\ns\n.", b"\x80\x04\x8c\x04this\x8c\x01s\x93.", b"(ithis\ns\n."):
+    for words, content in (*CALLS.items(), *(("names the type this.s", content) for content in NAMED)):
         sys.modules.pop("this", None)
         path.write_bytes(content)
-        with pytest.raises(PerPEFTError, match="names the type this.s"):
+        with pytest.raises(PerPEFTError, match=words):
             load_pickle(path)
         assert "this" not in sys.modules
 
@@ -157,30 +153,14 @@ def test_names_are_never_looked_up(tmp_path):
 # ---------------------------------------------------------------- files of torch
 
 
-def with_payloads(sound):
-    """A file of torch with each payload, as saved today, and as of old."""
+def refuse_every_payload(path, read, error=PerPEFTError, match=None):
+    """`read` must raise for every payload in place of a sound file of torch, saved as today or as of old, and read that file."""
     for kind, payload in PAYLOADS.items():
         if "protocol" not in kind or kind[-1] in "24":
-            yield with_pickle(sound, lambda _, payload=payload: payload)
-            yield payload
-
-
-def test_payloads_in_a_file_of_torch_are_live(tmp_path):
-    path = tmp_path / "payload.pt"
-    torch.save({"weight": torch.ones(3)}, path)
-    for content in list(with_payloads(path)):
-        path.write_bytes(content)
-        with contextlib.suppress(Exception):  # a payload is no tensor, so what comes after it may fail
-            torch.load(path, weights_only=False)
-        assert RAN
-        RAN.clear()
-
-
-def refuse_every_payload(path, read, error=PerPEFTError, match=None):
-    """`read` must raise for every payload in place of a sound file of torch, and read that file."""
-    for content in with_payloads(path):
-        with replaced(path, content), pytest.raises(error, match=match):
-            read()
+            for content in (with_pickle(path, lambda _, payload=payload: payload), payload):
+                with refused(path, content, error, match):
+                    read()
+                assert_live(partial(torch.load, weights_only=False), content)
     read()
 
 
@@ -228,14 +208,14 @@ def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
     as_torch = with_pickle(copied_run.folder / "global" / "sasrec.pth", lambda _: PAYLOADS["within a dict"])
     (adapter / "adapter_model.bin").write_bytes(as_torch)  # what peft falls back to
     for content in (as_torch, *PAYLOADS.values()):
-        with replaced(weights, content), pytest.raises(PerPEFTError):
+        with refused(weights, content):
             load_weights(lora_model, copied_run.folder / "global", "global")
     load_weights(lora_model, copied_run.folder / "global", "global")  # the other file beside it is not read
     as_bin = io.BytesIO()
     torch.save(load_file(weights), as_bin)
     weights.unlink()
     for content in (as_torch, as_bin.getvalue()):  # nor without it, whether it carries code or the very weights
-        with replaced(adapter / "adapter_model.bin", content), pytest.raises(PerPEFTError):
+        with refused(adapter / "adapter_model.bin", content):
             load_weights(lora_model, copied_run.folder / "global", "global")
 
 
@@ -289,35 +269,31 @@ def test_store_with_pickled_arrays_is_refused(folder, tokenizer):
     damaged = [(titles, as_npz.getvalue()), (pixels, as_npy.getvalue()), (titles, as_npy.getvalue())]
     damaged += [(path, path.read_bytes()[:-100]) for path in (titles, pixels)]
     for path, content in damaged:
-        with replaced(path, content), pytest.raises(PerPEFTError, match="store.*damaged"):
+        with refused(path, content, match="store.*damaged"):
             open_store(dataset, tokenizer)
     assert open_store(dataset, tokenizer).num_items == 5
-    np.load(io.BytesIO(as_npy.getvalue()), allow_pickle=True)
-    assert RAN  # the payload is live
-    RAN.clear()
+    assert_live(partial(np.load, allow_pickle=True), as_npy.getvalue())
 
 
 # ---------------------------------------------------------------- names that could lead elsewhere
 
-WATCHERS = []  # lists of the real paths of files that this process opens
+WATCHED = []  # for each test that watches, the real paths of files that are opened
 
 
 def _audit(event, arguments):
-    if WATCHERS and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        WATCHERS[-1].append(os.path.realpath(os.fsdecode(arguments[0])))
+    if WATCHED and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        WATCHED[-1].append(os.path.realpath(os.fsdecode(arguments[0])))
 
 
 sys.addaudithook(_audit)
 
 
-@contextlib.contextmanager
-def watching():
-    """Note the real paths of all files that are opened meanwhile."""
-    WATCHERS.append(opened := [])
-    try:
-        yield opened
-    finally:
-        WATCHERS.pop()
+@pytest.fixture
+def opened():
+    """The real paths of the files that are opened in this process during a test."""
+    WATCHED.append([])
+    yield WATCHED[-1]
+    WATCHED.pop()
 
 
 LEADING_AWAY = ["../secret", "..\\secret", "/etc/passwd", "a/../../secret", "./B005", "\\\\host\\share", "C:\\x", "B005\0", "\0"]
@@ -325,14 +301,14 @@ ODD = ["..", ".", "...", "~", "~root", "$HOME", "%2e%2e%2f", "a b", "-rf", "|id"
 
 
 @pytest.mark.parametrize("raw_id", [*LEADING_AWAY, *ODD])
-def test_raw_ids_stay_inside_their_folder(folder, raw_id, tokenizer):
+def test_raw_ids_stay_inside_their_folder(folder, raw_id, tokenizer, opened):
     images = folder / "shop_images"
     shutil.copy(images / "B005.jpg", folder / "secret.jpg")
     (images / "B005.jpg").rename(images / (f"{raw_id}.jpg" if raw_id in ODD else image_file_name(raw_id)))
     (folder / "shop_item2id_final.pickle").write_bytes(pickle.dumps(dict(enumerate([*RAW_IDS[:4], raw_id], 1))))
-    with watching() as opened:
-        dataset = read_dataset(folder, "shop")
-        open_store(dataset, tokenizer)
+    opened.clear()
+    dataset = read_dataset(folder, "shop")
+    open_store(dataset, tokenizer)
     assert dataset.image_paths[4].parent == images
     assert sorted(path for path in opened if path.endswith(".jpg")) == sorted(str(path.resolve()) for path in dataset.image_paths)
     assert str((folder / "secret.jpg").resolve()) not in opened
@@ -343,20 +319,18 @@ LEADING_NAMES = ["../shop", "/shop", "a/shop", "..", ".", "", "shop/", "..\\shop
 
 
 @pytest.mark.parametrize("name", LEADING_NAMES)
-def test_name_of_a_data_set_that_leads_away_is_refused(folder, name):
-    (folder / "inner").mkdir()
-    with watching() as opened, pytest.raises(PerPEFTError, match="expected a name, not a path"):
-        read_dataset(folder / "inner", name)
-    assert opened == []
-
-
-@pytest.mark.parametrize("name", ["../shop", "a/shop", ".."])
-def test_scripts_refuse_such_a_name(folder, name, tiny_dataset, tiny_clip):
-    with pytest.raises(PerPEFTError, match="expected a name, not a path"):
-        run_script(tiny_arguments(tiny_dataset, tiny_clip, folder / "runs", dataset=name))
-    for script in (check_data, extract_hidden_states):
+def test_name_of_a_data_set_that_leads_away_is_refused(folder, name, opened, tiny_dataset, tiny_clip):
+    inner = folder / "inner"
+    inner.mkdir()
+    options = ["--dataset", name, "--train_dir", inner]
+    for read in (
+        partial(read_dataset, inner, name),
+        partial(run_script, tiny_arguments(tiny_dataset, tiny_clip, folder / "runs", dataset=name)),
+        *(partial(run_script, options, script.main) for script in (check_data, extract_hidden_states)),
+    ):
         with pytest.raises(PerPEFTError, match="expected a name, not a path"):
-            run_script(["--dataset", name, "--train_dir", folder / "inner"], script.main)
+            read()
+    assert all(path.endswith("perpeft_hyperparameter.pickle") for path in opened)
 
 
 @mock.patch.object(subprocess, "Popen")
@@ -374,44 +348,39 @@ def test_image_that_another_program_would_draw_is_not_handed_to_it(check_call, p
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    """Every way out of this process raises, and is noted."""
-    tried = []
-
-    def refuse(name, *arguments, **_):
-        tried.append((name, arguments))
-        raise OSError(f"{name} in a test that must not reach the network")
-
+def network(monkeypatch):
+    """What every way out of this process is replaced by: an error."""
+    ways = mock.Mock(side_effect=OSError("a test must not reach the network"))
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, partial(refuse, name))
+        monkeypatch.setattr(socket.socket, name, ways)
     for name in ("getaddrinfo", "gethostbyname", "create_connection"):
-        monkeypatch.setattr(socket, name, partial(refuse, name))
+        monkeypatch.setattr(socket, name, ways)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # nothing but the code keeps it inside
-    return tried
+    return ways
 
 
-def test_the_guard_sees_who_reaches_for_the_hub(no_network, monkeypatch):
+def test_the_guard_sees_who_reaches_for_the_hub(network, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)  # the hub's client tries again and again
     with pytest.raises(PerPEFTError, match="cannot be loaded"):
         load_foundation("nobody/no-such-model-at-all")
-    assert no_network
+    assert network.called
 
 
-def test_local_data_and_a_local_clip_reach_for_nothing(folder, tiny_clip, no_network):
+def test_local_data_and_a_local_clip_reach_for_nothing(folder, tiny_clip, network):
     dataset = read_dataset(folder, "shop")
     store = load_foundation(str(tiny_clip)).store(dataset)
     assert store.fetch(np.array([1, 5]), CPU)[0].shape == (2, 3, 32, 32)
     ensure_hidden_states(dataset, str(tiny_clip), CPU)
     assert HiddenStateStore.open(dataset).num_items == 5
-    assert no_network == []
+    assert not network.called
 
 
 @pytest.mark.parametrize("peft_type", ["lora", "ia3"])
-def test_a_model_is_trained_and_saved_without_the_network(peft_type, tiny_dataset, tiny_clip, tmp_path, no_network):
+def test_a_model_is_trained_and_saved_without_the_network(peft_type, tiny_dataset, tiny_clip, tmp_path, network):
     changes = {"peft_type": peft_type, "global_epochs": 1, "num_epochs": 1, "C": 2}
     with open_run(tiny_options(tiny_dataset, tiny_clip, tmp_path / "runs", **changes)) as run_:
         run_.train_global()
         run_.group_users()
         run_.train_personalized()
         run_.report()
-    assert no_network == []
+    assert not network.called

@@ -6,10 +6,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import CLIPImageProcessor
 
 from scripts import check_data
 from tests.conftest import RAW_IDS, TITLES, draw_image, encoded, exit_code, tiny_options, write_dataset
@@ -20,7 +19,6 @@ from utils.data.dataset import MISSING_TITLE, read_dataset
 from utils.data.histories import Histories, leave_last_out, sorted_distinct
 from utils.items.data_check import check_dataset
 from utils.items.hidden_states import states_path
-from utils.items.preprocessing import read_image
 from utils.run.opening import open_run
 
 
@@ -28,30 +26,19 @@ def lists(histories):
     return [histories[user].tolist() for user in range(histories.num_users)]
 
 
-def write_final(folder, text):
-    (folder / "shop_final.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
-def write_pickle(folder, end, value):
-    (folder / f"shop_{end}_final.pickle").write_bytes(pickle.dumps(value))
-
-
-def write_raw_ids(folder, fifth):
-    write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS[:4], 1)), 5: fifth})
+def put(folder, end, content):
+    """Replace a file of the data set by bytes, a text, or the pickle of a value."""
+    content = content.encode() if isinstance(content, str) else content
+    (folder / f"shop_{end}").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
 
 
 def write_title(folder, title):
     """Replace the first item's title."""
-    write_pickle(folder, "texts", dict(zip(RAW_IDS, [title, *TITLES[1:]])))
+    put(folder, "texts_final.pickle", dict(zip(RAW_IDS, [title, *TITLES[1:]])))
 
 
 def image_path(folder, item):
     return folder / "shop_images" / f"B{item:03d}.jpg"
-
-
-def bomb():
-    """An image of 400 million pixels in 50 kilobytes."""
-    return encoded(Image.new("1", (20_000, 20_000)), "PNG")
 
 
 def complaint(folder, **options):
@@ -108,9 +95,9 @@ def test_nothing_is_printed_and_no_image_opened_if_nothing_is_wrong(folder, caps
 
 
 def test_items_without_users_and_in_any_order_and_a_padding_entry_are_no_error(folder):
-    write_pickle(folder, "item2id", {3: "B003", 0: "padding", 1: "B001", 5: "B005", 2: "B002", 4: "B004"})
-    write_pickle(folder, "texts", {**dict(zip(RAW_IDS, TITLES)), "B999": "of another shop"})
-    write_final(folder, "1 1\n1 2\n1 1\n")
+    put(folder, "item2id_final.pickle", {3: "B003", 0: "padding", 1: "B001", 5: "B005", 2: "B002", 4: "B004"})
+    put(folder, "texts_final.pickle", {**dict(zip(RAW_IDS, TITLES)), "B999": "of another shop"})
+    put(folder, "final.txt", "1 1\n1 2\n1 1\n")
     dataset = read_dataset(folder, "shop")
     assert dataset.raw_ids == RAW_IDS and dataset.titles == TITLES
 
@@ -137,32 +124,20 @@ GOOD_TEXTS = {
 @pytest.mark.parametrize("kind", GOOD_TEXTS)
 def test_ways_to_write_the_same_interactions(folder, kind):
     text = GOOD_TEXTS[kind]
-    write_final(folder, text)
+    put(folder, "final.txt", text)
     dataset = read_dataset(folder, "shop")
     assert dataset.user_ids.tolist() == [1, 900]
     assert lists(dataset.histories) == [[1, 2, 3], [2]]
     end = re.search(b"\r?\n|\r", text).group()  # lines are numbered alike however they end
-    write_final(folder, text.removesuffix(end) + end + b"1 2 3" + end)
+    put(folder, "final.txt", text.removesuffix(end) + end + b"1 2 3" + end)
     assert re.search(rf"not two integers \(1\): line {7 if b'	' in text else 5} '1 2 3'$", complaint(folder))
 
 
-user_numbers = st.one_of(st.integers(1, 6), st.integers(1, 2**63 - 1))
-pairs_of_lines = st.lists(st.tuples(user_numbers, st.integers(1, 5)), min_size=3, max_size=40)
-indent = st.sampled_from(["", " ", "\t"])
-blank = st.sampled_from([" ", "\t", "  ", " \t "])
-line_end = st.sampled_from(["\n", "\r\n", "\n\n", " \n", "\n \t\n"])
-
-
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(pairs_of_lines, st.data())
-def test_lines_become_the_histories_that_they_list(folder, pairs, data):
-    expected = {user: [item for other, item in pairs if other == user] for user, _ in sorted(pairs)}
-    assume(max(map(len, expected.values())) >= 3)
-    lines = [f"{data.draw(indent)}{user}{data.draw(blank)}{item}{data.draw(line_end)}" for user, item in pairs]
-    write_final(folder, "".join(lines))
+def test_users_in_any_order_keep_the_order_of_their_items(folder):
+    items = [step * step % 5 + 1 for step in range(200)]
+    put(folder, "final.txt", "".join(f"{user} {item}\n" for item in items for user in (2**63 - 1, 1, 30)))
     dataset = read_dataset(folder, "shop", contents=False)
-    assert dict(zip(dataset.user_ids.tolist(), lists(dataset.histories), strict=True)) == expected
-    assert dataset.counts() == {"users": len(expected), "items": 5, "interactions": len(pairs)}
+    assert dataset.user_ids.tolist() == [1, 30, 2**63 - 1] and lists(dataset.histories) == [items] * 3
 
 
 # ---------------------------------------------------------------- one report for everything
@@ -170,21 +145,26 @@ def test_lines_become_the_histories_that_they_list(folder, pairs, data):
 
 def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     folder = write_dataset(tmp_path, "shop", {1: [1]}, [None] * 40, raw_ids=[f"R{item:02d}" for item in range(1, 41)])
-    malformed = "".join(f"{number} x\n" for number in range(12))
+    malformed = "".join(f"{number} x\n" for number in range(20_000))
     below_one = "".join(f"1 {-number}\n" for number in range(11))
-    write_final(folder, f"1 1\n2 2\n{malformed}{below_one}2 77\n")
+    put(folder, "final.txt", f"1 1\n2 2\n{below_one}{malformed}2 77\n")
     raw_ids = {item: f"R{item:02d}" for item in range(1, 41) if item not in (20, 39)}
-    write_pickle(folder, "item2id", {**raw_ids, 7: "R06", 8: 9, 9: "up\n"})
+    put(folder, "item2id_final.pickle", {**raw_ids, 7: "R06", 8: 9, 9: "up\n"})
     images = folder / "shop_images"
-    jpeg = encoded(draw_image(1))
-    for item, content in enumerate((b"", jpeg[:-100], b"no image", bomb(), b"\x89PNG\r\n\x1a\n" + bytes(40)), 1):
+    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")  # 400 million pixels in 50 kilobytes
+    thin = encoded(Image.new("1", (60_000, 1)), "PNG")  # after the resize, 13 million pixels wide
+    bad_images = {
+        1: (b"", "empty"), 2: (encoded(draw_image(1))[:-100], "truncated"), 3: (b"no image", "not an image of a kind"),
+        4: (bomb, "far too many pixels"), 5: (b"\x89PNG\r\n\x1a\n" + bytes(40), "not an image"), 24: (thin, "60000 x 1 pixels"),
+    }  # fmt: skip
+    for item, (content, _) in bad_images.items():
         (images / f"R{item:02d}.jpg").write_bytes(content)
     for item in (*range(10, 20), 22, 23):
         (images / f"R{item}.jpg").unlink()
     report = complaint(folder, num_groups=3)
     assert len(report) < 3000
-    assert re.search(r"not two integers \(12\): line 3 '0 x', .*line 12 '9 x' and 2 more", report)
-    assert re.search(r"below 1 \(11\): line 15 '1 0', line 16 '1 -1', .*line 24 '1 -9' and 1 more", report)
+    assert re.search(r"not two integers \(20000\): line 14 '0 x', .*line 23 '9 x' and 19990 more", report)
+    assert re.search(r"below 1 \(11\): line 3 '1 0', line 4 '1 -1', .*line 12 '1 -9' and 1 more", report)
     assert "no user with the 3 interactions that evaluation needs; most interactions of one user (1): 2" in report
     assert "fewer users than the 3 groups of --C (1): 2 users" in report
     assert re.search(r"not item number: raw id.*\(2\): 8: 9, 9: 'up\\n'", report)
@@ -193,37 +173,22 @@ def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     assert re.search(r"duplicate raw ids .*\(1\): R06 \(items 6 and 7\)", report)
     missing = ", ".join(f"R{item}.jpg \\(item {item}\\)" for item in range(10, 20))
     assert re.search(rf"items without an image .*\(12\): {missing} and 2 more", report)
-    unreadable = re.search(r"unreadable images .*\(5\): (.*)", report).group(1)
-    reasons = ("empty", "truncated", "not an image of a kind", "far too many pixels", ".")
-    for item, reason in enumerate(reasons, 1):
+    unreadable = re.search(r"unreadable images .*\(6\): (.*)", report).group(1)
+    for item, (_, reason) in bad_images.items():
         assert re.search(rf"R{item:02d}\.jpg \(item {item}: [^,]*{reason}", unreadable), unreadable
     assert re.search(r"without a title.*\(36\): R01, R02, .* and 26 more", capsys.readouterr().err)
 
 
-def test_report_stays_short_however_much_is_wrong(folder):
-    write_final(folder, "not a number\n0 1\n" * 20_000)
-    write_pickle(folder, "item2id", dict.fromkeys(range(1, 40_000), ""))
-    report = complaint(folder)
-    assert "(20000)" in report and "(39999)" in report and len(report) < 3000
-
-
 def test_images_are_not_checked_if_they_are_not_needed(folder):
-    write_final(folder, "bad\n1 1\n1 2\n1 3\n")
+    put(folder, "final.txt", "bad\n1 1\n1 2\n1 3\n")
     image_path(folder, 2).write_bytes(b"")
     assert "B002.jpg (item 2" in complaint(folder)
     for options in ({"contents": False}, {"missing_images": "blank"}):
         assert "line 1" in complaint(folder, **options) and "B002" not in complaint(folder, **options)
     image_path(folder, 3).unlink()
-    write_final(folder, "1 1\n1 2\n1 3\n")
+    put(folder, "final.txt", "1 1\n1 2\n1 3\n")
     assert "B003.jpg (item 3)" in complaint(folder)
     assert read_dataset(folder, "shop", missing_images="blank").num_items == 5
-
-
-@pytest.mark.parametrize("raw_id", ["x\x1b[2Jy", "line\nbreak", "\u202ereversed"])
-def test_names_from_the_data_cannot_control_the_terminal(folder, raw_id, capsys):
-    write_raw_ids(folder, raw_id)
-    report = complaint(folder) + capsys.readouterr().err
-    assert raw_id not in report and raw_id.encode("unicode_escape").decode() in report
 
 
 def test_missing_data_set_message_names_what_is_there(folder):
@@ -250,35 +215,61 @@ def test_fewer_users_than_groups(folder, tiny_dataset, tiny_clip, tmp_path):
 
 def test_user_with_every_item_is_a_remark_with_their_own_number(folder, capsys):
     histories = {7: [1, 2, 3], 1000: [5, 4, 3, 2, 1, 1, 2], 9: [5, 4, 3, 2, 1]}  # of 9's, the last two are held out
-    write_final(folder, "".join(f"{user} {item}\n" for user, items in histories.items() for item in items))
+    put(folder, "final.txt", "".join(f"{user} {item}\n" for user, items in histories.items() for item in items))
     assert read_dataset(folder, "shop").num_users == 3
     assert re.search(r"every item in their training history.*left out of training.*\(1\): user 1000\n", capsys.readouterr().err)
 
 
-# ---------------------------------------------------------------- lines
+# ---------------------------------------------------------------- one damaged file
 
 BAD_LINES = (
     b"one two", b"1.0 2", b"1 2.0", b"1e0 2", b"1 nan", b"1 inf", b"1 2 3", b"1", b"1,2", b"1;2", b"1 0x2", b"1_0 2", b"# note",
     b"1 --2", b"1 -", b"- -", b"1 2-", b"1 \xff", b"\xe9 2", b"1 2\x00", b"\x00 2", b"1 \xd9\xa1", b"1 \xc2\xb2", b"'1' 2",
-    b"1 9223372036854775808", b"1 99999999999999999999", b"1 -99999999999999999999", b"9" * 400 + b" 1", b"1 \xef\xbb\xbf2",
+    b"1 9223372036854775808", b"1 99999999999999999999", b"1 -99999999999999999999", b"9" * 5000 + b" 1", b"1 \xef\xbb\xbf2",
 )  # fmt: skip
+BELOW_ONE = (b"0 1", b"1 0", b"-1 2", b"1 -1", b"-5 -7", b"00 1")
+NO_DICTS = (b"", b"no pickle at all", pickle.dumps({1: "B001"})[:-4], [1, 2], {})
+NO_NUMBERS = (2**62, 2**63, -1, 1.5, True, None, "2", 10**30)
+NO_IDS = (None, 5, b"B005", ["B005"], "half\ud83d", "", "two\nlines", "lines\n" * 1000)
+CONTROLLING = ("x\x1b[2Jy", "line\nbreak", "\u202ereversed")
+LAUGHS = ["ha"]
+for _ in range(16):  # 2 ** 16 laughs in 17 lists; with 60, unfolding them never ends
+    LAUGHS = [LAUGHS, LAUGHS]
 
 
-def test_line_that_is_not_two_positive_integers_is_named(folder):
-    for line in BAD_LINES:
-        write_final(folder, b"1 1\n1 2\n" + line + b"\n1 3\n")
-        assert re.search(r"shop_final.txt (that are not two integers|with a number below 1) \(1\): line 3", complaint(folder))
-    for line in ("0 1", "1 0", "-1 2", "1 -1", "-5 -7", "00 1"):
-        write_final(folder, f"1 1\n1 2\n{line}\n1 3\n")
-        assert f"below 1 (1): line 3 '{line}'" in complaint(folder)
+def raw_ids(more):
+    return {**dict(enumerate(RAW_IDS, 1)), **more}
+
+
+DAMAGED = [  # the file, its content, words of the report
+    *(("final.txt", b"1 1\n1 2\n" + line + b"\n1 3\n", r"shop_final.txt (that are not two integers|with .*) \(1\): line 3 ")
+      for line in BAD_LINES),
+    *(("final.txt", b"1 1\n1 2\n" + line + b"\n1 3\n", rf"below 1 \(1\): line 3 '{line.decode()}'") for line in BELOW_ONE),
+    *(("final.txt", text, r"empty file \(1\): shop_final.txt") for text in (b"", b"\n\n  \n")),
+    *(("item2id_final.pickle", value, "shop_item2id_final.pickle") for value in NO_DICTS),
+    *(("item2id_final.pickle", {**dict(enumerate(RAW_IDS[1:], 2)), key: "B006"}, "item2id_final.pickle") for key in NO_NUMBERS),
+    *(("item2id_final.pickle", raw_ids({5: value}), r"item number: raw id \(a non-empty text without a line break\) \(1\): 5: ")
+      for value in NO_IDS),
+    *(("item2id_final.pickle", raw_ids({5: value}), re.escape(value.encode("unicode_escape").decode())) for value in CONTROLLING),
+    ("item2id_final.pickle", raw_ids({6: LAUGHS}), "6: <list>"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("end, content, words", DAMAGED)
+def test_what_is_wrong_in_a_file_is_named(folder, capsys, end, content, words):
+    put(folder, end, content)
+    report = complaint(folder) + capsys.readouterr().err
+    assert re.search(words, report)
+    assert all(letter.isprintable() for letter in report.replace("\n", ""))  # names in the data cannot control the terminal
+    assert len(report.encode()) < 2000
 
 
 @pytest.mark.parametrize("where", ["lines", "raw ids", "both", "a user"])
 def test_huge_number_takes_no_memory(folder, where):
     huge = 10**12
-    write_final(folder, f"1 1\n1 2\n1 3\n{huge if where == 'a user' else 1} {huge if where in ('lines', 'both') else 4}\n")
+    put(folder, "final.txt", f"1 1\n1 2\n1 3\n{huge if where == 'a user' else 1} {huge if where in ('lines', 'both') else 4}\n")
     if where in ("raw ids", "both"):
-        write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS, 1)), huge: "B006"})
+        put(folder, "item2id_final.pickle", raw_ids({huge: "B006"}))
 
     def read(write):
         try:
@@ -292,37 +283,9 @@ def test_huge_number_takes_no_memory(folder, where):
     assert code == 0 and re.search(expected[where], report)
 
 
-# ---------------------------------------------------------------- pickles
+# ---------------------------------------------------------------- titles
 
-
-def test_empty_files_and_pickles_without_a_dict(folder):
-    for text in ("", "\n\n  \n"):
-        write_final(folder, text)
-        assert "empty file (1): shop_final.txt" in complaint(folder)
-    write_final(folder, "1 1\n1 2\nbad\n1 3\n")
-    path = folder / "shop_item2id_final.pickle"
-    for content in (b"", b"no pickle at all", pickle.dumps({1: "B001"})[:-4], pickle.dumps([1, 2]), pickle.dumps({})):
-        path.write_bytes(content)
-        assert "line 3" in complaint(folder) and path.name in complaint(folder)
-    path.unlink()
-    assert f"{path.name} is missing" in complaint(folder)
-
-
-@pytest.mark.parametrize("key", [2**62, 2**63, -1, 1.5, True, None, "2", 10**30])
-def test_key_that_is_no_item_number_is_named(folder, key):
-    write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS[1:], 2)), key: "B006"})
-    assert "shop_item2id_final.pickle" in complaint(folder)
-
-
-@pytest.mark.parametrize("raw_id", [None, 5, b"B005", ["B005"], "half\ud83d", "", "two\nlines"])
-def test_raw_id_that_is_no_line_of_text_is_named(folder, raw_id):
-    write_raw_ids(folder, raw_id)
-    report = complaint(folder, missing_images="blank")
-    assert "not item number: raw id (a non-empty text without a line break) (1): 5: " in report
-    report.encode()
-
-
-NOT_TEXT, NOTHING = (7, b"bytes", ["a", "list"], {"a": 1}, True, 10**18, float("inf")), (None, "", " \t\n", float("nan"))
+NOT_TEXT, NOTHING = (7, b"bytes", LAUGHS, {"a": 1}, True, 10**18, float("inf")), (None, "", " \t\n", float("nan"))
 
 
 @pytest.mark.parametrize("title", NOT_TEXT + NOTHING)
@@ -330,25 +293,16 @@ def test_title_that_is_nothing_or_not_text_is_replaced(folder, capsys, title):
     write_title(folder, title)
     dataset = read_dataset(folder, "shop")
     assert dataset.titles == [MISSING_TITLE, *TITLES[1:]] and dataset.missing_titles == 1
-    out, err = capsys.readouterr()
     kind = "items without a title" if title in NOTHING else "items whose title is not text"
-    assert out == "" and re.search(rf"^warning: data set 'shop':\n  {kind}, replaced by '{MISSING_TITLE}' \(1\): B001.*\n$", err)
+    remark = rf"warning: data set 'shop':\n  {kind}, replaced by '{MISSING_TITLE}' \(1\): B001.{{,30}}\n"
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(remark, err)
 
 
 def test_title_with_half_a_surrogate_pair_can_still_be_written(folder):
     write_title(folder, "caf\ud83d lamp")
     title = read_dataset(folder, "shop").titles[0]
     assert title.encode() and title.startswith("caf") and title.endswith(" lamp")
-
-
-def test_nested_value_is_reported_without_unfolding_it(folder, capsys):
-    laughs = ["ha"]
-    for _ in range(16):  # 2 ** 16 laughs in 17 lists; with 60, unfolding them never ends
-        laughs = [laughs, laughs]
-    write_title(folder, laughs)
-    write_pickle(folder, "item2id", {**dict(enumerate(RAW_IDS, 1)), 6: laughs})
-    assert "6: <list>" in complaint(folder)
-    assert "B001: <list>" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- images
@@ -370,19 +324,6 @@ def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch, large):
     paths = sorted((folder / "shop_images").iterdir())
     assert list(images.on_all_cores(read, paths)) == [None] * 5
     assert (max(most) == 1) == large
-
-
-def test_image_of_every_bad_kind_is_refused_by_the_documented_errors(tmp_path):
-    path, jpeg = tmp_path / "image.jpg", encoded(draw_image(1))
-    thin = encoded(Image.new("1", (60_000, 1)), "PNG")  # after the resize, 13 million pixels wide
-    for content in (b"", b"\xff", jpeg[:300], jpeg[:-200], bytes(500), bomb(), thin):
-        path.write_bytes(content)
-        with pytest.raises((OSError, ValueError)):
-            read_image(path, CLIPImageProcessor())
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(OSError):
-        read_image(path, CLIPImageProcessor())
 
 
 # ---------------------------------------------------------------- check_data
@@ -422,7 +363,7 @@ def test_check_reports_everything_and_ends_with_code_2(folder, run_check):
     code, out, _ = run_check("shop", "--C", 1, "--missing_images", "blank")
     assert code == 0 and table(out)["images found"] == "3"
     assert re.search(r"replaced by black ones \(2\): B002.jpg \(item 2\), B001.jpg \(item 1: the file is empty\)", out)
-    write_final(folder, "1 1\n1 2\n1 3\nbad\n")
+    put(folder, "final.txt", "1 1\n1 2\n1 3\nbad\n")
     write_states(folder, torch.zeros(5, 3, 8) / 0)
     code, out, err = run_check("shop")
     counts = table(out)

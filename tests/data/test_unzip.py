@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -26,17 +27,27 @@ from tests.zygote import ROOT
 from utils.data import archives
 from utils.data.table1 import PAPER_TABLE1, dataset_table
 
+ARCHIVE = "mmrec_datasets.zip"
+TEMP = f"dataset/.unpacking/{ARCHIVE}"
 NOISE = random.Random(0)
 LINES = b"1 1\n1 2\n1 3\n2 2\n2 5\n"
+STORED, DEFLATED, BZIP2, LZMA = METHODS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA
 
 
-def zip_bytes(files, folder="", method=zipfile.ZIP_STORED):
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """The empty folder that a test runs in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def zip_bytes(files, method=STORED):
     """A zip in memory of {name: bytes} or of (name or ZipInfo, bytes) pairs."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", method) as zipped:
         warnings.simplefilter("ignore")  # duplicates are meant
         for name, data in files.items() if isinstance(files, dict) else files:
-            zipped.writestr(folder + name if folder else name, data)
+            zipped.writestr(name, data)
     return buffer.getvalue()
 
 
@@ -44,24 +55,28 @@ def images(name, count=4):
     return {f"{name}_{i}.jpg": NOISE.randbytes(300 + i) for i in range(count)}
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def below(folder, files):
+    return {f"{folder}{path}": data for path, data in files.items()}
 
 
-def download(work, names, folder="", inner_folder="{}_images/", method=zipfile.ZIP_STORED):
-    """Write mmrec_datasets.zip into work; return (the files it ends as, the files that --keep leaves in dataset)."""
-    packed, final = {}, {}
+def write(files):
+    for path, data in files.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(data)
+
+
+def download(names=("arts",), folder="", inner_folder="{}_images/", method=STORED):
+    """Write the archive; return the files that it ends as in the target, and those that --keep leaves there."""
+    final, kept = {}, {}
     for name in names:
         shots = images(name)
-        files = {f"{name}_final.txt": LINES, f"{name}_item2id_final.pickle": NOISE.randbytes(90),
-                 f"{name}_texts_final.pickle": NOISE.randbytes(120), f"{name}_preX.pt": NOISE.randbytes(20_000)}
-        packed |= files
-        final |= files | {f"{name}_images/{shot}": data for shot, data in shots.items()}
-        packed[f"{name}_images.zip"] = zip_bytes(shots, inner_folder.format(name))
-    (work / "mmrec_datasets.zip").write_bytes(zip_bytes(packed, folder, method))
-    return final, final | {name: data for name, data in packed.items() if name.endswith(".zip")}
+        kept |= {f"{name}_final.txt": LINES, f"{name}_item2id_final.pickle": NOISE.randbytes(90),
+                 f"{name}_texts_final.pickle": NOISE.randbytes(120), f"{name}_preX.pt": NOISE.randbytes(20_000),
+                 f"{name}_images.zip": zip_bytes(below(inner_folder.format(name), shots))}
+        final |= below(f"{name}_images/", shots)
+    write({ARCHIVE: zip_bytes(below(folder, kept), method)})
+    kept |= final
+    return {path: data for path, data in kept.items() if not path.endswith(".zip")}, kept
 
 
 def unzip(*options):
@@ -69,27 +84,19 @@ def unzip(*options):
     return exit_code(options, unzip_data.main)
 
 
-def write_tree(folder, files):
-    for path, data in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
+@pytest.fixture
+def refused(work, capsys):
+    """Runs the script, which must exit 2 with one sentence and leave all as it was; returns the sentence."""
 
+    def run():
+        before, folders = tree(work), {path for path in work.rglob("*") if path.is_dir()}
+        assert unzip() == 2
+        assert (tree(work), {path for path in work.rglob("*") if path.is_dir()}) == (before, folders)
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        return err.strip().splitlines()[-1]
 
-def in_dataset(files):
-    return {f"dataset/{path}": data for path, data in files.items()}
-
-
-def refused(work, capsys, archive=None):
-    """Run the script; it must exit 2 with one sentence and leave every file as it was; return the sentence."""
-    if archive is not None:
-        (work / "mmrec_datasets.zip").write_bytes(archive)
-    before, folders = tree(work), {path for path in work.rglob("*") if path.is_dir()}
-    assert unzip() == 2
-    assert tree(work) == before
-    assert {path for path in work.rglob("*") if path.is_dir()} == folders
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    return err.strip().splitlines()[-1]
+    return run
 
 
 # ---------------------------------------------------------------- what is unpacked
@@ -98,71 +105,67 @@ def refused(work, capsys, archive=None):
 @pytest.mark.parametrize(
     "folder, inner_folder, method, target",
     [
-        ("", "{}_images/", zipfile.ZIP_STORED, None), ("dataset/", "", zipfile.ZIP_DEFLATED, "elsewhere/data"),
-        ("mmrec_datasets/", "home/me/{}_images/", zipfile.ZIP_BZIP2, None), ("./a/", "./{}_x/", zipfile.ZIP_LZMA, None),
+        ("", "{}_images/", STORED, "dataset"), ("dataset/", "", DEFLATED, "elsewhere/data"),
+        ("mmrec_datasets/", "home/me/{}_images/", BZIP2, "dataset"), ("./a/", "./{}_x/", LZMA, "dataset"),
     ],
 )  # fmt: skip
 def test_archive_becomes_the_layout_and_goes(work, capsys, folder, inner_folder, method, target):
-    final, _ = download(work, ["arts", "my_shop"], folder, inner_folder, method)
-    assert unzip(*(["--target", target] if target else [])) == 0
-    assert tree(work) == {f"{target or 'dataset'}/{path}": data for path, data in final.items()}
+    final, _ = download(["arts", "my_shop"], folder, inner_folder, method)
+    assert unzip(*(["--target", target] if target != "dataset" else [])) == 0
+    assert tree(work) == below(f"{target}/", final)
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert rows["my_shop"] == ["my_shop", "2", "-", "4", "-", "5", "-", "4"]
 
 
 def test_keep_keeps_and_a_second_run_without_it_only_deletes(work):
-    final, kept = download(work, ["arts"])
-    archive = (work / "mmrec_datasets.zip").read_bytes()
+    final, kept = download()
+    archive = (work / ARCHIVE).read_bytes()
     for _ in range(2):
         assert unzip("--keep") == 0
-        assert tree(work) == in_dataset(kept) | {"mmrec_datasets.zip": archive}
+        assert tree(work) == below("dataset/", kept) | {ARCHIVE: archive}
     stamps = {path: path.stat().st_mtime_ns for path in work.glob("dataset/arts_images/*")}
     assert unzip() == 0
-    assert tree(work) == in_dataset(final)
+    assert tree(work) == below("dataset/", final)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
 LITTER = {"all/.DS_Store": b"x", "__MACOSX/all/._README.md": b"x"}
 FOLDERS_EACH = {"all/arts/arts_final.txt": b"1 1\n", "all/toys/toys_final.txt": b"1 2\n", "all/README.md": b"hello"}
 AS_WINDOWS_WRITES = {"data\\arts_final.txt": LINES, "data\\arts_images\\": b"", "data\\arts_images\\a.jpg": b"image"}
+SHOTS = images("arts")
+INNER = zip_bytes(SHOTS)
 
 
 @pytest.mark.parametrize(
-    "members, left",
+    "files, options, left",
     [
-        (AS_WINDOWS_WRITES, {"arts_final.txt": LINES, "arts_images/a.jpg": b"image"}),
-        (FOLDERS_EACH | LITTER, {"arts_final.txt": b"1 1\n", "toys_final.txt": b"1 2\n", "README.md": b"hello"}),
+        ({ARCHIVE: zip_bytes(AS_WINDOWS_WRITES)}, "", {"arts_final.txt": LINES, "arts_images/a.jpg": b"image"}),
+        ({ARCHIVE: zip_bytes(FOLDERS_EACH | LITTER)}, "",
+         {"arts_final.txt": b"1 1\n", "toys_final.txt": b"1 2\n", "README.md": b"hello"}),
+        ({"dataset/arts_images.zip": INNER}, "", below("arts_images/", SHOTS)),
+        ({"arts_images.zip": INNER}, "--archive arts_images.zip", below("arts_images/", SHOTS)),
+        ({"dataset/arts_images.zip": INNER}, "--archive dataset/arts_images.zip --keep",
+         below("arts_images/", SHOTS) | {"arts_images.zip": INNER}),
     ],
-)
-def test_folders_in_the_archive(work, members, left):
-    (work / "mmrec_datasets.zip").write_bytes(zip_bytes(members))
-    assert unzip() == 0
-    assert tree(work / "dataset") == left
-
-
-KEEP_INNER = ["--archive", "dataset/arts_images.zip", "--keep"]
-
-
-@pytest.mark.parametrize("folder, options", [("dataset", []), (".", ["--archive", "arts_images.zip"]), ("dataset", KEEP_INNER)])
-def test_images_archive_alone(work, capsys, folder, options):
-    shots = images("arts")
-    write_tree(work / folder, {"arts_images.zip": zip_bytes(shots)})
-    kept = tree(work) if "--keep" in options else {}
-    assert unzip(*options) == 0
-    assert tree(work) == kept | {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
+)  # fmt: skip
+def test_one_archive_alone(work, capsys, files, options, left):
+    write(files)
+    assert unzip(*options.split()) == 0
+    assert tree(work) == below("dataset/", left)
     assert capsys.readouterr().out.count("verified on disk") == 1
 
 
-def test_without_an_archive(work, capsys):
-    assert re.search("mmrec_datasets.zip .* README's section Data", refused(work, capsys))
+def test_without_an_archive(refused, capsys):
+    assert re.search("mmrec_datasets.zip .* README's section Data", refused())
     command = [sys.executable, "-c", "import sys, unzip_data; sys.exit('torch' in sys.modules)"]
     subprocess.run(command, cwd=ROOT, check=True)  # it starts quickly, and before torch is installed
-    write_tree(work, {"dataset/arts_final.txt": b"7 1\n"})
+    write({"dataset/arts_final.txt": b"7 1\n"})
     assert unzip() == 0
     assert "arts      " in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- refused before anything is written
+# ---------------------------------------------------------------- refused or damaged, and nothing changes
+
 
 def special(kind):
     """An archive with a link, a device, or (None) a folder with content."""
@@ -180,6 +183,10 @@ def lie(archive, field, value):
     return bytes(data)
 
 
+def flipped(archive, place, bits=4):
+    return archive[:place] + bytes([archive[place] ^ bits]) + archive[place + 1 :]
+
+
 AWAY = [
     "../evil.txt", "a/../../evil.txt", "/etc/evil.txt", "..\\evil.txt", "\\evil.txt", "a\\..\\..\\evil.txt", "\\\\host\\evil.txt",
     "C:\\evil.txt", "C:/evil.txt", "C:evil.txt", "a/D:/evil.txt", "..", ".", "evil\n.txt", ".unpacking/x", "//host/evil.txt",
@@ -189,127 +196,99 @@ ONE_PLACE = [
 ]  # fmt: skip
 SPECIAL = [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK, None]
 PLAIN = zip_bytes({"arts_final.txt": b"1 1\n"})
-OTHER_TOOL = ["'arts_final.txt' ", "7-Zip (7z x mmrec_datasets.zip -odataset), delete the archive and start again"]
+BY_HAND = r"7-Zip \(7z x mmrec_datasets.zip -odataset\), delete the archive and start again"
 TEXT = b"".join(b"%d %d\n" % (i, i * i) for i in range(500))
-SIZES = [
-    (NOISE.randbytes(4000), zipfile.ZIP_STORED, 3), (NOISE.randbytes(4000), zipfile.ZIP_STORED, 5000),
-    (TEXT, zipfile.ZIP_DEFLATED, len(TEXT) + 5), (bytes(30 << 20), zipfile.ZIP_DEFLATED, 1000),
-]  # fmt: skip
-REFUSED = {  # what is wrong: the archive, words of the sentence
-    **{f"leaves the target: {name!r}": (zip_bytes({"arts_final.txt": b"1 1\n", name: b""}), ["refused"]) for name in AWAY},
-    **{f"of kind {kind}": (special(kind), ["neither a plain file"]) for kind in SPECIAL},
-    **{f"one place: {both}": (zip_bytes([(name, b"1 1\n") for name in (*both, "other")]), ["refused"]) for both in ONE_PLACE},
-    "encrypted": (lie(PLAIN, "flags", 1), ["is refused: its member", "is encrypted", *OTHER_TOOL]),
-    "deflate64": (lie(PLAIN, "method", 9), ["is refused: its member", "method 9 (deflate64), which", *OTHER_TOOL]),
-    **{f"says {size}": (lie(zip_bytes({"arts_final.txt": content}, method=method), "size", size), ["damaged"])
+SIZES = [(NOISE.randbytes(4000), STORED, 3), (NOISE.randbytes(4000), STORED, 5000), (TEXT, DEFLATED, len(TEXT) + 5),
+         (bytes(30 << 20), DEFLATED, 1000)]  # fmt: skip
+FLIPPED = {method: flipped(zip_bytes({"a_final.txt": b"1 1\n", "a_preX.pt": NOISE.randbytes(5000)}, method), 2600)
+           for method in METHODS}  # fmt: skip
+WITH_INNER = zip_bytes({"arts_final.txt": b"1 1\n", "arts_images.zip": INNER})
+CUTS = [*(int(len(WITH_INNER) * share) for share in (0.0, 0.3, 0.9, 0.995, 0.999)),
+        WITH_INNER.index(INNER) + len(INNER)]  # there a zip reader finds the faultless table of contents of the inner one
+THREE = zip_bytes({"arts_final.txt": b"1 1\n", "b": b"b", "arts_preX.pt": b"states"})
+SWALLOWED = flipped(THREE, THREE.index(b"PK\x01\x02") + 32, 255)  # the first entry's comment takes in the entries after it
+TWO = zip_bytes({"arts_images/a.jpg": b"1", "arts_final.txt": b"1 1\n"})
+REFUSED = {  # what is wrong: the archive or all files, the sentence
+    **{f"leaves the target: {name!r}": (zip_bytes({"arts_final.txt": b"1 1\n", name: b""}), "refused") for name in AWAY},
+    **{f"of kind {kind}": (special(kind), "neither a plain file") for kind in SPECIAL},
+    **{f"one place: {both}": (zip_bytes([(name, b"1 1\n") for name in (*both, "other")]), "refused") for both in ONE_PLACE},
+    "encrypted": (lie(PLAIN, "flags", 1), f"is refused: its member 'arts_final.txt' is encrypted, .*{BY_HAND}"),
+    "deflate64": (lie(PLAIN, "method", 9), rf"refused: its member 'arts_final.txt' .* method 9 \(deflate64\), which .*{BY_HAND}"),
+    "inner one leaves the target": ({"dataset/arts_images.zip": zip_bytes({"a.jpg": b"1", "../../evil.jpg": b"2"})},
+                                    "arts_images.zip is refused"),
+    "inner one with one place": ({"dataset/arts_images.zip": zip_bytes({"one/a.jpg": b"1", "two/a.jpg": b"2"})},
+                                 "'one/a.jpg' and 'two/a.jpg' both belong at arts_images/a.jpg"),
+    **{f"says {size}": (lie(zip_bytes({"arts_final.txt": content}, method), "size", size), "damaged")
        for content, method, size in SIZES},
+    **{f"flipped byte, method {method}": (archive, "damaged") for method, archive in FLIPPED.items()},
+    "flipped byte beside another": ({ARCHIVE: FLIPPED[STORED], "dataset/toys_final.txt": b"1 1\n"}, "damaged"),
+    **{f"cut off at {end}": (WITH_INNER[:end], "damaged or not a zip") for end in CUTS},
+    "with entries in a comment": (SWALLOWED, "damaged or not a zip"),
+    "with more behind it": (WITH_INNER + bytes(10) + b"\2" + bytes(11), "damaged or not a zip"),
+    "a page": (b"<html>Quota exceeded</html>", "damaged or not a zip"),
+    "no files": (zip_bytes({"dataset/": b""}), "holds no files"),
+    "a file for the target": ({ARCHIVE: TWO, "dataset": b"mine"}, "dataset is not a folder"),
+    "a file for the images": ({ARCHIVE: TWO, "dataset/arts_images": b"mine"}, "arts_images is not a folder"),
+    "another file": ({ARCHIVE: TWO, "dataset/arts_final.txt": b"mine"}, "arts_final.txt exists already and differs"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_archive_is_refused_before_anything_is_written(work, capsys, what):
-    archive, words = REFUSED[what]
-    sentence = refused(work, capsys, archive)
-    assert all(part in sentence for part in words)
-
-
-def test_inner_archive_is_refused_alike(work, capsys):
-    write_tree(work, {"dataset/arts_images.zip": zip_bytes({"a.jpg": b"1", "../../evil.jpg": b"2"})})
-    assert "arts_images.zip is refused" in refused(work, capsys)
-    write_tree(work, {"dataset/arts_images.zip": zip_bytes({"one/a.jpg": b"1", "two/a.jpg": b"2"})})
-    assert "both belong at arts_images/a.jpg" in refused(work, capsys)
+def test_refused_or_damaged_archive_changes_nothing(refused, what):
+    files, sentence = REFUSED[what]
+    write(files if isinstance(files, dict) else {ARCHIVE: files})
+    assert re.search(sentence, refused())
 
 
 def test_no_more_is_written_than_a_member_declares(work):
-    bomb = lie(zip_bytes({"arts_final.txt": bytes(30 << 20)}, method=zipfile.ZIP_DEFLATED), "size", 1000)
-    (work / "mmrec_datasets.zip").write_bytes(lie(bomb, "crc", zlib.crc32(bytes(1000))))
-    archives.unpack_all(Path("mmrec_datasets.zip"), Path("dataset"))
+    bomb = lie(zip_bytes({"arts_final.txt": bytes(30 << 20)}, DEFLATED), "size", 1000)
+    write({ARCHIVE: lie(bomb, "crc", zlib.crc32(bytes(1000)))})
+    archives.unpack_all(Path(ARCHIVE), Path("dataset"))
     assert tree(work) == {"dataset/arts_final.txt": bytes(1000)}
 
 
 @pytest.mark.parametrize("leftover", [False, True])
-def test_too_little_disk(work, capsys, monkeypatch, leftover):
+def test_too_little_disk(work, refused, monkeypatch, leftover):
     """What an earlier run has written need not fit once more."""
     files = {"arts_preX.pt": NOISE.randbytes(80_000), "toys_preX.pt": NOISE.randbytes(8192)}
-    (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
-    if leftover:
-        write_tree(work / "dataset/.unpacking/mmrec_datasets.zip", {"arts_preX.pt": files["arts_preX.pt"]})
-    free = 8191
+    write({ARCHIVE: zip_bytes(files)} | ({f"{TEMP}/arts_preX.pt": files["arts_preX.pt"]} if leftover else {}))
+    free = 8191 if leftover else 90_111
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    assert "make room" in refused(work, capsys)
-    free = 8192 if leftover else 90_112  # whole blocks of 4096
+    assert "make room" in refused()
+    free += 1  # whole blocks of 4096
     assert unzip() == 0
     assert tree(work / "dataset") == files
 
 
-def test_files_of_the_users_are_not_overwritten(work, capsys):
-    archive = zip_bytes({"arts_images/a.jpg": b"1", "arts_final.txt": b"1 1\n"})
-    places = {"dataset": "is a file", "dataset/arts_images": "in the way", "dataset/arts_final.txt": "exists already and differs"}
-    for place, words in places.items():
-        write_tree(work, {place: b"mine"})
-        assert words in refused(work, capsys, archive)
-        (work / place).unlink()
-
-
-# ---------------------------------------------------------------- damaged archives
-
-
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("target_exists", [True, False])
-def test_flipped_byte(work, capsys, method, target_exists):
-    archive = bytearray(zip_bytes({"arts_final.txt": b"1 1\n", "arts_preX.pt": NOISE.randbytes(5000)}, method=method))
-    archive[archive.index(b"arts_preX.pt") + 2500] ^= 4
-    if target_exists:
-        write_tree(work, {"dataset/toys_final.txt": b"1 1\n"})
-    assert "damaged" in refused(work, capsys, bytes(archive))
-
-
-def test_flipped_byte_in_inner_archive_keeps_it_and_the_rest(work, capsys):
-    _, kept = download(work, ["arts"])
-    broken = bytearray(kept["arts_images.zip"])
-    broken[broken.index(b".jpg") + 100] ^= 1
-    files = {path: data for path, data in kept.items() if "_images" not in path} | {"arts_images.zip": bytes(broken)}
-    (work / "mmrec_datasets.zip").write_bytes(zip_bytes(files))
-    assert unzip() == 2
-    assert "arts_images.zip is damaged" in capsys.readouterr().err
-    assert tree(work) == in_dataset(files)
-
-
-def test_not_one_whole_zip(work, capsys):
-    inner = zip_bytes(images("arts"))
-    archive = zip_bytes({"arts_final.txt": b"1 1\n", "arts_images.zip": inner})
-    for share in (0.0, 0.3, 0.9, 0.995, 0.999):
-        assert "damaged or not a zip" in refused(work, capsys, archive[: int(len(archive) * share)])
-    cut = archive.index(inner) + len(inner)  # here a zip reader finds the faultless table of contents of the inner one
-    hidden = bytearray(zip_bytes({"arts_final.txt": b"1 1\n", "b": b"b", "arts_preX.pt": b"states"}))
-    hidden[hidden.index(b"PK\x01\x02") + 32] = 255  # the first entry's comment now swallows the entries after it
-    for damaged in (archive[:cut], archive + b"more", bytes(hidden), b"<html>Quota exceeded</html>"):
-        assert "damaged or not a zip" in refused(work, capsys, damaged)
-    assert "holds no files" in refused(work, capsys, zip_bytes({"dataset/": b""}))
+def test_damage_in_an_inner_archive_keeps_it_and_the_rest(work, capsys):
+    _, kept = download()
+    inner = kept["arts_images.zip"]
+    files = {path: data for path, data in kept.items() if "_images" not in path}
+    files["arts_images.zip"] = flipped(inner, inner.index(b".jpg") + 100)
+    write({ARCHIVE: zip_bytes(files)})
     assert unzip("--debug") == 2
-    assert "Traceback" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "arts_images.zip is damaged" in err and "Traceback" in err
+    assert tree(work) == below("dataset/", files)
 
 
-def test_failing_disk(work, capsys, monkeypatch):
-    download(work, ["arts"])
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        assert "No space left on device" in refused(work, capsys)
+def test_failing_disk_and_full_memory(refused, monkeypatch):
+    download()
+    with mock.patch.object(zipfile.ZipFile, "open", side_effect=MemoryError), pytest.raises(MemoryError):
+        archives.unpack_all(Path(ARCHIVE), Path("dataset"))
+    with mock.patch.object(os, "fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        assert "cannot be unpacked: No space left on device" in refused()
     real = Path.open
 
     def forgetful(path, mode="r", *rest):
         return real(Path(os.devnull) if mode == "wb" and path.name == "arts_preX.pt" else path, mode, *rest)
 
     monkeypatch.setattr(Path, "open", forgetful)
-    assert "arts_preX.pt is not on disk as mmrec_datasets.zip declares it" in refused(work, capsys)
+    assert "arts_preX.pt is not as declared" in refused()
 
 
 def test_everything_is_fsynced_before_it_is_renamed_and_before_the_archive_goes(work, monkeypatch):
-    download(work, ["arts"])
+    download()
     synced, placed, real_fsync, real_replace, real_unlink = set(), [], os.fsync, os.replace, Path.unlink
 
     def fsync(descriptor):
@@ -371,13 +350,13 @@ def stopped_before(last, number):
 @pytest.mark.parametrize("number, every, exit_code", [(signal.SIGKILL, 2, -signal.SIGKILL), (signal.SIGINT, 6, 130)])
 def test_stopped_before_any_step_and_continued(work, monkeypatch, capfd, number, every, exit_code):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # spares the disk
-    final, kept = download(work, ["arts"], "dataset/", method=zipfile.ZIP_DEFLATED)
-    archive = (work / "mmrec_datasets.zip").read_bytes()
+    final, kept = download(folder="dataset/", method=DEFLATED)
+    archive = (work / ARCHIVE).read_bytes()
     shots, states = {path for path in final if "_images/" in path}, set()
     for last in itertools.count(1, every):
         folder = work / str(last)
         folder.mkdir()
-        shutil.copy(work / "mmrec_datasets.zip", folder)
+        shutil.copy(work / ARCHIVE, folder)
         monkeypatch.chdir(folder)
         code, err = stopped_before(last, number), capfd.readouterr().err
         if code == 0:
@@ -391,35 +370,30 @@ def test_stopped_before_any_step_and_continued(work, monkeypatch, capfd, number,
         if "arts_final.txt" in found:  # it comes last, so the rest of the data set is there
             assert final.keys() - shots <= found.keys()
             assert "arts_images.zip" in found or shots <= found.keys()
-        if (folder / "mmrec_datasets.zip").exists():
-            assert (folder / "mmrec_datasets.zip").read_bytes() == archive
-        else:
-            assert "arts_final.txt" in found
+        assert "arts_final.txt" in found or (folder / ARCHIVE).exists()
+        assert tree(folder).get(ARCHIVE, archive) == archive
         states.add(frozenset(found))
         assert unzip() == 0
-        assert tree(folder) == in_dataset(final)
-        assert set(os.listdir(folder / "dataset")) == {path.split("/")[0] for path in final}  # .unpacking is gone
+        assert tree(folder) == below("dataset/", final)
+        assert set(os.listdir("dataset")) == {path.split("/")[0] for path in final}  # .unpacking is gone
     assert last > 40 and len(states) > 6 / every  # the stops did come at different points
 
 
 def test_what_an_earlier_run_left_whole_is_used_and_the_rest_is_not(work):
-    shots = images("arts", 6)
-    names = sorted(shots)
-    (work / "mmrec_datasets.zip").write_bytes(zip_bytes(shots, "arts_images/"))
-    temp, place = work / "dataset/.unpacking/mmrec_datasets.zip/arts_images", work / "dataset/arts_images"
-    whole, long, flipped = (shots[name] for name in names[:3])
-    cut, wrong = long[:100], bytes([flipped[0] ^ 1]) + flipped[1:]
-    write_tree(temp, dict(zip(names, (whole, cut, wrong))))
-    os.utime(temp / names[0], ns=(1, 1))
+    shots = below("arts_images/", images("arts", 6))
+    whole, cut, wrong, *_ = shots
+    left = {whole: shots[whole], cut: shots[cut][:100], wrong: flipped(shots[wrong], 0)}
+    write({ARCHIVE: zip_bytes(shots)} | below(f"{TEMP}/", left))
+    os.utime(f"{TEMP}/{whole}", ns=(1, 1))
     assert unzip() == 0
-    assert tree(work) == {f"dataset/arts_images/{shot}": data for shot, data in shots.items()}
-    assert (place / names[0]).stat().st_mtime_ns == 1 < (place / names[1]).stat().st_mtime_ns
+    assert tree(work) == below("dataset/", shots)
+    assert (work / "dataset" / whole).stat().st_mtime_ns == 1 < (work / "dataset" / cut).stat().st_mtime_ns
 
 
 def test_leftovers_of_another_archive_or_in_place_by_now_are_not_placed(work):
-    (work / "mmrec_datasets.zip").write_bytes(zip_bytes({"arts_images/a.jpg": b"aaa", "arts_images/b.jpg": b"bbb"}))
-    write_tree(work / "dataset/.unpacking/mmrec_datasets.zip/arts_images", {"a.jpg": b"a", "stranger.jpg": b"s"})
-    write_tree(work / "dataset/arts_images", {"a.jpg": b"aaa", "mine.jpg": b"mine"})
+    write({ARCHIVE: zip_bytes({"arts_images/a.jpg": b"aaa", "arts_images/b.jpg": b"bbb"})})
+    write({f"{TEMP}/arts_images/a.jpg": b"a", f"{TEMP}/arts_images/stranger.jpg": b"s"})
+    write({"dataset/arts_images/a.jpg": b"aaa", "dataset/arts_images/mine.jpg": b"mine"})
     assert unzip() == 0
     assert tree(work / "dataset/arts_images") == {"a.jpg": b"aaa", "b.jpg": b"bbb", "mine.jpg": b"mine"}
 
@@ -429,7 +403,7 @@ def test_leftovers_of_another_archive_or_in_place_by_now_are_not_placed(work):
 
 def test_table_sets_counts_beside_the_papers(work):
     files = {"arts_final.txt": b"1 4\n1 5\n3 4\n", "arts_images/x.jpg": b"", "arts_images/notes.txt": b""}
-    write_tree(work, files | {"broken_final.txt": b"1 2\n3 x\n"})
+    write(files | {"broken_final.txt": b"1 2\n3 x\n"})
     (work / "toys_games_images").mkdir()
     lines = dataset_table(work).splitlines()
     assert [line.split() for line in lines[1:4]] == [

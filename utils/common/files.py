@@ -31,14 +31,25 @@ def sync(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add the name of the file to an OSError without one."""
+def _replaced_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there is synced and renamed into place. An OSError names `path`."""
+    temporary, old = _hidden(path, TEMPORARY), _hidden(path, OLD)
     try:
-        yield
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            sync(written)
+        if not temporary.is_dir():
+            os.replace(temporary, path)
+        else:
+            if path.exists():  # a folder cannot be renamed over another, so the old one steps aside first
+                os.rename(path, old)
+            os.rename(temporary, path)
+        sync(path.parent)
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        error.filename = error.filename or str(path)
         raise
+    finally:
+        _settle(path)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -46,16 +57,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
     `path` holds either its old content or all of the new. One process at a time may write a path, see `build_once`.
     """
-    path = Path(path)
-    temporary = _hidden(path, TEMPORARY)
-    with _naming(path):
-        try:
-            write(temporary)
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _replaced_atomically(Path(path)) as temporary:
+        write(temporary)
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -90,33 +93,22 @@ def save_tensors(value: Any, path: str | Path) -> None:
 def folder_written_atomically(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder, which takes the place of `folder` if all goes well; one process at a time, see `build_once`."""
     folder = Path(folder)
-    temporary, old = _hidden(folder, TEMPORARY), _hidden(folder, OLD)
-    with _naming(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _settle(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _settle(folder)
+    with _replaced_atomically(folder) as temporary:
         temporary.mkdir()
-        try:
-            yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
-                sync(path)
-            if folder.exists():  # a folder cannot be renamed over another, so the old one steps aside first
-                os.rename(folder, old)
-            os.rename(temporary, folder)
-            sync(folder.parent)
-        finally:
-            _settle(folder)
+        yield temporary
 
 
 def _settle(path: Path) -> None:
     """Remove what an interrupted write of `path` left; if it was interrupted between its two renames, restore the old one."""
     temporary, old = _hidden(path, TEMPORARY), _hidden(path, OLD)
-    if old.exists() and not path.exists():
+    if old.is_dir() and not path.exists():
         os.rename(old, path)
     for leftover in (temporary, old):
         if leftover.is_dir():
             shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

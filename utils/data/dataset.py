@@ -152,12 +152,9 @@ def read_dataset(
     Files, in `train_dir`: `{name}_final.txt` (lines `user item`, from 1, in time order), `{name}_item2id_final.pickle`
     (item to raw id), `{name}_texts_final.pickle` (raw id to title), `{name}_images/{raw id}.jpg` (see `image_file_name`).
 
-    Images are opened here only if something else is wrong, so that one report names everything; otherwise they are opened
-    when the store is built.
+    Images are opened here only if something else is wrong, so that one report names everything; else when the store is built.
 
     Args:
-        train_dir: the folder of all data sets.
-        name: the data set.
         contents: whether titles and images are needed; if not, they may be missing.
         missing_images: "error", "blank" to accept items without an image file, or "unused" to look for none.
         num_groups: how many groups the users will be put into (--C).

@@ -26,11 +26,7 @@ def is_raw_id(value: object) -> bool:
 
 
 def image_file_name(raw_id: str) -> str:
-    """The name of an item's image file, usable on Linux, macOS and Windows alike.
-
-    Args:
-        raw_id: a text for which `is_raw_id` holds.
-    """
+    """The name of an item's image file, usable on Linux, macOS and Windows alike; `is_raw_id` must hold for the raw id."""
     plain = not (UNSAFE.search(raw_id) or RESERVED.match(raw_id) or raw_id.lower().startswith(ENCODED))
     if plain and len(raw_id.encode()) <= MAX_BYTES:
         return f"{raw_id}.jpg"
@@ -41,16 +37,10 @@ def image_file_name(raw_id: str) -> str:
 
 
 def find_image_files(names: set[str], raw_ids: Mapping[int, str]) -> dict[int, str]:
-    """The image files of items among the names in a folder.
+    """The image files among the names in a folder, by item number, of the items that have one.
 
     Found are also names in another Unicode form than their raw id (macOS writes decomposed letters), and `{raw id}.jpg` where
     another program wrote it for an id whose name is encoded here.
-
-    Args:
-        names: of the files in the folder.
-        raw_ids: by item number.
-    Returns:
-        file names by item number, without the items that have none
     """
     expected = {item: image_file_name(raw_id) for item, raw_id in raw_ids.items()}
     found = {item: name for item, name in expected.items() if name in names}

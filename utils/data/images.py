@@ -57,8 +57,6 @@ def decoded_image(path: str | Path | io.BytesIO, edge: int = 224) -> Iterator[Im
     Args:
         path: an image of any mode, or its content.
         edge: what its shortest edge will be resized to; images whose other edge would then become huge are refused.
-    Yields:
-        the image
     Raises:
         OSError: the file is missing, or not a whole image of a kind that is read.
         ValueError: its pixels would fill the memory, or it is damaged.

@@ -65,9 +65,7 @@ def read_raw_ids(path: Path, items: np.ndarray, problems: Problems) -> dict[int,
     if not table:
         problems.add("empty file", [path.name] if table == {} else [])
         return {}
-    usable = {
-        item: raw_id for item, raw_id in table.items() if type(item) is int and 0 <= item <= LARGEST_NUMBER and is_raw_id(raw_id)
-    }
+    usable = {item: raw_id for item, raw_id in table.items() if type(item) is int and item >= 0 and is_raw_id(raw_id)}
     wrong = [f"{format_value(item)}: {format_value(raw_id)}" for item, raw_id in table.items() if item not in usable]
     problems.add(f"entries of {path.name} that are not item number: raw id ({RAW_ID_RULE})", wrong)
     usable.pop(0, None)  # some files name the padding item
@@ -110,8 +108,7 @@ def find_images(
 ) -> dict[int, Path]:
     """The image files that are there, by item number; missing ones are noted."""
     try:
-        with os.scandir(folder) as entries:
-            names = {entry.name for entry in entries}
+        names = set(os.listdir(folder))
     except OSError as error:
         problems.add("folder of images that cannot be read", [f"{folder} ({error.strerror})"])
         return {}
