@@ -54,8 +54,7 @@ class Sampler:
         train: training histories, of items 1..num_items.
         groups: each user row's group, [users].
         candidates: for each group the items that negatives are drawn from.
-        batch_size: users a batch.
-        maxlen: transitions a user, the last ones.
+        batch_size, maxlen: users a batch, and transitions a user, the last ones.
         seed: any number of integers that make this sampler's draws its own.
         mixed: whether each negative comes from all items, not from the candidates, with probability 1/2 (not the paper's).
     """
@@ -107,9 +106,7 @@ class Sampler:
         return Batch(group, items, seq, positives, negatives, num_transitions=int(mask.sum()))
 
     def negatives(self, users: np.ndarray, group: int, random: np.random.Generator) -> np.ndarray:
-        """One item for each of `users`, none that the user has in training: uniform over the group's candidates or, if `mixed`,
-        over all items with probability 1/2.
-        """
+        """An item for each of `users` that they do not have in training: one of the group's candidates, or as `mixed` says."""
         drawn = self._draw(users, self._candidates[group], random)
         if self._mixed:
             from_all = np.flatnonzero(random.random(len(drawn)) < 0.5)
