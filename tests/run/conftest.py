@@ -2,6 +2,7 @@
 import contextlib
 import io
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import pytest
 
 from models.peft_configs import PEFT_TYPES
 from tests.conftest import RUN, exit_code, fresh_data, parsed, run_interrupted, run_script, tiny_arguments
-from tests.run_files import outcome
+from tests.run_files import leftovers, outcome
+from tests.zygote import shared_zygote
 from utils.run.folder import run_name
 from utils.training.trainer import Trainer
 
@@ -31,16 +33,32 @@ class TinyRun:
     arguments: list[str]
     folder: Path
     train_dir: Path
+    script: str = "perpeft_lora_ia3"
 
     def train(self, *more):
         """Run the script in this process; returns all that it left."""
-        run_script([*self.arguments, *more])
+        run_script([*self.arguments, *more], import_module(self.script).main)
         return outcome(self.folder)
 
     def end(self, *more):
         """Run the script as a process would; returns the exit code and its stderr."""
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             return exit_code([*self.arguments, *more]), stderr.getvalue()
+
+    def child(self, *more, **how):
+        """Run the script in a child of the zygote, which says how."""
+        return shared_zygote().run([*self.arguments, *more], script=self.script, **how)
+
+    def together(self, *more, size=2, **how):
+        """Run the script in several processes that train together."""
+        return shared_zygote().run_together([*self.arguments, *more], script=self.script, size=size, **how)
+
+    def child_to_the_end(self):
+        """Run the script in a child that is not disturbed; returns all that it left, and the events that it consisted of."""
+        end = self.child()
+        assert end.code == 0, end.output
+        assert not leftovers(self.folder) + leftovers(self.train_dir)
+        return outcome(self.folder), end.events
 
 
 @pytest.fixture
@@ -51,9 +69,9 @@ def begin(tiny_dataset, tiny_clip, tmp_path):
         root = root or tmp_path / name
         data = fresh_data(tiny_dataset, root / "dataset")
         peft_type = None if kind == "iisan" else kind  # its script knows one kind only
-        arguments = tiny_arguments(data, tiny_clip, root / "runs", peft_type, **{"save_every": 1, **changes})
-        name_of_run = run_name(parsed(arguments, ("iisan",) if kind == "iisan" else PEFT_TYPES))
-        return TinyRun(arguments, root / "runs" / name_of_run, data.train_dir)
+        arguments = tiny_arguments(data, tiny_clip, root / "runs", **{"peft_type": peft_type, "save_every": 1, **changes})
+        script, kinds = ("perpeft_iisan", ("iisan",)) if kind == "iisan" else ("perpeft_lora_ia3", PEFT_TYPES)
+        return TinyRun(arguments, root / "runs" / run_name(parsed(arguments, kinds)), data.train_dir, script)
 
     return make
 
@@ -74,10 +92,10 @@ def finished(copied_run, tiny_dataset, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def through(zygote, tiny_dataset, tiny_clip, tmp_path_factory):
+def through(tiny_dataset, tiny_clip, tmp_path_factory):
     """A tiny run that was not disturbed: its outcome, and the events that it consists of."""
     folder = tmp_path_factory.mktemp("through")
     data = fresh_data(tiny_dataset, folder / "dataset")
-    run = zygote.run(tiny_arguments(data, tiny_clip, folder / "runs", save_every=1))
-    assert run.code == 0, run.output
-    return SimpleNamespace(outcome=outcome(folder / "runs" / RUN.format("lora")), events=run.events)
+    arguments = tiny_arguments(data, tiny_clip, folder / "runs", save_every=1)
+    left, events = TinyRun(arguments, folder / "runs" / RUN.format("lora"), data.train_dir).child_to_the_end()
+    return SimpleNamespace(outcome=left, events=events)

@@ -5,8 +5,7 @@ import math
 import os
 import random
 import resource
-import shutil
-import subprocess
+import signal
 from unittest import mock
 
 import numpy as np
@@ -22,6 +21,7 @@ from utils.common.files import save_tensors
 from utils.common.versions import installed_version
 from utils.items.foundation import load_foundation
 from utils.run import opening
+from utils.run.run import Run
 from utils.training.checkpoints import save_adapter
 from utils.training.progress import READ_INTERVALS
 from utils.training.trainer import Trainer
@@ -46,34 +46,8 @@ def check_reported_and_whole(end, run):
         torch.load(path, weights_only=True)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 8 MB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here; the simulated failures stand in")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_full_disk_is_reported_and_the_run_goes_on_when_there_is_room(zygote, begin, small_disk, through):
-    """One run meets a full disk again and again, with more room each time: first for the image store, then for the run."""
-    run, ballast, full_at = begin(root=small_disk), small_disk / "ballast", set()
-    for room in (1_000, 50_000, 200_000, 500_000, 700_000):  # titles, images of 92 kB, states of both stages
-        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
-        end = zygote.run(run.arguments)
-        full_at.add(end.events[-1].split(":")[0])
-        check_reported_and_whole(end, run)
-        ballast.unlink()
-    assert {"opening/store", "global/state", "personalized/state"} <= full_at
-    assert zygote.run(run.arguments).code == 0
-    assert outcome(run.folder) == through.outcome
-
-
 @pytest.mark.slow
-def test_disk_that_is_full_at_any_write_is_reported_and_the_run_goes_on(zygote, through, begin):
+def test_disk_that_is_full_at_any_write_is_reported_and_the_run_goes_on(through, begin):
     """Every part of a run that writes fails once, at a write drawn from a seeded generator; the store, where it claims room."""
     writes, counts = collections.defaultdict(list), collections.Counter()
     for event in through.events:
@@ -90,12 +64,12 @@ def test_disk_that_is_full_at_any_write_is_reported_and_the_run_goes_on(zygote, 
         run = begin(f"run{number}")
         for part in list(writes)[number::num_runs]:
             full_at = (part, seeded.choice(writes[part]))
-            end = zygote.run(run.arguments, full_at=full_at)
+            end = run.child(full_at=full_at)
             if end.code == 0:  # the failure before had left fewer events of this part: let it fail in a run of its own
                 run = begin(f"run{number}_{part.replace('/', '_').replace(' ', '_')}")
-                end = zygote.run(run.arguments, full_at=full_at)
+                end = run.child(full_at=full_at)
             check_reported_and_whole(end, run)
-        assert zygote.run(run.arguments).code == 0
+        assert run.child().code == 0
         assert outcome(run.folder) == through.outcome
 
 
@@ -116,7 +90,21 @@ def test_failing_write_is_the_oserror_it_is(tiny_clip, tmp_path, what):
     assert (what == "tensors") == (tmp_path / "tensors.pt").exists()
 
 
-# ---------------------------------------------------------------- memory, a folder that turns read-only, weights
+# ---------------------------------------------------------------- memory, a folder that turns read-only, weights, signals
+
+
+def spoil_loss(monkeypatch, number, value=math.nan):
+    """Make the loss of the `number`-th step from now on not finite; returns the list that its batch is put into."""
+    original, count, batches = Trainer.loss, iter(range(1, 10**6)), []
+
+    def loss(self, batch):
+        if next(count) != number:
+            return original(self, batch)
+        batches.append(batch)
+        return original(self, batch) * value
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    return batches
 
 
 def cuda_error(*_):
@@ -137,6 +125,36 @@ def spoil(name, value):
     return step
 
 
+def signalled(number):
+    """A step in which the process gets a signal."""
+
+    def step(trainer, loss, update=Trainer.update):
+        os.kill(os.getpid(), number)
+        update(trainer, loss)
+
+    return step
+
+
+def at(step, action):
+    return lambda monkeypatch: at_step(monkeypatch, step, action)
+
+
+def signalled_after(epoch):
+    """A signal between two epochs that comes in a destructor, where Python ignores what is raised."""
+
+    class Doomed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def report(run, stage, epochs):
+        original(run, stage, epochs)
+        if next(count) == epoch:
+            Doomed()
+
+    original, count = Run._report_epoch, iter(range(1, 10**6))
+    return lambda monkeypatch: monkeypatch.setattr(Run, "_report_epoch", report)
+
+
 def turn_read_only(monkeypatch):
     def replace(source, target):
         if next(count) == 12:
@@ -147,38 +165,43 @@ def turn_read_only(monkeypatch):
     monkeypatch.setattr(os, "replace", replace)
 
 
-MEMORY = ("memory is full", "--gradient_checkpointing", "--batch_size", " step 2; the same command continues from there")
-WEIGHTS = ("infinite or NaN at global epoch 1, step 3, in a batch of group 0 with items ", " step 2\n")
-READ_ONLY = ("Read-only file system", "--output_dir", "; the same command continues from there")
+GO_ON = "; the same command continues from there\n"
+MEMORY = ("memory is full", "--gradient_checkpointing", "--batch_size", f" epoch 1, step 2{GO_ON}")
+LOSS = ("at global epoch 1, step 2, in a batch of group 0 with items ", "--lr", " epoch 1, step 1\n")
+WEIGHTS = ("infinite or NaN at global epoch 1, step 3, in a batch of group 0 with items ", " epoch 1, step 2\n")
 
 
 @pytest.mark.parametrize(
     ("trouble", "code", "sentences"),
     [
-        (lambda *_: torch.empty(2**60), 1, MEMORY),
-        (lambda *_: np.empty(2**55), 1, MEMORY),
-        (cuda_error, 1, MEMORY),
-        (cublas_error, 1, MEMORY),
-        (spoil("weight", math.nan), 2, WEIGHTS),  # at the last step of the epoch: no later loss would show it in time
-        (spoil("weight", -math.inf), 2, WEIGHTS),
-        (spoil("exp_avg_sq", math.nan), 2, WEIGHTS),
-        (spoil("exp_avg_sq", -math.inf), 2, WEIGHTS),
-        (None, 1, READ_ONLY),
+        (at(3, lambda *_: torch.empty(2**60)), 1, MEMORY),
+        (at(3, lambda *_: np.empty(2**55)), 1, MEMORY),
+        (at(3, cublas_error), 1, MEMORY),
+        (at(3, cuda_error), 1, MEMORY),
+        (lambda patch: spoil_loss(patch, 2, math.nan), 2, ("the loss is nan", *LOSS)),
+        (lambda patch: spoil_loss(patch, 2, math.inf), 2, ("the loss is inf", *LOSS)),
+        (at(3, spoil("weight", math.nan)), 2, WEIGHTS),  # the last step of the epoch: no later loss would show it in time
+        (at(3, spoil("weight", -math.inf)), 2, WEIGHTS),
+        (at(3, spoil("exp_avg_sq", math.nan)), 2, WEIGHTS),
+        (at(3, spoil("exp_avg_sq", -math.inf)), 2, WEIGHTS),
+        (turn_read_only, 1, ("Read-only file system", "--output_dir", GO_ON)),
+        (at(1, signalled(signal.SIGTERM)), 143, ("by SIGTERM", f" epoch 1, step 1{GO_ON}")),
+        (at(2, signalled(signal.SIGINT)), 130, ("by SIGINT", f" epoch 1, step 2{GO_ON}")),
+        (at(3, signalled(signal.SIGTERM)), 143, ("by SIGTERM", f" epoch 1, step 3{GO_ON}")),
+        (signalled_after(epoch=1), 143, ("by SIGTERM", f" epoch 2, step 1{GO_ON}")),
+        (signalled_after(epoch=2), 143, ("by SIGTERM", f" epoch 3, step 0{GO_ON}")),  # the stage's last
     ],
 )
 def test_trouble_is_reported_with_what_is_saved_and_the_run_goes_on(begin, through, monkeypatch, trouble, code, sentences):
-    run = begin()
+    run = begin(save_every=500 if code > 128 else 1)  # a signal lets the state be saved
     with monkeypatch.context() as patch:
-        if trouble:
-            at_step(patch, 3, trouble)
-        else:
-            turn_read_only(patch)
+        trouble(patch)
         found, message = run.end()
     assert found == code and message.count("\n") <= 5
     assert [part for part in (*sentences, f"{run.folder} is saved up to global epoch ") if part not in message] == []
     assert not leftovers(run.folder)
     # the advice holds: the run goes on with the option, to the same end
-    assert run.train(*(["--gradient_checkpointing"] if trouble is cuda_error else [])) == through.outcome
+    assert run.train(*(["--gradient_checkpointing"] if "memory" in message else [])) == through.outcome
 
 
 def test_mistakes_in_the_code_end_with_a_traceback(begin, monkeypatch):
@@ -190,39 +213,18 @@ def test_mistakes_in_the_code_end_with_a_traceback(begin, monkeypatch):
 # ---------------------------------------------------------------- losses, overflow
 
 
-def spoil_loss(monkeypatch, number, value=math.nan):
-    """Make the loss of the `number`-th step from now on not finite; returns the list that its batch is put into."""
-    original, count, batches = Trainer.loss, iter(range(1, 10**6)), []
-
-    def loss(self, batch):
-        if next(count) != number:
-            return original(self, batch)
-        batches.append(batch)
-        return original(self, batch) * value
-
-    monkeypatch.setattr(Trainer, "loss", loss)
-    return batches
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    ("number", "place", "saved"), [(2, "global epoch 1, step 2", 1), (None, "personalized epoch 2, step 1", 0)]
-)
-def test_loss_that_is_not_finite_stops_with_step_group_and_items(
-    begin, through, tiny_dataset, monkeypatch, value, number, place, saved
-):
-    if number is None:  # after two global epochs of 3 steps and a personalized one, whose steps depend on the groups
-        users = [line.split(b",") for line in through.outcome["groups.csv"].split()[1:]]
-        sizes = collections.Counter(group for user, group in users if can_train(tiny_dataset, int(user)))
-        number = 7 + sum(math.ceil(size / 16) for size in sizes.values())
+def test_loss_that_is_not_finite_in_stage_3_stops_with_step_group_and_items(begin, through, tiny_dataset, monkeypatch):
+    users = [line.split(b",") for line in through.outcome["groups.csv"].split()[1:]]
+    sizes = collections.Counter(group for user, group in users if can_train(tiny_dataset, int(user)))
+    steps = sum(math.ceil(size / 16) for size in sizes.values())  # of an epoch, after two global ones of 3 steps
     run = begin()
     with monkeypatch.context() as patch:
-        batches = spoil_loss(patch, number, value)
+        batches = spoil_loss(patch, 6 + steps + 1)
         code, message = run.end()
     (batch,) = batches
-    assert code == 2 and f"the loss is {value} at {place}, in a batch of group {batch.group} " in message
+    assert code == 2 and f"the loss is nan at personalized epoch 2, step 1, in a batch of group {batch.group} " in message
     assert ", ".join(map(str, batch.items[1:11])) in message and "--lr" in message
-    assert f"saved up to {place.split(',')[0]}, step {saved}\n" in message  # where the same command would meet it again
+    assert "saved up to personalized epoch 2, step 0\n" in message  # where the same command would meet it again
     assert run.train() == through.outcome
 
 
@@ -287,24 +289,18 @@ DEVICES = ("gpu", "cuda:x", "cuda:-1", "cuda:99", "cpu:5", "meta", "", "mps:1", 
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        *((f"--device={device}", f"--device {device}") for device in DEVICES),
-        *((f"--output_dir={path}", f"cannot make the run folder {path}/tiny_lora_") for path in (__file__, f"{__file__}/below")),
+        *((f"--device={device}", f"error: --device {device}") for device in DEVICES),
+        *((f"--output_dir={path}", f"error: cannot make the run folder {path}/") for path in (__file__, f"{__file__}/below")),
+        ("--dataset=tinny", "error: data set 'tinny' is not in "),
+        (f"--dataset={'n' * 300}", "error: [Errno 36] File name too long: "),
+        ("--clip_model=/nowhere/at/all", "error: --clip_model '/nowhere/at/all' cannot be loaded"),
+        ("--C=41", "41 groups"),
     ],
 )
-def test_what_this_machine_does_not_have_is_named_in_one_sentence(begin, mistake, message):
-    code, said = begin().end(mistake)
-    assert code == 2 and message in said and mistake.split("=")[0] in said
-    assert [line for line in said.splitlines() if "error" in line] == said.splitlines()[-1:]
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    ["--dataset=tinny", f"--dataset={'n' * 300}", "--clip_model=/nowhere/at/all", "--device=cuda:7", "--C=41"],
-)
-def test_mistakes_are_reported_in_a_sentence_and_shown_in_full_with_debug(zygote, begin, mistake):
+def test_mistakes_are_reported_in_a_sentence_and_shown_in_full_with_debug(begin, mistake, message):
     run = begin()
-    plain = zygote.run([*run.arguments, mistake])
-    assert plain.code in (1, 2) and "error: " in plain.output and "Traceback" not in plain.output
-    shown = zygote.run([*run.arguments, mistake, "--debug"])
-    assert shown.code == plain.code and "Traceback" in shown.output
-    assert shown.output.splitlines()[-1] == plain.output.splitlines()[-1]
+    code, said = run.end(mistake)
+    sentence = said.splitlines()[-1]
+    assert code in (1, 2) and message in sentence and "Traceback" not in said
+    code_again, shown = run.end(mistake, "--debug")
+    assert code_again == code and "Traceback" in shown and shown.splitlines()[-1] == sentence

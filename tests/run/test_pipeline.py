@@ -22,7 +22,6 @@ from tests.conftest import (
     exit_code,
     parsed,
     run_interrupted,
-    run_script,
     tiny_histories,
     tiny_titles,
     write_dataset,
@@ -233,15 +232,17 @@ def test_finished_run_is_not_trained_again(finished, capsys):
     assert f"{100 * test_ndcg:.2f}" in output  # its table is shown again
 
 
-def test_restart_trains_again_to_the_same_figures_and_weights(copied_run, tiny_run):
+def test_restart_trains_again_to_the_same_and_removes_only_what_runs_leave(finished, tiny_run):
     torch.randn(5)  # other draws of the process do not matter
-    groups = copied_run.folder / "groups.csv"
+    folder, groups = finished.folder, finished.folder / "groups.csv"
     groups.write_text(groups.read_text().replace(",1", ",0"))  # would make another stage 3, were it taken over
-    (copied_run.folder / "global" / "sasrec.pth").unlink()
-    (copied_run.folder / "report.html").write_text("of the old run")
-    shutil.copytree(copied_run.folder / "personalized" / "group_2", copied_run.folder / "personalized" / "group_3")
-    run_script([*copied_run.arguments, "--restart"])
-    assert outcome(copied_run.folder) == outcome(tiny_run.folder)
+    (folder / "global" / "sasrec.pth").unlink()
+    shutil.copytree(folder / "personalized" / "group_2", folder / "personalized" / "group_3")
+    for name in ("mine", "tensorboard", "wandb", "figures"):
+        (folder / name).mkdir()
+        (folder / name / "note.txt").write_text("mine")
+    (folder / "report.html").write_text("of the old run")
+    assert finished.train("--restart") == outcome(tiny_run.folder) | {"mine/note.txt": b"mine"}
 
 
 def test_inference_only_without_a_finished_run_is_reported(begin):

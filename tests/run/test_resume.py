@@ -14,37 +14,23 @@ from accelerate import Accelerator
 from filelock import FileLock
 
 from tests.conftest import run_interrupted
-from tests.run.conftest import at_step
-from tests.run_files import change_json, leftovers, outcome, tree
+from tests.run_files import change_json, outcome, tree
 from tests.zygote import read_until, start
 from utils.common.errors import PerPEFTError
-from utils.common.files import folder_written_atomically, remove_leftovers, write_atomically, write_text_atomically
+from utils.common.files import folder_written_atomically, remove_leftovers, write_atomically
 from utils.run.distributed import stop_signals
 from utils.run.finished import open_finished
 from utils.run.run import Run
-from utils.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
+RENAMES = ("before rename .global.tmp", "after rename global", "before rmtree .global.old")  # which replace a folder
 
 
 # ---------------------------------------------------------------- killed
 
 
-@pytest.fixture
-def through_to(zygote):
-    """Run to the end in a child; returns what the run left, without leftovers, and its end."""
-
-    def run_through(run, **how):
-        end = zygote.run(run.arguments, **how)
-        assert end.code == 0, end.output
-        assert not leftovers(run.folder) + leftovers(run.train_dir)
-        return outcome(run.folder), end
-
-    return run_through
-
-
 @pytest.mark.slow
-def test_run_killed_at_any_moment_and_continued_ends_the_same(zygote, through_to, through, begin):
+def test_run_killed_at_any_moment_and_continued_ends_the_same(through, begin):
     """Every part of a run is killed once, at a moment drawn from a seeded generator, and six kills come at random times."""
     seeded = random.Random(0)
     moments = collections.Counter(label.split(":")[0] for label in through.events)  # part of the run: its events
@@ -56,69 +42,56 @@ def test_run_killed_at_any_moment_and_continued_ends_the_same(zygote, through_to
         run = begin(f"run{number}")
         for part in parts[number::num_runs]:  # each run is killed in several of its parts, one after another
             moment = (part, seeded.randint(1, moments[part]))
-            killed = zygote.run(run.arguments, kill_at=moment)
+            killed = run.child(kill_at=moment)
             if killed.code == 0:  # the kill before had left fewer events of this part: strike it in a run of its own
                 assert outcome(run.folder) == through.outcome, kills
                 run = begin(f"run{number}_{part.replace('/', '_').replace(' ', '_')}")
-                killed = zygote.run(run.arguments, kill_at=moment)
+                killed = run.child(kill_at=moment)
             assert killed.code == -signal.SIGKILL, killed.output
             kills.append(killed.events[-1])
-        assert through_to(run)[0] == through.outcome, kills
+        assert run.child_to_the_end()[0] == through.outcome, kills
     run = begin("by_the_clock")
     for _ in range(6):
-        killed = zygote.run(run.arguments, kill_after=seeded.uniform(0.05, 1.5))
+        killed = run.child(kill_after=seeded.uniform(0.05, 1.5))
         kills += killed.events[-1:] or ["before any event"]
-    assert through_to(run)[0] == through.outcome, kills[-6:]
+    assert run.child_to_the_end()[0] == through.outcome, kills[-6:]
 
 
-def test_kill_between_the_renames_that_replace_a_folder_loses_nothing(zygote, through_to, begin):
-    changes = {"lr": 3e-3, "trial": 1, "global_epochs": 8, "num_epochs": 1}  # so that a later epoch is better than an earlier one
-    expected, end = through_to(begin("expected", **changes))
-    events = [label for label in end.events if label.startswith("global/best weights")]
-    for label in ("before rename .global.tmp", "after rename global", "before rmtree .global.old"):
+@pytest.mark.parametrize(
+    ("kind", "changes", "part", "labels"),
+    [
+        # a rate at which the best weights of a later epoch take the place of an earlier one's
+        ("lora", {"lr": 3e-3, "trial": 1, "global_epochs": 8}, "global/best weights", RENAMES),
+        ("iisan", {"global_epochs": 1}, "opening", ["during save"]),  # of the hidden states
+        ("iisan", {"global_epochs": 1}, "personalized/best weights", ["during save"]),
+    ],
+)
+def test_run_killed_at_the_worst_moments_ends_the_same(begin, kind, changes, part, labels):
+    expected, events = begin("expected", kind, num_epochs=1, **changes).child_to_the_end()
+    events = [label for label in events if label.startswith(f"{part}: ")]
+    for label in labels:
         last = max(number for number, event in enumerate(events, 1) if event.endswith(label))
-        run = begin(label.replace(" ", "_"), **changes)
-        assert zygote.run(run.arguments, kill_at=("global/best weights", last)).code == -signal.SIGKILL
-        assert through_to(run)[0] == expected
+        run = begin(label.replace(" ", "_"), kind, num_epochs=1, **changes)
+        assert run.child(kill_at=(part, last)).code == -signal.SIGKILL
+        assert run.child_to_the_end()[0] == expected
 
 
-def test_kill_while_restart_clears_leaves_nothing_that_is_refused_or_taken_up(zygote, through_to, begin):
+def test_kill_while_restart_clears_leaves_nothing_that_is_refused_or_taken_up(begin):
     shorter = {"global_epochs": 1, "num_epochs": 1, "trial": 0}
-    expected, _ = through_to(begin("expected", **shorter))
+    expected, _ = begin("expected", **shorter).child_to_the_end()
     run, other = begin("run"), begin("other", **shorter)
-    through_to(run)
+    run.child_to_the_end()
     kept = shutil.copytree(run.folder, run.folder.with_name("kept"))
     other.arguments += ["--output_dir", run.folder.parent]  # the same folder name, other settings
-    restart = zygote.run([*other.arguments, "--restart"])
-    events = [label for label in restart.events if label.startswith("opening/clearing")]
+    events = [label for label in other.child("--restart").events if label.startswith("opening/clearing")]
     first = 1 + events.index("opening/clearing: after unlink summary.json")
     for number in sorted(random.Random(1).sample(range(first, len(events) + 1), 4)):
         shutil.rmtree(run.folder)
         shutil.copytree(kept, run.folder)
-        killed = zygote.run([*other.arguments, "--restart"], kill_at=("opening/clearing", number))
-        again = zygote.run(other.arguments)  # even without --restart: there is no old run any more
+        killed = other.child("--restart", kill_at=("opening/clearing", number))
+        again = other.child()  # even without --restart: there is no old run any more
         assert (killed.code, again.code) == (-signal.SIGKILL, 0) and "continuing" not in again.output, again.output
         assert outcome(run.folder) == expected, events[number - 1]
-
-
-def test_iisan_killed_while_hidden_states_are_saved_and_in_training_ends_the_same(zygote, through_to, begin):
-    expected, run = (begin(name, "iisan", global_epochs=1, num_epochs=1) for name in ("expected", "run"))
-    left, end = through_to(expected, script="perpeft_iisan")
-    opening = [label for label in end.events if label.startswith("opening: ")]
-    saving = ("opening", 1 + opening.index("opening: during save"))
-    for kill_at in (saving, ("global/state", 3), ("personalized/best weights", 9)):
-        assert zygote.run(run.arguments, script="perpeft_iisan", kill_at=kill_at).code == -signal.SIGKILL
-    assert through_to(run, script="perpeft_iisan")[0] == left
-
-
-def test_restart_removes_only_what_runs_leave(finished):
-    for name in ("mine", "tensorboard", "wandb", "figures"):
-        (finished.folder / name).mkdir()
-    (finished.folder / "note.txt").write_text("mine")
-    finished.train("--restart", "--global_epochs", "1", "--num_epochs", "1")
-    names = {path.name for path in finished.folder.iterdir()}
-    assert {"mine", "note.txt"} <= names and not names & {"tensorboard", "wandb", "figures", "resume"}
-    assert len((finished.folder / "metrics.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("epochs", [2, 4])  # the last one of either stage
@@ -133,7 +106,7 @@ def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, thr
 
 
 @pytest.mark.slow
-def test_script_stopped_by_sigterm_sigint_and_sigkill_says_how_to_go_on_and_ends_the_same(through_to, begin):
+def test_script_stopped_by_sigterm_sigint_and_sigkill_says_how_to_go_on_and_ends_the_same(begin):
     expected, run = begin("expected", num_epochs=6), begin("run", num_epochs=6)
     for number, moment in ((signal.SIGTERM, "global epoch 1"), (signal.SIGINT, "groups of"), (signal.SIGKILL, "continuing")):
         process = start("perpeft_lora_ia3.py", *run.arguments)
@@ -146,40 +119,7 @@ def test_script_stopped_by_sigterm_sigint_and_sigkill_says_how_to_go_on_and_ends
             assert process.returncode == 128 + number and "Traceback" not in output
             assert f"interrupted by {number.name}" in output and f"{run.folder} is saved up to " in output
             assert "the same command continues from there" in output
-    assert through_to(run)[0] == through_to(expected)[0]
-
-
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGTERM, 3)])  # 3 is the last
-def test_signal_in_a_step_saves_after_it_and_the_same_command_goes_on(begin, through, monkeypatch, number, step):
-    def signalled(trainer, loss):
-        os.kill(os.getpid(), number)
-        update(trainer, loss)
-
-    run, update = begin(save_every=500), Trainer.update
-    at_step(monkeypatch, step, signalled)
-    code, message = run.end()
-    assert code == 128 + number and f"is saved up to global epoch 1, step {step}; the same command continues" in message
-    monkeypatch.undo()
-    assert run.train() == through.outcome
-
-
-@pytest.mark.parametrize(("epoch", "place"), [(1, "global epoch 2, step 1;"), (2, "global epoch 3, step 0;")])  # 2 is the last
-def test_signal_between_epochs_is_obeyed_even_if_it_comes_in_a_destructor(begin, through, monkeypatch, epoch, place):
-    class Doomed:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)  # Python ignores what is raised here
-
-    def report(run, stage, epochs):
-        original(run, stage, epochs)
-        if next(count) == epoch:
-            Doomed()
-
-    run, original, count = begin(save_every=500), Run._report_epoch, iter(range(1, 10**6))
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_report_epoch", report)
-        code, message = run.end()
-    assert code == 128 + signal.SIGTERM and f"is saved up to {place}" in message
-    assert run.train() == through.outcome
+    assert run.child_to_the_end()[0] == expected.child_to_the_end()[0]
 
 
 def test_restart_is_left_out_of_the_advice_to_go_on(begin, monkeypatch):
@@ -261,12 +201,6 @@ def test_changed_data_are_refused(kept, tiny_clip, file, old, new, message):
     assert outcome(kept.folder) == before
 
 
-def test_options_that_change_no_figure_may_change_on_the_way(started, through, tmp_path):
-    moved = tmp_path / "moved"
-    started.train_dir.rename(moved)
-    assert started.train("--train_dir", str(moved), "--save_every", "7", "--debug") == through.outcome
-
-
 def test_folder_without_a_saved_state_has_nothing_to_lose(begin, through):
     run = begin()
     (run.folder / "resume").mkdir(parents=True)
@@ -275,10 +209,11 @@ def test_folder_without_a_saved_state_has_nothing_to_lose(begin, through):
     assert run.train() == through.outcome
 
 
-def test_second_run_in_one_folder_is_refused(started, through):
+def test_second_run_in_one_folder_is_refused_and_options_that_change_no_figure_may_change(started, through, tmp_path):
     with FileLock(started.folder / ".lock"), pytest.raises(PerPEFTError, match="another process is training in"):
         started.train()
-    assert started.train() == through.outcome
+    moved = started.train_dir.rename(tmp_path / "moved")
+    assert started.train("--train_dir", str(moved), "--save_every", "7", "--debug") == through.outcome
 
 
 def saved(value):
@@ -321,49 +256,43 @@ def test_damaged_file_is_reported_with_the_way_out(request, which, file, damage)
 # ---------------------------------------------------------------- whole or not at all
 
 
-def test_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    write_text_atomically(path, "old")
+def write_file(path, content):
+    def write(temporary):
+        temporary.write_text(content)
+        if content == "bad":
+            raise OSError(28, "No space left on device")
 
-    def half(temporary):
-        temporary.write_text("ne")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
-        write_atomically(path, half)
-    assert tree(tmp_path) == {"file": b"old"}
+    write_atomically(path, write)
 
 
-def write_folder(folder, name):
-    with folder_written_atomically(folder) as temporary:
-        (temporary / name).write_text(name)
-        if name == "bad":
-            raise ZeroDivisionError
+def write_folder(path, content):
+    with folder_written_atomically(path) as temporary:
+        write_file(temporary / "file", content)
 
 
-def test_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    def rename_once(source, target):
-        if Path(source).name == ".folder.tmp":  # between the renames
-            raise OSError(5, "Input/output error")
+@pytest.mark.parametrize(("write", "name"), [(write_file, "target"), (write_folder, "target/file")])
+def test_target_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, write, name):
+    def fail_once(source, target, rename=os.rename):
+        if Path(source).name == ".target.tmp":  # of a folder, between its two renames
+            raise OSError(5, "Input/output error", str(tmp_path / "target"))
         rename(source, target)
 
-    write_folder(tmp_path / "folder", "old")
-    with pytest.raises(ZeroDivisionError):
-        write_folder(tmp_path / "folder", "bad")
-    assert tree(tmp_path) == {"folder/old": b"old"}
-    rename = os.rename
+    write(tmp_path / "target", "old")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/"):
+        write(tmp_path / "target", "bad")
+    assert tree(tmp_path) == {name: b"old"}
     with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
-        patch.setattr(os, "rename", rename_once)
-        write_folder(tmp_path / "folder", "new")
-    assert tree(tmp_path) == {"folder/old": b"old"} and len(list(tmp_path.iterdir())) == 1
-    write_folder(tmp_path / "folder", "new")
-    assert tree(tmp_path) == {"folder/new": b"new"}
+        for function in ("rename", "replace"):
+            patch.setattr(os, function, fail_once)
+        write(tmp_path / "target", "new")
+    assert tree(tmp_path) == {name: b"old"} and len(list(tmp_path.iterdir())) == 1
+    write(tmp_path / "target", "new")
+    assert tree(tmp_path) == {name: b"new"}
 
 
 def test_leftovers_of_a_kill_are_removed_and_a_folder_that_stepped_aside_comes_back(tmp_path):
     for name in (".global.tmp", ".global.old", ".personalized.tmp", ".personalized.old", "personalized", ".other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
+        write_folder(tmp_path / name, name)
     (tmp_path / ".metrics.csv.tmp").write_text("half")
     remove_leftovers(tmp_path)
     assert tree(tmp_path) == {
