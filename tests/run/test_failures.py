@@ -29,9 +29,6 @@ from utils.training.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("no_drawing")
 
 
-# ---------------------------------------------------------------- disk
-
-
 def check_reported_and_whole(end, run):
     """A full disk was reported without a traceback, and no file is half-written."""
     assert "Traceback" not in end.output and "No space left" in end.output
@@ -88,9 +85,6 @@ def test_failing_write_is_the_oserror_it_is(tiny_clip, tmp_path, what):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG
     assert (what == "tensors") == (tmp_path / "tensors.pt").exists()
-
-
-# ---------------------------------------------------------------- memory, a folder that turns read-only, weights, signals
 
 
 def spoil_loss(monkeypatch, number, value=math.nan):
@@ -210,9 +204,6 @@ def test_mistakes_in_the_code_end_with_a_traceback(begin, monkeypatch):
         begin().end()
 
 
-# ---------------------------------------------------------------- losses, overflow
-
-
 def test_loss_that_is_not_finite_in_stage_3_stops_with_step_group_and_items(begin, through, tiny_dataset, monkeypatch):
     users = [line.split(b",") for line in through.outcome["groups.csv"].split()[1:]]
     sizes = collections.Counter(group for user, group in users if can_train(tiny_dataset, int(user)))
@@ -280,8 +271,6 @@ def test_state_saved_without_a_scaler_continues_with_one(started, monkeypatch):
     scaled(monkeypatch, 2.0**16)
     assert "summary.json" in started.train()
 
-
-# ---------------------------------------------------------------- the user's mistakes
 
 DEVICES = ("gpu", "cuda:x", "cuda:-1", "cuda:99", "cpu:5", "meta", "", "mps:1", "cuda:99999999999")
 

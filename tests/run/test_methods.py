@@ -24,9 +24,6 @@ def run_method(tiny_dataset, tiny_clip, tmp_path_factory):
     return functools.cache(lambda **changes: trained(tiny_dataset, tiny_clip, tmp_path_factory.mktemp("runs"), **changes))
 
 
-# ---------------------------------------------------------------- methods that end with stage 1
-
-
 def test_global_goes_on_where_perpefts_first_stage_ends(run_method, tiny_run):
     folder = run_method(method="global")
     assert folder.name == RUN.format("lora_global")
@@ -88,18 +85,12 @@ def test_none_needs_neither_images_nor_weights_and_is_the_same_run_in_both_scrip
     assert "is finished" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- one modality
-
-
 def test_modality_is_a_run_of_its_own_and_its_adapters_are_of_one_tower(run_method):
     folder = run_method(modality="text", global_epochs=1, num_epochs=1)
     assert folder.name == RUN.format("lora_text")
     for place in ("global", "personalized/group_0", "personalized/group_2"):
         saved = load_file(folder / place / "adapter" / "adapter_model.safetensors")
         assert saved and all("text_model" in name for name in saved)
-
-
-# ---------------------------------------------------------------- stage 2's groups
 
 
 def test_random_grouping_is_even_seeded_and_ignores_taste(run_method, tiny_run):
@@ -112,9 +103,6 @@ def test_random_grouping_is_even_seeded_and_ignores_taste(run_method, tiny_run):
     clusters = list(groups_of(tiny_run.folder).values())
     largest = max(clusters, key=clusters.count)  # of at least 14 users, spread over all random groups
     assert {group for cluster, group in zip(clusters, groups) if cluster == largest} == {0, 1, 2}
-
-
-# ---------------------------------------------------------------- starting from a global model
 
 
 def authors_files(run_folder, folder, ending="lora_tiny_10_0.001_0.0001"):

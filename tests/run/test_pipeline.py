@@ -46,9 +46,6 @@ def weights(folder):
     return {f"{path.relative_to(folder)} {name}": tensor for path, tensors in found.items() for name, tensor in tensors.items()}
 
 
-# ---------------------------------------------------------------- what a run leaves
-
-
 def test_run_folder_holds_the_documented_files_and_nothing_else(tiny_run):
     adapter = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     expected = {"metrics.csv", "summary.json", "groups.csv", "global_ranks.csv", "personalized_ranks.csv", *PLOTS}
@@ -119,9 +116,6 @@ def test_reported_metrics_follow_from_the_saved_weights_without_this_projects_co
             assert summary[split][f"HR@{k}"] == pytest.approx(np.mean([rank < k for rank in found.values()]), abs=1e-9)
             gains = [1 / np.log2(rank + 2) if rank < k else 0 for rank in found.values()]
             assert summary[split][f"NDCG@{k}"] == pytest.approx(np.mean(gains), abs=1e-9)
-
-
-# ---------------------------------------------------------------- figures can be reproduced
 
 
 def test_figures_are_those_of_the_epoch_best_by_valid_ndcg_20_and_come_again_by_inference_only(begin, capsys):
@@ -217,9 +211,6 @@ def test_true_groups_that_come_with_drawn_data_are_compared_with_those_found(fin
     assert "adjusted Rand index to the true groups 1.00" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- a folder that is there already
-
-
 def test_finished_run_is_not_trained_again(finished, capsys):
     before = tree(finished.folder)
     (finished.folder / "resume").mkdir()
@@ -253,9 +244,6 @@ def test_inference_only_without_a_finished_run_is_reported(begin):
         run_interrupted(run.arguments, "group_users")  # stage 1 is done, but there are no groups yet
 
 
-# ---------------------------------------------------------------- mistakes at the command line
-
-
 def test_readmes_command_without_the_data_set_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = "--dataset sports_outdoors --device cuda:0 --peft_type lora --wdecay 1e-4 --lr 1e-4"
@@ -274,9 +262,6 @@ def test_missing_clip_weights_say_what_to_do(tiny_dataset, tmp_path):
     assert re.findall("^error: .*", output, re.M) == [output.splitlines()[-1]]
     message = output.splitlines()[-1]
     assert "openai/clip-vit-base-patch32" in message and "--clip_model" in message and "network" in message
-
-
-# ---------------------------------------------------------------- CLIP folders that are none
 
 
 def test_folder_whose_weights_lack_a_part_is_refused(tmp_path, tiny_clip):

@@ -21,8 +21,6 @@ from utils.data.histories import Histories
 from utils.run.distributed import make_accelerator
 from utils.training.sampling import Sampler
 
-# ---------------------------------------------------------------- shards of a batch, in one process
-
 
 def users_of(batch):
     """Each user's history, positives and negatives, as item numbers."""
@@ -73,9 +71,6 @@ def test_device_that_several_processes_cannot_have_is_refused(monkeypatch, devic
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     with pytest.raises(PerPEFTError, match=message):
         choose_device(device)
-
-
-# ---------------------------------------------------------------- runs
 
 
 @pytest.fixture
@@ -181,9 +176,6 @@ def test_error_that_rank_0_alone_meets_ends_the_others(begin):
     assert first.code == 2 and first.output.count("another process is training in") == 1
     assert second.code == 1 and second.output.startswith("rank 1: ")
     assert files(run) == [".lock"]
-
-
-# ---------------------------------------------------------------- two machines, as two network namespaces that share a disk
 
 
 def ip(*words):

@@ -26,9 +26,6 @@ pytestmark = pytest.mark.usefixtures("no_drawing")
 RENAMES = ("before rename .global.tmp", "after rename global", "before rmtree .global.old")  # which replace a folder
 
 
-# ---------------------------------------------------------------- killed
-
-
 @pytest.mark.slow
 def test_run_killed_at_any_moment_and_continued_ends_the_same(through, begin):
     """Every part of a run is killed once, at a moment drawn from a seeded generator, and six kills come at random times."""
@@ -102,9 +99,6 @@ def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, thr
     assert run.train() == through.outcome
 
 
-# ---------------------------------------------------------------- interrupted
-
-
 @pytest.mark.slow
 def test_script_stopped_by_sigterm_sigint_and_sigkill_says_how_to_go_on_and_ends_the_same(begin):
     expected, run = begin("expected", num_epochs=6), begin("run", num_epochs=6)
@@ -138,9 +132,6 @@ def test_second_signal_stops_at_once_and_handlers_are_restored():
         os.kill(os.getpid(), signal.SIGTERM)
         reached.append(True)
     assert not reached and signal.getsignal(signal.SIGTERM) == before
-
-
-# ---------------------------------------------------------------- never mixed
 
 
 @pytest.fixture(params=["started", "finished"])
@@ -251,9 +242,6 @@ def test_damaged_file_is_reported_with_the_way_out(request, which, file, damage)
         path.write_bytes(damage(path.read_bytes()) if callable(damage) else damage)
     with pytest.raises(PerPEFTError, match=f"{path.name} .*--restart"):
         run.train(*(["--inference_only"] if which == "finished" else []))
-
-
-# ---------------------------------------------------------------- whole or not at all
 
 
 def write_file(path, content):
