@@ -76,13 +76,10 @@ class Sampler:
             )
         self._plans: dict[int, list[tuple[int, np.ndarray]]] = {}  # of the latest epoch
 
-    def _random(self, *position: int) -> np.random.Generator:
-        return np.random.default_rng([*self._seed, *position])
-
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The group and the user rows of every batch of an epoch."""
         if epoch not in self._plans:
-            random = self._random(epoch, 0)  # steps count from 1 here: numpy takes (epoch) for (epoch, 0)
+            random = np.random.default_rng([*self._seed, epoch, 0])  # steps count from 1 here: numpy takes (epoch) for (epoch, 0)
             batches = []
             for group, members in enumerate(self._members):
                 shuffled = random.permutation(members)
@@ -99,7 +96,8 @@ class Sampler:
         mask = seq != 0
         positives = np.where(mask, window[:, 1:], 0)  # [batch, time]
         negatives = np.zeros_like(seq)  # [batch, time]
-        negatives[mask] = self.negatives(np.repeat(users, mask.sum(1)), group, self._random(epoch, step + 1))
+        random = np.random.default_rng([*self._seed, epoch, step + 1])
+        negatives[mask] = self.negatives(np.repeat(users, mask.sum(1)), group, random)
         rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
         items, local = np.unique(rows, return_inverse=True)
         seq, positives, negatives = local[1:].reshape(3, *seq.shape)
