@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import random
+import re
 import resource
 import signal
 from unittest import mock
@@ -281,15 +282,17 @@ DEVICES = ("gpu", "cuda:x", "cuda:-1", "cuda:99", "cpu:5", "meta", "", "mps:1", 
         *((f"--device={device}", f"error: --device {device}") for device in DEVICES),
         *((f"--output_dir={path}", f"error: cannot make the run folder {path}/") for path in (__file__, f"{__file__}/below")),
         ("--dataset=tinny", "error: data set 'tinny' is not in "),
-        (f"--dataset={'n' * 300}", "error: [Errno 36] File name too long: "),
+        (f"--dataset={'n' * 300}", r"error: \[Errno 36\] File name too long: "),
         ("--clip_model=/nowhere/at/all", "error: --clip_model '/nowhere/at/all' cannot be loaded"),
         ("--C=41", "41 groups"),
+        ("--dataset=sports_outdoors --device=cuda:0 --lr=1e-4", "sports_outdoors_final.txt is missing .* python3 unzip_data.py"),
     ],
 )
 def test_mistakes_are_reported_in_a_sentence_and_shown_in_full_with_debug(begin, mistake, message):
     run = begin()
-    code, said = run.end(mistake)
+    code, said = run.end(*mistake.split())
     sentence = said.splitlines()[-1]
-    assert code in (1, 2) and message in sentence and "Traceback" not in said
-    code_again, shown = run.end(mistake, "--debug")
+    assert code in (1, 2) and re.search(message, sentence) and "Traceback" not in said
+    assert not run.folder.parent.exists() or "clip_model" in mistake  # nothing is made before the data are found sound
+    code_again, shown = run.end(*mistake.split(), "--debug")
     assert code_again == code and "Traceback" in shown and shown.splitlines()[-1] == sentence

@@ -1,7 +1,6 @@
 """The methods and ablations of the paper's Tables 2 and 3: every flag does what it says, and nothing that it does not say."""
 import functools
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 import perpeft_iisan
-from tests.conftest import NUM_ITEMS, RUN, run_interrupted, run_script, tiny_arguments, tiny_options, trained, write_dataset
+from tests.conftest import NUM_ITEMS, RUN, run_interrupted, run_script, tiny_options, trained
 from tests.plain import clip_features, clip_inputs, plain_ranks, with_vectors
 from tests.run_files import groups_of, rows_of, summary_of, tree, without_seconds
 from utils.common.errors import PerPEFTError
@@ -77,8 +76,8 @@ def test_none_knows_items_by_their_embeddings_alone(run_method, tiny_dataset, ti
     assert summary_of(folder)["global"]["test"]["HR@10"] == pytest.approx(np.mean([rank < 10 for rank in ranks]), abs=1e-9)
 
 
-def test_none_needs_neither_images_nor_weights_and_is_the_same_run_in_both_scripts(run_method, begin, capsys):
-    run = begin(method="none", clip_model="/nowhere")
+def test_none_needs_no_images_weights_or_users_in_every_group_and_is_the_same_run_in_both_scripts(run_method, begin, capsys):
+    run = begin(method="none", clip_model="/nowhere", C=41)  # of 40 users
     shutil.rmtree(run.train_dir / "tiny_images")
     assert run.train()["metrics.csv"] == without_seconds(run_method(method="none"))
     run_script([part for part in run.arguments if part not in ("--peft_type", "lora")], perpeft_iisan.main)
@@ -170,12 +169,3 @@ def test_a_source_that_cannot_be_used_is_one_clear_error_and_costs_nothing_that_
     with pytest.raises(PerPEFTError, match=message):
         finished.train("--init_from", str(tmp_path / source), "--restart", *more.split())
     assert tree(finished.folder) == before
-
-
-def test_only_groups_need_as_many_users_as_groups(tmp_path, tiny_clip):
-    histories = {user: [1 + (user + step) % 6 for step in range(5)] for user in range(1, 5)}
-    folder = write_dataset(tmp_path / "dataset", "few", histories, [f"lamp {item}" for item in range(1, 7)])
-    few = SimpleNamespace(name="few", train_dir=folder)
-    run_script(tiny_arguments(few, tiny_clip, tmp_path / "runs", method="none", C=8, global_epochs=1, num_epochs=1))
-    with pytest.raises(PerPEFTError, match="8 groups"):
-        run_script(tiny_arguments(few, tiny_clip, tmp_path / "runs", C=8))

@@ -15,17 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPModel
 
-from tests.conftest import (
-    NUM_ITEMS,
-    RUN,
-    can_train,
-    exit_code,
-    parsed,
-    run_interrupted,
-    tiny_histories,
-    tiny_titles,
-    write_dataset,
-)
+from tests.conftest import NUM_ITEMS, RUN, can_train, parsed, run_interrupted, tiny_histories, tiny_titles, write_dataset
 from tests.plain import plain_model, plain_ranks
 from tests.run_files import groups_of, outcome, ranks_of, read_csv, rows_of, summary_of, tree, without_seconds
 from tests.zygote import start
@@ -242,16 +232,6 @@ def test_inference_only_without_a_finished_run_is_reported(begin):
         with pytest.raises(PerPEFTError, match="without --inference_only"):
             run.train("--inference_only")
         run_interrupted(run.arguments, "group_users")  # stage 1 is done, but there are no groups yet
-
-
-def test_readmes_command_without_the_data_set_says_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    command = "--dataset sports_outdoors --device cuda:0 --peft_type lora --wdecay 1e-4 --lr 1e-4"
-    assert exit_code(command.split()) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
-    assert "sports_outdoors_final.txt" in message and "unzip_data.py" in message
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_clip_weights_say_what_to_do(tiny_dataset, tmp_path):

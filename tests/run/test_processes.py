@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 
 from tests.conftest import NUM_ITEMS
-from tests.run_files import groups_of, without_seconds
+from tests.run_files import groups_of, tree, without_seconds
 from tests.zygote import free_port, read_until, start
 from utils.common.devices import choose_device, seed_everything
 from utils.common.errors import PerPEFTError
@@ -84,10 +84,6 @@ def deterministic(begin):
     return make
 
 
-def files(run):
-    return sorted(path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file())
-
-
 def assert_same_figures(run, expected):
     """Equal but for the order in which numbers were added, which may let one user of 38 change places with another item."""
     rows, others = without_seconds(run.folder), without_seconds(expected.folder)
@@ -96,7 +92,7 @@ def assert_same_figures(run, expected):
         assert row.pop("stage") == other.pop("stage")
         assert float(row.pop("train_loss")) == pytest.approx(float(other.pop("train_loss")), rel=1e-3)
         assert list(map(float, row.values())) == pytest.approx(list(map(float, other.values())), abs=0.03)
-    assert files(run) == files(expected)
+    assert tree(run.folder).keys() == tree(expected.folder).keys()
     if (run.folder / "groups.csv").exists():
         assert groups_of(run.folder) == groups_of(expected.folder)
 
@@ -175,7 +171,7 @@ def test_error_that_rank_0_alone_meets_ends_the_others(begin):
         first, second = run.together()
     assert first.code == 2 and first.output.count("another process is training in") == 1
     assert second.code == 1 and second.output.startswith("rank 1: ")
-    assert files(run) == [".lock"]
+    assert list(tree(run.folder)) == [".lock"]
 
 
 def ip(*words):
