@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from models.peft_configs import PEFT_TYPES
-from tests.conftest import RUN, exit_code, fresh_data, parsed, run_interrupted, run_script, tiny_arguments
+from tests.conftest import exit_code, fresh_data, parsed, run_interrupted, run_script, tiny_arguments
 from tests.run_files import leftovers, outcome
 from tests.zygote import shared_zygote
 from utils.run.folder import run_name
@@ -61,19 +61,19 @@ class TinyRun:
         return outcome(self.folder), end.events
 
 
+def make_run(root, dataset, clip, kind="lora", **changes):
+    """A tiny run that has not started, on a fresh copy of the data without what runs keep beside it."""
+    data = fresh_data(dataset, root / "dataset")
+    peft_type = None if kind == "iisan" else kind  # its script knows one kind only
+    arguments = tiny_arguments(data, clip, root / "runs", **{"peft_type": peft_type, "save_every": 1, **changes})
+    script, kinds = ("perpeft_iisan", ("iisan",)) if kind == "iisan" else ("perpeft_lora_ia3", PEFT_TYPES)
+    return TinyRun(arguments, root / "runs" / run_name(parsed(arguments, kinds)), data.train_dir, script)
+
+
 @pytest.fixture
 def begin(tiny_dataset, tiny_clip, tmp_path):
-    """Make a fresh copy of the data, without what runs keep beside it, in a folder of a tiny run that has not started."""
-
-    def make(name="run", kind="lora", root=None, **changes):
-        root = root or tmp_path / name
-        data = fresh_data(tiny_dataset, root / "dataset")
-        peft_type = None if kind == "iisan" else kind  # its script knows one kind only
-        arguments = tiny_arguments(data, tiny_clip, root / "runs", **{"peft_type": peft_type, "save_every": 1, **changes})
-        script, kinds = ("perpeft_iisan", ("iisan",)) if kind == "iisan" else ("perpeft_lora_ia3", PEFT_TYPES)
-        return TinyRun(arguments, root / "runs" / run_name(parsed(arguments, kinds)), data.train_dir, script)
-
-    return make
+    """`make_run`, in a folder of that name."""
+    return lambda name="run", *kind, **changes: make_run(tmp_path / name, tiny_dataset, tiny_clip, *kind, **changes)
 
 
 @pytest.fixture
@@ -94,8 +94,5 @@ def finished(copied_run, tiny_dataset, tmp_path):
 @pytest.fixture(scope="session")
 def through(tiny_dataset, tiny_clip, tmp_path_factory):
     """A tiny run that was not disturbed: its outcome, and the events that it consists of."""
-    folder = tmp_path_factory.mktemp("through")
-    data = fresh_data(tiny_dataset, folder / "dataset")
-    arguments = tiny_arguments(data, tiny_clip, folder / "runs", save_every=1)
-    left, events = TinyRun(arguments, folder / "runs" / RUN.format("lora"), data.train_dir).child_to_the_end()
+    left, events = make_run(tmp_path_factory.mktemp("through"), tiny_dataset, tiny_clip).child_to_the_end()
     return SimpleNamespace(outcome=left, events=events)

@@ -71,21 +71,19 @@ def test_disk_that_is_full_at_any_write_is_reported_and_the_run_goes_on(through,
         assert outcome(run.folder) == through.outcome
 
 
-@pytest.mark.parametrize("what", ["tensors", "adapter"])
-def test_failing_write_is_the_oserror_it_is(tiny_clip, tmp_path, what):
+def test_failing_write_is_the_oserror_it_is(tiny_clip, tmp_path):
     foundation = load_foundation(str(tiny_clip))
     encoder = ClipPeftEncoder(foundation.clip, peft_config("lora"), foundation.image_processor)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # as on a full disk, a part of the file can be written
     try:
-        with pytest.raises(OSError) as error:
-            if what == "adapter":
-                save_adapter(encoder, tmp_path, 0)
+        with pytest.raises(OSError) as of_adapter:
+            save_adapter(encoder, tmp_path, 0)
+        with pytest.raises(OSError) as of_tensors:
             save_tensors({"weights": torch.zeros(10**6)}, tmp_path / "tensors.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert error.value.errno == errno.EFBIG
-    assert (what == "tensors") == (tmp_path / "tensors.pt").exists()
+    assert of_adapter.value.errno == of_tensors.value.errno == errno.EFBIG
 
 
 def spoil_loss(monkeypatch, number, value=math.nan):
@@ -134,30 +132,30 @@ def at(step, action):
     return lambda monkeypatch: at_step(monkeypatch, step, action)
 
 
-def signalled_after(epoch):
-    """A signal between two epochs that comes in a destructor, where Python ignores what is raised."""
+class Doomed:
+    """Sends a signal in its destructor, where Python ignores what is raised."""
 
-    class Doomed:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def report(run, stage, epochs):
-        original(run, stage, epochs)
-        if next(count) == epoch:
-            Doomed()
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def at_report(number, action):
+    """Call `action` instead of the report of the `number`-th epoch, which the continuation catches up on."""
+
+    def report(*args):
+        return action() if next(count) == number else original(*args)
 
     original, count = Run._report_epoch, iter(range(1, 10**6))
     return lambda monkeypatch: monkeypatch.setattr(Run, "_report_epoch", report)
 
 
 def turn_read_only(monkeypatch):
-    def replace(source, target):
-        if next(count) == 12:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
-        return original(source, target)
-
-    original, count = os.replace, iter(range(10**6))
-    monkeypatch.setattr(os, "replace", replace)
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(os, "replace", mock.Mock(wraps=os.replace, side_effect=[*[mock.DEFAULT] * 12, error]))
 
 
 GO_ON = "; the same command continues from there\n"
@@ -183,8 +181,10 @@ WEIGHTS = ("infinite or NaN at global epoch 1, step 3, in a batch of group 0 wit
         (at(1, signalled(signal.SIGTERM)), 143, ("by SIGTERM", f" epoch 1, step 1{GO_ON}")),
         (at(2, signalled(signal.SIGINT)), 130, ("by SIGINT", f" epoch 1, step 2{GO_ON}")),
         (at(3, signalled(signal.SIGTERM)), 143, ("by SIGTERM", f" epoch 1, step 3{GO_ON}")),
-        (signalled_after(epoch=1), 143, ("by SIGTERM", f" epoch 2, step 1{GO_ON}")),
-        (signalled_after(epoch=2), 143, ("by SIGTERM", f" epoch 3, step 0{GO_ON}")),  # the stage's last
+        (at_report(1, Doomed), 143, ("by SIGTERM", f" global epoch 2, step 1{GO_ON}")),
+        (at_report(2, Doomed), 143, ("by SIGTERM", f" global epoch 3, step 0{GO_ON}")),  # the stage's last, as the next one
+        (at_report(2, interrupt), 130, ("by SIGINT", f" global epoch 3, step 0{GO_ON}")),
+        (at_report(4, interrupt), 130, ("by SIGINT", f" personalized epoch 3, step 0{GO_ON}")),
     ],
 )
 def test_trouble_is_reported_with_what_is_saved_and_the_run_goes_on(begin, through, monkeypatch, trouble, code, sentences):
@@ -193,7 +193,7 @@ def test_trouble_is_reported_with_what_is_saved_and_the_run_goes_on(begin, throu
         trouble(patch)
         found, message = run.end()
     assert found == code and message.count("\n") <= 5
-    assert [part for part in (*sentences, f"{run.folder} is saved up to global epoch ") if part not in message] == []
+    assert [part for part in (*sentences, f"{run.folder} is saved up to ") if part not in message] == []
     assert not leftovers(run.folder)
     # the advice holds: the run goes on with the option, to the same end
     assert run.train(*(["--gradient_checkpointing"] if "memory" in message else [])) == through.outcome

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
 from scripts import check_data, explain_item, export_vectors, recommend
-from tests.conftest import exit_code, fresh_data, run_on_folder, tiny_arguments, trained
+from tests.conftest import exit_code, run_on_folder, tiny_arguments, trained
 from tests.items.families import seeded
 from tests.run_files import summary_of
 from utils.analysis.attention import explain_items
@@ -92,36 +92,36 @@ def test_an_image_only_run_without_a_class_token_shows_no_attention_and_says_why
         run_on_folder(explain_item, run.folder, "--train_dir", run.train_dir, "--item", "3")
 
 
-def test_a_dual_encoder_trains_on_titles_without_any_image(begin):
-    run = begin(modality="text", method="global", **EPOCHS)
-    images = (run.train_dir / "tiny_images").rename(run.folder.parent.with_name("images"))
-    run.train()
-    (store,) = run.train_dir.rglob("images.npy")
-    assert np.load(store).shape == (30, 3, 1, 1)  # none are stored
-    (run.train_dir / "tiny_images").mkdir()
-    shutil.copy(images / "B001.jpg", run.train_dir / "tiny_images")
-    options, expected = finished_options(run.folder, run.train_dir, "cpu")
-    assert finished_dataset(options, expected).num_items == 30  # whatever images come later
-
-
 @pytest.fixture
-def titles_only(tiny_dataset, tmp_path):
-    """A copy of the data set without images."""
-    return fresh_data(tiny_dataset, tmp_path / "dataset", "*_images").train_dir
+def titles_only(begin):
+    """A run on titles whose data set has no images."""
+    run = begin(modality="text", method="global", **EPOCHS)
+    shutil.rmtree(run.train_dir / "tiny_images")
+    return run
+
+
+def test_a_dual_encoder_trains_on_titles_without_any_image(titles_only, tiny_dataset):
+    titles_only.train()
+    (store,) = titles_only.train_dir.rglob("images.npy")
+    assert np.load(store).shape == (30, 3, 1, 1)  # none are stored
+    (titles_only.train_dir / "tiny_images").mkdir()
+    shutil.copy(tiny_dataset.train_dir / "tiny_images" / "B001.jpg", titles_only.train_dir / "tiny_images")
+    options, expected = finished_options(titles_only.folder, titles_only.train_dir, "cpu")
+    assert finished_dataset(options, expected).num_items == 30  # whatever images come later
 
 
 def test_states_of_titles_alone_hold_no_images_and_are_computed_again_where_those_are_needed(
     titles_only, tiny_clip, tiny_dataset
 ):
-    name = str(tiny_clip)
-    dataset = read_dataset(titles_only, "tiny", missing_images="unused")
+    name, train_dir = str(tiny_clip), titles_only.train_dir
+    dataset = read_dataset(train_dir, "tiny", missing_images="unused")
     path = ensure_hidden_states(dataset, name, CPU, "unused", "text")
     alone = torch.load(path, weights_only=True)
     assert alone[0].shape == (30, 3, 0) and alone[1].shape == (30, 3, 32)
     with pytest.raises(PerPEFTError, match="holds no image states"):
         HiddenStateStore.open(dataset, name)
-    shutil.copytree(tiny_dataset.train_dir / "tiny_images", titles_only / "tiny_images")
-    dataset = read_dataset(titles_only, "tiny")
+    shutil.copytree(tiny_dataset.train_dir / "tiny_images", train_dir / "tiny_images")
+    dataset = read_dataset(train_dir, "tiny")
     ensure_hidden_states(dataset, name, CPU)
     both = torch.load(path, weights_only=True)
     assert both[0].shape == (30, 3, 32)
@@ -132,7 +132,7 @@ def test_states_of_titles_alone_hold_no_images_and_are_computed_again_where_thos
 
 @pytest.mark.parametrize("modality", ["both", "text"])
 def test_check_data_asks_for_images_only_where_they_are_used(modality, titles_only, capsys):
-    code = exit_code(["--dataset", "tiny", "--train_dir", titles_only, "--modality", modality], check_data.main)
+    code = exit_code(["--dataset", "tiny", "--train_dir", titles_only.train_dir, "--modality", modality], check_data.main)
     printed = capsys.readouterr().out
     assert code == (0 if modality == "text" else 2)
     assert ("tiny_images (No such file" in printed) == (modality == "both")

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 
-from tests.conftest import run_interrupted
 from tests.run_files import change_json, outcome, tree
 from tests.zygote import read_until, start
 from utils.common.errors import PerPEFTError
@@ -89,14 +88,6 @@ def test_kill_while_restart_clears_leaves_nothing_that_is_refused_or_taken_up(be
         again = other.child()  # even without --restart: there is no old run any more
         assert (killed.code, again.code) == (-signal.SIGKILL, 0) and "continuing" not in again.output, again.output
         assert outcome(run.folder) == expected, events[number - 1]
-
-
-@pytest.mark.parametrize("epochs", [2, 4])  # the last one of either stage
-def test_metrics_that_are_an_epoch_behind_the_state_are_written_again(begin, through, epochs):
-    run = begin()
-    run_interrupted(run.arguments, call=epochs)
-    (run.folder / "curves.png").unlink()
-    assert run.train() == through.outcome
 
 
 @pytest.mark.slow
