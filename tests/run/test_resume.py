@@ -126,7 +126,7 @@ def test_second_signal_stops_at_once_and_handlers_are_restored():
 
 
 @pytest.fixture(params=["started", "finished"])
-def kept(request):
+def kept(request, tiny_run):  # tiny_run, so that it is made before anything is patched
     """A started or a finished run."""
     return request.getfixturevalue(request.param)
 
@@ -224,7 +224,7 @@ def another_shape(content):
         ("finished", "groups.csv", None),  # missing
     ],
 )
-def test_damaged_file_is_reported_with_the_way_out(request, which, file, damage):
+def test_damaged_file_is_reported_with_the_way_out(request, tiny_run, which, file, damage):
     run = request.getfixturevalue(which)
     path = run.folder / file
     if damage is None:
