@@ -159,6 +159,7 @@ def turn_read_only(monkeypatch):
 
 
 GO_ON = "; the same command continues from there\n"
+RESTARTED = "; the same command without --restart continues from there\n"
 MEMORY = ("memory is full", "--gradient_checkpointing", "--batch_size", f" epoch 1, step 2{GO_ON}")
 LOSS = ("at global epoch 1, step 2, in a batch of group 0 with items ", "--lr", " epoch 1, step 1\n")
 WEIGHTS = ("infinite or NaN at global epoch 1, step 3, in a batch of group 0 with items ", " epoch 1, step 2\n")
@@ -179,19 +180,19 @@ WEIGHTS = ("infinite or NaN at global epoch 1, step 3, in a batch of group 0 wit
         (at(3, spoil("exp_avg_sq", -math.inf)), 2, WEIGHTS),
         (turn_read_only, 1, ("Read-only file system", "--output_dir", GO_ON)),
         (at(1, signalled(signal.SIGTERM)), 143, ("by SIGTERM", f" epoch 1, step 1{GO_ON}")),
-        (at(2, signalled(signal.SIGINT)), 130, ("by SIGINT", f" epoch 1, step 2{GO_ON}")),
+        (at(2, signalled(signal.SIGINT)), 130, ("by SIGINT", f" epoch 1, step 2{RESTARTED}")),
         (at(3, signalled(signal.SIGTERM)), 143, ("by SIGTERM", f" epoch 1, step 3{GO_ON}")),
         (at_report(1, Doomed), 143, ("by SIGTERM", f" global epoch 2, step 1{GO_ON}")),
         (at_report(2, Doomed), 143, ("by SIGTERM", f" global epoch 3, step 0{GO_ON}")),  # the stage's last, as the next one
-        (at_report(2, interrupt), 130, ("by SIGINT", f" global epoch 3, step 0{GO_ON}")),
-        (at_report(4, interrupt), 130, ("by SIGINT", f" personalized epoch 3, step 0{GO_ON}")),
+        (at_report(2, interrupt), 130, ("by SIGINT", f" global epoch 3, step 0{RESTARTED}")),
+        (at_report(4, interrupt), 130, ("by SIGINT", f" personalized epoch 3, step 0{RESTARTED}")),
     ],
 )
 def test_trouble_is_reported_with_what_is_saved_and_the_run_goes_on(begin, through, monkeypatch, trouble, code, sentences):
     run = begin(save_every=500 if code > 128 else 1)  # a signal lets the state be saved
     with monkeypatch.context() as patch:
         trouble(patch)
-        found, message = run.end()
+        found, message = run.end(*(["--restart"] if code == 130 else []))
     assert found == code and message.count("\n") <= 5
     assert [part for part in (*sentences, f"{run.folder} is saved up to ") if part not in message] == []
     assert not leftovers(run.folder)

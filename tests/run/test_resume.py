@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from utils.common.errors import PerPEFTError
 from utils.common.files import folder_written_atomically, remove_leftovers, write_atomically
 from utils.run.distributed import stop_signals
 from utils.run.finished import open_finished
-from utils.run.run import Run
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 RENAMES = ("before rename .global.tmp", "after rename global", "before rmtree .global.old")  # which replace a folder
@@ -32,8 +30,7 @@ def test_run_killed_at_any_moment_and_continued_ends_the_same(through, begin):
     moments = collections.Counter(label.split(":")[0] for label in through.events)  # part of the run: its events
     parts = list(moments)
     assert {"opening/store", "global/state", "global/evaluation", "grouping", "personalized/best weights", "report"} <= set(parts)
-    kills = []
-    num_runs = 8
+    kills, num_runs = [], 8
     for number in range(num_runs):
         run = begin(f"run{number}")
         for part in parts[number::num_runs]:  # each run is killed in several of its parts, one after another
@@ -107,22 +104,14 @@ def test_script_stopped_by_sigterm_sigint_and_sigkill_says_how_to_go_on_and_ends
     assert run.child_to_the_end()[0] == expected.child_to_the_end()[0]
 
 
-def test_restart_is_left_out_of_the_advice_to_go_on(begin, monkeypatch):
-    monkeypatch.setattr(Run, "_report_epoch", mock.Mock(side_effect=KeyboardInterrupt))
-    code, message = begin().end("--restart")
-    assert code == 130
-    assert message.endswith("; the same command without --restart continues from there\n\ninterrupted by SIGINT\n")
-
-
 def test_second_signal_stops_at_once_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
-    reached = []
     with pytest.raises(KeyboardInterrupt), stop_signals(Accelerator(cpu=True), 1) as requested:
         os.kill(os.getpid(), signal.SIGTERM)
         assert requested(1) == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
-        reached.append(True)
-    assert not reached and signal.getsignal(signal.SIGTERM) == before
+        pytest.fail("the second signal did not stop at once")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.fixture(params=["started", "finished"])
