@@ -102,6 +102,6 @@ def test_package_that_is_not_installed_is_reported_before_anything_is_done(begin
 def test_damaged_note_is_reported_with_the_way_out(begin):
     run = begin(log_with="tensorboard")
     run_interrupted(run.arguments, call=1, after=True)
-    (run.folder / "resume" / "tensorboard.json").write_text("{")
+    (run.folder / "resume" / "tensorboard.json").write_text('{"id": 7}')
     with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):
         run.train()
