@@ -1,7 +1,6 @@
 """The methods and ablations of the paper's Tables 2 and 3: every flag does what it says, and nothing that it does not say."""
 import functools
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,18 +10,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 import perpeft_iisan
-from tests.conftest import (
-    NUM_ITEMS,
-    RUN,
-    fresh_data,
-    iisan_arguments,
-    run_interrupted,
-    run_script,
-    tiny_arguments,
-    tiny_options,
-    trained,
-    write_dataset,
-)
+from tests.conftest import NUM_ITEMS, RUN, run_interrupted, run_script, tiny_options, trained
 from tests.plain import clip_features, clip_inputs, plain_ranks, with_vectors
 from tests.run_files import groups_of, rows_of, summary_of, tree, without_seconds
 from utils.common.errors import PerPEFTError
@@ -33,9 +21,6 @@ from utils.run.opening import open_run
 def run_method(tiny_dataset, tiny_clip, tmp_path_factory):
     """Run with some flags changed, once for each set of flags; returns the only run folder."""
     return functools.cache(lambda **changes: trained(tiny_dataset, tiny_clip, tmp_path_factory.mktemp("runs"), **changes))
-
-
-# ---------------------------------------------------------------- methods that end with stage 1
 
 
 def test_global_goes_on_where_perpefts_first_stage_ends(run_method, tiny_run):
@@ -91,19 +76,12 @@ def test_none_knows_items_by_their_embeddings_alone(run_method, tiny_dataset, ti
     assert summary_of(folder)["global"]["test"]["HR@10"] == pytest.approx(np.mean([rank < 10 for rank in ranks]), abs=1e-9)
 
 
-def test_none_needs_neither_images_nor_weights(tiny_dataset, run_method, tmp_path):
-    data = fresh_data(tiny_dataset, tmp_path / "dataset", "*_images")
-    folder = trained(data, tmp_path / "no_such_clip", tmp_path / "runs", method="none")
-    assert without_seconds(folder) == without_seconds(run_method(method="none"))
-
-
-def test_methods_without_an_adapter_are_the_same_run_in_both_scripts(run_method, tiny_dataset, tiny_clip, capsys):
-    folder = run_method(method="none")
-    perpeft_iisan.main(iisan_arguments(tiny_dataset, tiny_clip, folder.parent, method="none"))
+def test_none_needs_no_images_weights_or_users_in_every_group_and_is_the_same_run_in_both_scripts(run_method, begin, capsys):
+    run = begin(method="none", clip_model="/nowhere", C=41)  # of 40 users
+    shutil.rmtree(run.train_dir / "tiny_images")
+    assert run.train()["metrics.csv"] == without_seconds(run_method(method="none"))
+    run_script([part for part in run.arguments if part not in ("--peft_type", "lora")], perpeft_iisan.main)
     assert "is finished" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- one modality
 
 
 def test_modality_is_a_run_of_its_own_and_its_adapters_are_of_one_tower(run_method):
@@ -112,9 +90,6 @@ def test_modality_is_a_run_of_its_own_and_its_adapters_are_of_one_tower(run_meth
     for place in ("global", "personalized/group_0", "personalized/group_2"):
         saved = load_file(folder / place / "adapter" / "adapter_model.safetensors")
         assert saved and all("text_model" in name for name in saved)
-
-
-# ---------------------------------------------------------------- stage 2's groups
 
 
 def test_random_grouping_is_even_seeded_and_ignores_taste(run_method, tiny_run):
@@ -129,9 +104,6 @@ def test_random_grouping_is_even_seeded_and_ignores_taste(run_method, tiny_run):
     assert {group for cluster, group in zip(clusters, groups) if cluster == largest} == {0, 1, 2}
 
 
-# ---------------------------------------------------------------- starting from a global model
-
-
 def authors_files(run_folder, folder, ending="lora_tiny_10_0.001_0.0001"):
     """A run's global model under the names that the authors' code uses."""
     folder.mkdir(exist_ok=True)
@@ -144,76 +116,56 @@ def authors_files(run_folder, folder, ending="lora_tiny_10_0.001_0.0001"):
 
 
 @pytest.mark.parametrize("source", ["run", "global", "authors", "file"])
-def test_stage_3_from_a_saved_global_model_is_the_same(tiny_run, tiny_dataset, tiny_clip, tmp_path, source):
+def test_stage_3_from_a_saved_global_model_is_the_same(tiny_run, begin, tmp_path, source):
     theirs = authors_files(tiny_run.folder, tmp_path / "pretrained_models")
     where = {
         "run": tiny_run.folder, "global": tiny_run.folder / "global", "authors": theirs,
         "file": theirs / "sasrec_lora_tiny_10_0.001_0.0001.pth",
     }[source]  # fmt: skip
-    folder = trained(tiny_dataset, tiny_clip, tmp_path / "runs", init_from=where)
-    assert without_seconds(folder)[1:] == without_seconds(tiny_run.folder)[2:]
-    (row,) = rows_of(folder, "global")
+    run = begin(init_from=where)
+    if source == "run":  # it goes on after an interruption
+        run_interrupted(run.arguments, "evaluate", 3)
+    assert run.train()["metrics.csv"][1:] == without_seconds(tiny_run.folder)[2:]
+    (row,) = rows_of(run.folder, "global")
     assert row["epoch"] == "0" and row["train_loss"] == "nan"
-    ours, original = summary_of(folder), summary_of(tiny_run.folder)
+    ours, original = summary_of(run.folder), summary_of(tiny_run.folder)
     assert ours["global"]["test"] == original["global"]["test"] and ours["global"]["best_epoch"] == 0
     assert ours["personalized"] == original["personalized"]
 
 
-def test_iisan_starts_from_the_authors_encoder_file(tiny_dataset, tiny_clip, tmp_path):
-    def run(name, **changes):
-        perpeft_iisan.main(iisan_arguments(tiny_dataset, tiny_clip, tmp_path / name, global_epochs=1, num_epochs=1, **changes))
-        return tmp_path / name / RUN.format("iisan")
+def test_iisan_starts_from_the_authors_encoder_file(begin, tmp_path):
+    def trained(name, **changes):
+        run = begin(name, "iisan", global_epochs=1, num_epochs=1, **changes)
+        run_script(run.arguments, perpeft_iisan.main)
+        return run.folder
 
-    first = run("first")
-    second = run("second", init_from=authors_files(first, tmp_path / "pretrained_models", "iisan_tiny_1_0.001_0.0001"))
+    first = trained("first")
+    second = trained("second", init_from=authors_files(first, tmp_path / "pretrained_models", "iisan_tiny_1_0.001_0.0001"))
     assert summary_of(second)["personalized"] == summary_of(first)["personalized"]
 
 
-def test_a_run_from_a_global_model_goes_on_after_an_interruption(tiny_run, tiny_dataset, tiny_clip, tmp_path):
-    arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "runs", init_from=tiny_run.folder)
-    run_interrupted(arguments, "evaluate", 3)
-    run_script(arguments)
-    folder = tmp_path / "runs" / RUN.format("lora")
-    assert summary_of(folder)["personalized"] == summary_of(tiny_run.folder)["personalized"]
-
-
-def test_init_from_nothing_several_or_another_shape_is_one_clear_error(tiny_run, tiny_dataset, tiny_clip, tmp_path):
-    def run(output_dir=tmp_path / "runs", **changes):
-        with pytest.raises(PerPEFTError) as error:
-            run_script(tiny_arguments(tiny_dataset, tiny_clip, output_dir, **changes))
-        return str(error.value)
-
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "neither a run folder" in run(init_from=empty) and "sasrec_lora_tiny_" in run(init_from=empty)
-    assert "neither a run folder" in run(init_from=tmp_path / "absent")
-    theirs = authors_files(tiny_run.folder, tmp_path / "pretrained_models")
-    authors_files(tiny_run.folder, theirs, "lora_tiny_20_0.001_0.0001")
-    message = run(init_from=theirs)
-    assert "choose one of them" in message and "sasrec_lora_tiny_20_0.001_0.0001.pth" in message
-    assert "do not fit" in run(init_from=tiny_run.folder, rank=2, output_dir=tmp_path / "other")
-    assert "do not fit" in run(init_from=tiny_run.folder, hidden_units=16, output_dir=tmp_path / "narrow")
-    shutil.rmtree(theirs / "clip_encoder_lora_tiny_20_0.001_0.0001")
-    message = run(init_from=theirs / "sasrec_lora_tiny_20_0.001_0.0001.pth", output_dir=tmp_path / "incomplete")
-    assert "pretrained_models" in message
-
-
-def test_a_source_that_cannot_be_used_costs_nothing_that_is_there(copied_run, tiny_run, tmp_path):
-    before = tree(copied_run.folder)
-    (shutil.copytree(tiny_run.folder, tmp_path / "unfinished") / "resume").mkdir()
-    for source, message in (
-        (tmp_path / "absent", "neither a run folder"), (tmp_path / "unfinished", "has not ended"),
-        (copied_run.folder, "this run's own folder"), (copied_run.folder / "global", "this run's own folder"),
-    ):  # fmt: skip
-        with pytest.raises(PerPEFTError, match=message):
-            run_script([*copied_run.arguments, "--init_from", str(source), "--restart"])
-    assert tree(copied_run.folder) == before
-
-
-def test_only_groups_need_as_many_users_as_groups(tmp_path, tiny_clip):
-    histories = {user: [1 + (user + step) % 6 for step in range(5)] for user in range(1, 5)}
-    folder = write_dataset(tmp_path / "dataset", "few", histories, [f"lamp {item}" for item in range(1, 7)])
-    few = SimpleNamespace(name="few", train_dir=folder)
-    run_script(tiny_arguments(few, tiny_clip, tmp_path / "runs", method="none", C=8, global_epochs=1, num_epochs=1))
-    with pytest.raises(PerPEFTError, match="8 groups"):
-        run_script(tiny_arguments(few, tiny_clip, tmp_path / "runs", C=8))
+@pytest.mark.parametrize(
+    ("source", "more", "message"),
+    [
+        ("absent", "", "neither a run folder .* a folder with sasrec_lora_tiny_"),
+        ("started", "", "has not ended"),
+        (f"runs/{RUN.format('lora')}", "", "this run's own folder"),
+        (f"runs/{RUN.format('lora')}/global", "", "this run's own folder"),
+        ("several", "", "choose one of them: .*sasrec_lora_tiny_20_0.001_0.0001.pth"),
+        ("incomplete/sasrec_lora_tiny_10_0.001_0.0001.pth", "", "incomplete.*do not fit"),
+        ("another/global", "--rank 2", "do not fit"),
+        ("another/global", "--hidden_units 16", "do not fit"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_one_clear_error_and_costs_nothing_that_is_there(
+    finished, tiny_run, tmp_path, source, more, message
+):
+    before = tree(finished.folder)
+    for name in ("another", "started/resume"):
+        shutil.copytree(tiny_run.folder, tmp_path / name)
+    for name, ending in (("several", 10), ("several", 20), ("incomplete", 10)):
+        authors_files(tiny_run.folder, tmp_path / name, f"lora_tiny_{ending}_0.001_0.0001")
+    shutil.rmtree(tmp_path / "incomplete" / "clip_encoder_lora_tiny_10_0.001_0.0001")
+    with pytest.raises(PerPEFTError, match=message):
+        finished.train("--init_from", str(tmp_path / source), "--restart", *more.split())
+    assert tree(finished.folder) == before

@@ -10,9 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
-import perpeft_iisan
 from scripts import check_data, explain_item, export_vectors, recommend
-from tests.conftest import exit_code, fresh_data, iisan_arguments, run_on_folder, tiny_arguments, trained
+from tests.conftest import exit_code, run_on_folder, tiny_arguments, trained
 from tests.items.families import seeded
 from tests.run_files import summary_of
 from utils.analysis.attention import explain_items
@@ -67,64 +66,62 @@ def test_siglips_run_is_explained_exported_recommended_from_and_in_tables(runs_o
     found = json.loads((folder / "figures" / "recommend_new.json").read_text())
     assert found["history"] and found["recommendations"]
     run_on_folder(export_vectors, folder, "--train_dir", tiny_dataset.train_dir, "--output", tmp_path / "vectors")
+    assert (tmp_path / "vectors" / "item_ids.txt").read_text().split() == [f"B{item:03d}" for item in range(1, 31)]
     passed_on = tiny_arguments(tiny_dataset, model, folder.parent, None, dataset=None, **EPOCHS)
     (block,) = finished_blocks("tiny", 1, passed_on)
-    summary = summary_of(folder)
-    assert [100 * summary["personalized"]["test"]["HR@20"]] == pytest.approx([row.mean["HR@20"] for row in block.rows])
-    assert (tmp_path / "vectors" / "item_ids.txt").read_text().split() == [f"B{item:03d}" for item in range(1, 31)]
+    test = summary_of(folder)["personalized"]["test"]
+    assert [100 * test["HR@20"]] == pytest.approx([row.mean["HR@20"] for row in block.rows])
 
 
 @pytest.mark.parametrize(("family", "widths"), [("siglip", (32, 32)), ("larger clip", (48, 32))])
-def test_iisan_takes_its_sizes_from_the_model(family, widths, tiny_dataset, tmp_path):
-    model, data = seeded(family, tmp_path / "model"), fresh_data(tiny_dataset, tmp_path / "dataset")
-    perpeft_iisan.main(iisan_arguments(data, model, tmp_path / "runs", **EPOCHS))
-    assert json.loads((data.train_dir / "tiny_preX.json").read_text())["clip_model"] == str(model)
-    states = torch.load(data.train_dir / "tiny_preX.pt", weights_only=True)[:2]
+def test_iisan_takes_its_sizes_from_the_model(family, widths, begin, tmp_path):
+    model = seeded(family, tmp_path / "model")
+    run = begin(kind="iisan", clip_model=model, **EPOCHS)
+    run.train()
+    assert json.loads((run.train_dir / "tiny_preX.json").read_text())["clip_model"] == str(model)
+    states = torch.load(run.train_dir / "tiny_preX.pt", weights_only=True)[:2]
     assert tuple(part.shape[1:] for part in states) == tuple((3, width) for width in widths)
-    (folder,) = (tmp_path / "runs").iterdir()
-    projector = torch.load(folder / "global" / "projector.pth", weights_only=True)
+    projector = torch.load(run.folder / "global" / "projector.pth", weights_only=True)
     assert projector["projector.0.weight"].shape == (64, 32 + sum(widths))  # text, image and both, which is as wide as text
 
 
-def test_an_image_only_run_without_a_class_token_shows_no_attention_and_says_why(runs_of, tiny_dataset, tmp_path):
-    model, _ = runs_of("siglip")
-    folder = trained(tiny_dataset, model, tmp_path, modality="image", method="global", **EPOCHS)
+def test_an_image_only_run_without_a_class_token_shows_no_attention_and_says_why(runs_of, begin):
+    run = begin(clip_model=runs_of("siglip")[0], modality="image", method="global", **EPOCHS)
+    run.train()
     with pytest.raises(PerPEFTError, match="cannot be shown for .*its image tower has no class token"):
-        run_on_folder(explain_item, folder, "--train_dir", tiny_dataset.train_dir, "--item", "3")
-
-
-# ---------------------------------------------------------------- titles alone
+        run_on_folder(explain_item, run.folder, "--train_dir", run.train_dir, "--item", "3")
 
 
 @pytest.fixture
-def titles_only(tiny_dataset, tmp_path):
-    """A copy of the data set without images."""
-    return fresh_data(tiny_dataset, tmp_path / "dataset", "*_images").train_dir
+def titles_only(begin):
+    """A run on titles whose data set has no images."""
+    run = begin(modality="text", method="global", **EPOCHS)
+    shutil.rmtree(run.train_dir / "tiny_images")
+    return run
 
 
-def test_a_dual_encoder_trains_on_titles_without_any_image(titles_only, tiny_clip, tiny_dataset, tmp_path):
-    options = {"train_dir": titles_only, "modality": "text", "method": "global", **EPOCHS}
-    folder = trained(tiny_dataset, tiny_clip, tmp_path / "runs", **options)
-    (images,) = titles_only.rglob("images.npy")
-    assert np.load(images).shape == (30, 3, 1, 1)  # none are stored
-    (titles_only / "tiny_images").mkdir()
-    shutil.copy(tiny_dataset.train_dir / "tiny_images" / "B001.jpg", titles_only / "tiny_images")
-    options, expected = finished_options(folder, titles_only, "cpu")
+def test_a_dual_encoder_trains_on_titles_without_any_image(titles_only, tiny_dataset):
+    titles_only.train()
+    (store,) = titles_only.train_dir.rglob("images.npy")
+    assert np.load(store).shape == (30, 3, 1, 1)  # none are stored
+    (titles_only.train_dir / "tiny_images").mkdir()
+    shutil.copy(tiny_dataset.train_dir / "tiny_images" / "B001.jpg", titles_only.train_dir / "tiny_images")
+    options, expected = finished_options(titles_only.folder, titles_only.train_dir, "cpu")
     assert finished_dataset(options, expected).num_items == 30  # whatever images come later
 
 
 def test_states_of_titles_alone_hold_no_images_and_are_computed_again_where_those_are_needed(
     titles_only, tiny_clip, tiny_dataset
 ):
-    name = str(tiny_clip)
-    dataset = read_dataset(titles_only, "tiny", missing_images="unused")
+    name, train_dir = str(tiny_clip), titles_only.train_dir
+    dataset = read_dataset(train_dir, "tiny", missing_images="unused")
     path = ensure_hidden_states(dataset, name, CPU, "unused", "text")
     alone = torch.load(path, weights_only=True)
     assert alone[0].shape == (30, 3, 0) and alone[1].shape == (30, 3, 32)
     with pytest.raises(PerPEFTError, match="holds no image states"):
         HiddenStateStore.open(dataset, name)
-    shutil.copytree(tiny_dataset.train_dir / "tiny_images", titles_only / "tiny_images")
-    dataset = read_dataset(titles_only, "tiny")
+    shutil.copytree(tiny_dataset.train_dir / "tiny_images", train_dir / "tiny_images")
+    dataset = read_dataset(train_dir, "tiny")
     ensure_hidden_states(dataset, name, CPU)
     both = torch.load(path, weights_only=True)
     assert both[0].shape == (30, 3, 32)
@@ -135,7 +132,7 @@ def test_states_of_titles_alone_hold_no_images_and_are_computed_again_where_thos
 
 @pytest.mark.parametrize("modality", ["both", "text"])
 def test_check_data_asks_for_images_only_where_they_are_used(modality, titles_only, capsys):
-    code = exit_code(["--dataset", "tiny", "--train_dir", titles_only, "--modality", modality], check_data.main)
+    code = exit_code(["--dataset", "tiny", "--train_dir", titles_only.train_dir, "--modality", modality], check_data.main)
     printed = capsys.readouterr().out
     assert code == (0 if modality == "text" else 2)
     assert ("tiny_images (No such file" in printed) == (modality == "both")

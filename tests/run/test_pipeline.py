@@ -4,7 +4,6 @@ import itertools
 import re
 import shutil
 from collections import defaultdict
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -16,21 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPModel
 
-from tests.conftest import (
-    NUM_ITEMS,
-    RUN,
-    can_train,
-    exit_code,
-    parsed,
-    run_interrupted,
-    run_script,
-    tiny_arguments,
-    tiny_histories,
-    tiny_options,
-    tiny_titles,
-    trained,
-    write_dataset,
-)
+from tests.conftest import NUM_ITEMS, RUN, can_train, parsed, run_interrupted, tiny_histories, tiny_titles, write_dataset
 from tests.plain import plain_model, plain_ranks
 from tests.run_files import groups_of, outcome, ranks_of, read_csv, rows_of, summary_of, tree, without_seconds
 from tests.zygote import start
@@ -49,9 +34,6 @@ def weights(folder):
     found = {path: torch.load(path, weights_only=True) for path in folder.rglob("*.pth")}
     found |= {path: load_file(path) for path in folder.rglob("*.safetensors")}
     return {f"{path.relative_to(folder)} {name}": tensor for path, tensors in found.items() for name, tensor in tensors.items()}
-
-
-# ---------------------------------------------------------------- what a run leaves
 
 
 def test_run_folder_holds_the_documented_files_and_nothing_else(tiny_run):
@@ -85,7 +67,9 @@ def test_summary_describes_the_run(tiny_run, tiny_dataset, tiny_clip):
     interactions = sum(map(len, tiny_dataset.histories.values()))
     evaluated = sum(len(items) >= 3 for items in tiny_dataset.histories.values())
     assert summary["dataset"] == {"users": 40, "items": 30, "interactions": interactions, "evaluated_users": evaluated}
-    assert len(summary["group_sizes"]) == 3 and sum(summary["group_sizes"]) == 40
+    groups = groups_of(tiny_run.folder)
+    assert list(groups) == sorted(tiny_dataset.histories)  # every real user
+    assert summary["group_sizes"] == [list(groups.values()).count(group) for group in range(3)]
     counts = summary["trainable_parameters"]
     lora = 4 * 2 * 4 * (32 + 32)  # 2 + 2 layers, q and v, rank 4, A and B of width 32
     total = sum(parameter.numel() for parameter in CLIPModel.from_pretrained(tiny_clip).parameters())
@@ -93,14 +77,6 @@ def test_summary_describes_the_run(tiny_run, tiny_dataset, tiny_clip):
     assert counts["foundation_model"] == total and counts["adapter_share_of_foundation_model"] == pytest.approx(lora / total)
     assert counts["projectors"] == 3 * (32 * 64 + 64 + 2 * 64 + 64 * 32 + 32 + 2 * 32)
     assert set(summary["seconds"]) == {"global", "grouping", "personalized"} and min(summary["seconds"].values()) > 0
-
-
-def test_groups_csv_names_every_real_user_once(tiny_run, tiny_dataset):
-    rows = read_csv(tiny_run.folder / "groups.csv")
-    assert list(rows[0]) == ["user", "group"]
-    assert [int(row["user"]) for row in rows] == sorted(tiny_dataset.histories)
-    sizes = [sum(row["group"] == str(group) for row in rows) for group in range(3)]
-    assert sizes == summary_of(tiny_run.folder)["group_sizes"]
 
 
 def test_personalized_weights_have_moved_apart(tiny_run, tiny_dataset):
@@ -132,72 +108,49 @@ def test_reported_metrics_follow_from_the_saved_weights_without_this_projects_co
             assert summary[split][f"NDCG@{k}"] == pytest.approx(np.mean(gains), abs=1e-9)
 
 
-@pytest.fixture(scope="module")
-def hasty_run(tiny_dataset, tiny_clip, tmp_path_factory):
-    """A run at a rate so high that its last epoch is not its best."""
-    output_dir = tmp_path_factory.mktemp("hasty")
-    return trained(tiny_dataset, tiny_clip, output_dir, lr=0.02, wdecay=0, global_epochs=6, num_epochs=6)
-
-
-def test_best_epoch_is_that_of_the_highest_valid_ndcg_20_and_test_figures_are_its_own(hasty_run):
-    summary = summary_of(hasty_run)
+def test_figures_are_those_of_the_epoch_best_by_valid_ndcg_20_and_come_again_by_inference_only(begin, capsys):
+    run = begin(lr=0.02, wdecay=0, global_epochs=6, num_epochs=6)  # a rate so high that the last epoch is not the best
+    run.train()
+    before, summary = tree(run.folder), summary_of(run.folder)
+    capsys.readouterr()
+    run.train("--inference_only")
+    assert tree(run.folder) == before
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
     for stage in ("global", "personalized"):
-        rows = rows_of(hasty_run, stage)
+        rows = rows_of(run.folder, stage)
         values = [float(row["valid_NDCG@20"]) for row in rows]
         best = values.index(max(values))
         assert summary[stage]["best_epoch"] == best + 1
         for split in ("valid", "test"):
-            assert summary[stage][split] == {name: float(rows[best][f"{split}_{name}"]) for name in METRICS}
+            figures = {name: float(rows[best][f"{split}_{name}"]) for name in METRICS}
+            assert summary[stage][split] == figures
+            (words,) = [line[2:] for line in table if line[:2] == [stage, split]]
+            assert list(map(float, words)) == [*(round(100 * value, 2) for value in figures.values()), best + 1]
     assert {summary[stage]["best_epoch"] for stage in ("global", "personalized")} != {6}  # otherwise this test shows little
 
 
-# ---------------------------------------------------------------- figures can be reproduced
-
-
-def test_inference_only_reproduces_the_reported_metrics_and_writes_nothing(hasty_run, tiny_dataset, tiny_clip, capsys):
-    before = tree(hasty_run)
-    changes = {"lr": 0.02, "wdecay": 0, "global_epochs": 6, "num_epochs": 6, "inference_only": True}
-    run_script(tiny_arguments(tiny_dataset, tiny_clip, hasty_run.parent, **changes))
-    table = capsys.readouterr().out.splitlines()
-    summary = summary_of(hasty_run)
-    for stage in ("global", "personalized"):
-        for split in ("valid", "test"):
-            (line,) = [line.split() for line in table if line.split()[:2] == [stage, split]]
-            percent = [round(100 * summary[stage][split][name], 2) for name in METRICS]
-            assert [float(word) for word in line[2:]] == [*percent, summary[stage]["best_epoch"]]
-    assert tree(hasty_run) == before
-
-
-def test_another_seed_has_other_figures_and_weights(tiny_run, tiny_dataset, tiny_clip, tmp_path):
-    other = trained(tiny_dataset, tiny_clip, tmp_path, trial=1)
-    assert other.name == tiny_run.folder.name.replace("seed0", "seed1")
-    assert without_seconds(other) != without_seconds(tiny_run.folder)
-    first, second = weights(tiny_run.folder), weights(other)
+def test_another_seed_has_other_figures_and_weights(tiny_run, begin):
+    other = begin(trial=1)
+    assert other.folder.name == tiny_run.folder.name.replace("seed0", "seed1")
+    assert other.train()["metrics.csv"] != without_seconds(tiny_run.folder)
+    first, second = weights(tiny_run.folder), weights(other.folder)
     assert not any(torch.equal(first[name], second[name]) for name in first if "item_emb" in name or "lora" in name)
 
 
-def test_personalized_stage_starts_from_the_best_global_weights_for_every_group(tiny_dataset, tiny_clip, tmp_path):
+def test_personalized_stage_starts_from_the_global_weights_for_every_group(begin):
     """At a vanishing rate nothing is learned, so any figure that changed would mean another start."""
-    rows = without_seconds(trained(tiny_dataset, tiny_clip, tmp_path, lr=1e-12, wdecay=0))
+    rows = begin(lr=1e-12, wdecay=0).train()["metrics.csv"]
     figures = [{name: value for name, value in row.items() if "@" in name} for row in rows]
     assert figures[0] == figures[1] == figures[2] == figures[3]
 
 
-def test_stage_1_ends_with_the_weights_of_its_best_epoch(tiny_dataset, tiny_clip, tmp_path):
-    options = tiny_options(tiny_dataset, tiny_clip, tmp_path, lr=0.02, wdecay=0, global_epochs=6)
-    with open_run(options) as run:
-        run.train_global()
-        values = [float(row["valid_NDCG@20"]) for row in rows_of(run.folder, "global")]
-        assert max(values) > values[-1]  # else the last epoch would do as well
-        assert run.evaluate().metrics()["valid_NDCG@20"] == pytest.approx(max(values), abs=1e-12)
-
-
 @pytest.mark.parametrize("negatives", ["group", "all", "mixed"])
-def test_negatives_are_drawn_from_all_items_first_and_then_as_the_option_says(tiny_dataset, tiny_clip, tmp_path, negatives):
+def test_negatives_are_drawn_from_all_items_first_and_then_as_the_option_says(begin, tiny_dataset, negatives):
+    run = begin(negatives=negatives, global_epochs=1, num_epochs=1)
+    assert run.folder.name == RUN.format("lora" if negatives == "group" else f"lora_negatives_{negatives}")
     with mock.patch("utils.run.run.Sampler", wraps=Sampler) as made:
-        folder = trained(tiny_dataset, tiny_clip, tmp_path, negatives=negatives, global_epochs=1, num_epochs=1)
-    assert folder.name == RUN.format("lora" if negatives == "group" else f"lora_negatives_{negatives}")
-    groups = groups_of(folder)
+        run.train()
+    groups = groups_of(run.folder)
     train = {user: items[:-2] if len(items) >= 3 else items for user, items in tiny_dataset.histories.items()}
     of_group = [sorted({item for user in train if groups[user] == g for item in train[user]}) for g in range(3)]
     everything = list(range(1, NUM_ITEMS + 1))
@@ -210,100 +163,75 @@ def test_negatives_are_drawn_from_all_items_first_and_then_as_the_option_says(ti
 
 
 @pytest.mark.parametrize(("peft_type", "C"), [("ia3", 3), ("ia3", 1), ("lora", 12)])
-def test_other_adapters_and_group_counts_work_from_end_to_end(tiny_dataset, tiny_clip, tmp_path, peft_type, C):
-    arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path, peft_type, C=C, global_epochs=1, num_epochs=1)
-    run_script(arguments)
-    folder = tmp_path / RUN.format(peft_type)
-    assert {path.name for path in (folder / "personalized").iterdir()} == {"sasrec.pth", *(f"group_{g}" for g in range(C))}
-    summary = summary_of(folder)
+def test_other_adapters_and_group_counts_work_from_end_to_end(begin, tiny_clip, peft_type, C):
+    run = begin(kind=peft_type, C=C, global_epochs=1, num_epochs=1)
+    run.train()
+    own = run.folder / "personalized"
+    assert {path.name for path in own.iterdir()} == {"sasrec.pth", *(f"group_{g}" for g in range(C))}
+    summary = summary_of(run.folder)
     per_layer = {"lora": 2 * 4 * (32 + 32), "ia3": 3 * 32}[peft_type]
     assert summary["trainable_parameters"]["adapters"] == C * 4 * per_layer
-    clip = CLIPModel.from_pretrained(tiny_clip)
-    opened = PeftModel.from_pretrained(clip, folder / "personalized" / f"group_{C - 1}" / "adapter")
+    opened = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), own / f"group_{C - 1}" / "adapter")
     assert opened.peft_config["default"].peft_type == peft_type.upper()
-    with open_run(parsed([*arguments, "--inference_only"])) as run:
-        found = run.evaluate_saved()
+    with open_run(parsed([*run.arguments, "--inference_only"])) as opened_again:
+        found = opened_again.evaluate_saved()
     assert found["personalized"]["test"] == pytest.approx(summary["personalized"]["test"], abs=1e-12)
 
 
-# ---------------------------------------------------------------- a folder that is there already
-
-
-def test_finished_run_is_not_trained_again(copied_run, capsys):
-    before = tree(copied_run.folder)
-    (copied_run.folder / "resume").mkdir()
-    (copied_run.folder / "resume" / "global.pt").write_bytes(b"left by a kill right after the summary")
-    run_script(copied_run.arguments)
-    assert tree(copied_run.folder) == before
-    output = capsys.readouterr().out
-    assert "finished" in output and "--restart" in output
-    test_ndcg = summary_of(copied_run.folder)["personalized"]["test"]["NDCG@20"]
-    assert f"{100 * test_ndcg:.2f}" in output  # its table is shown again
-
-
-def test_restart_trains_again_to_the_same_figures_and_weights(copied_run, tiny_run):
-    torch.randn(5)  # other draws of the process do not matter
-    groups = copied_run.folder / "groups.csv"
-    groups.write_text(groups.read_text().replace(",1", ",0"))  # would make another stage 3, were it taken over
-    (copied_run.folder / "global" / "sasrec.pth").unlink()
-    (copied_run.folder / "report.html").write_text("of the old run")
-    shutil.copytree(copied_run.folder / "personalized" / "group_2", copied_run.folder / "personalized" / "group_3")
-    run_script([*copied_run.arguments, "--restart"])
-    assert outcome(copied_run.folder) == outcome(tiny_run.folder)
-
-
-def test_inference_only_without_a_finished_run_is_reported(tiny_dataset, tiny_clip, tmp_path):
-    arguments = tiny_arguments(tiny_dataset, tiny_clip, tmp_path, inference_only=True)
-    with pytest.raises(PerPEFTError, match="without --inference_only"):
-        run_script(arguments)
-    run_interrupted(arguments[:-1], "group_users")
-    with pytest.raises(PerPEFTError):  # stage 1 is done, but there are no groups yet
-        run_script(arguments)
-
-
-@pytest.mark.parametrize("change", [lambda text: text[: text[:-1].rindex("\n")], lambda text: text[:-2] + "7\n", lambda text: ""])
-def test_damaged_groups_csv_is_reported(copied_run, change):  # a user less, a group too high, empty
-    path = copied_run.folder / "groups.csv"
-    path.write_text(change(path.read_text()))
-    with pytest.raises(PerPEFTError, match="groups.csv"):
-        run_script([*copied_run.arguments, "--inference_only"])
-
-
-def test_missing_groups_csv_is_reported(copied_run):
-    (copied_run.folder / "groups.csv").unlink()
-    with pytest.raises(PerPEFTError, match="groups.csv cannot be read .*--restart"):
-        run_script([*copied_run.arguments, "--inference_only"])
-
-
-# ---------------------------------------------------------------- grouping
-
-
-def test_groups_follow_train_and_valid_interactions_and_never_the_test_item(tiny_dataset, tiny_clip, tmp_path):
+def test_groups_follow_train_and_valid_interactions_and_never_the_test_item(begin):
     groups = []
     for changed in (None, -1, -2):  # nothing, each user's test item, each user's valid item
         histories = tiny_histories()
         for items in histories.values():
             if changed and len(items) >= 3:
                 items[changed] = items[changed] % NUM_ITEMS + 1
-        folder = write_dataset(tmp_path / f"data{changed}", "tiny", histories, tiny_titles())
-        data = SimpleNamespace(name="tiny", train_dir=folder)
-        with open_run(tiny_options(data, tiny_clip, tmp_path / f"runs{changed}")) as run:  # without any training before
-            run.group_users()
+        run = begin(f"run{changed}")
+        write_dataset(run.train_dir, "tiny", histories, tiny_titles(), draw=False)
+        with open_run(parsed(run.arguments)) as opened:  # without any training before
+            opened.group_users()
         groups.append(groups_of(run.folder))
     assert groups[0] == groups[1] != groups[2]
 
 
-# ---------------------------------------------------------------- mistakes at the command line
+def test_true_groups_that_come_with_drawn_data_are_compared_with_those_found(finished, capsys):
+    found = groups_of(finished.folder)
+    renamed = "".join(f"{user},{'zxy'[group]}\n" for user, group in found.items())  # the same groups by other names
+    (finished.train_dir / "tiny_true_groups.csv").write_text("user,group\n" + renamed)
+    finished.train("--restart")
+    assert "adjusted Rand index to the true groups 1.00" in capsys.readouterr().out
 
 
-def test_readmes_command_without_the_data_set_says_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    command = "--dataset sports_outdoors --device cuda:0 --peft_type lora --wdecay 1e-4 --lr 1e-4"
-    assert exit_code(command.split()) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
-    assert "sports_outdoors_final.txt" in message and "unzip_data.py" in message
-    assert list(tmp_path.iterdir()) == []
+def test_finished_run_is_not_trained_again(finished, capsys):
+    before = tree(finished.folder)
+    (finished.folder / "resume").mkdir()
+    (finished.folder / "resume" / "global.pt").write_bytes(b"left by a kill right after the summary")
+    finished.train()
+    assert tree(finished.folder) == before
+    output = capsys.readouterr().out
+    assert "finished" in output and "--restart" in output
+    test_ndcg = summary_of(finished.folder)["personalized"]["test"]["NDCG@20"]
+    assert f"{100 * test_ndcg:.2f}" in output  # its table is shown again
+
+
+def test_restart_trains_again_to_the_same_and_removes_only_what_runs_leave(finished, tiny_run):
+    torch.randn(5)  # other draws of the process do not matter
+    folder, groups = finished.folder, finished.folder / "groups.csv"
+    groups.write_text(groups.read_text().replace(",1", ",0"))  # would make another stage 3, were it taken over
+    (folder / "global" / "sasrec.pth").unlink()
+    shutil.copytree(folder / "personalized" / "group_2", folder / "personalized" / "group_3")
+    for name in ("mine", "tensorboard", "wandb", "figures"):
+        (folder / name).mkdir()
+        (folder / name / "note.txt").write_text("mine")
+    (folder / "report.html").write_text("of the old run")
+    assert finished.train("--restart") == outcome(tiny_run.folder) | {"mine/note.txt": b"mine"}
+
+
+def test_inference_only_without_a_finished_run_is_reported(begin):
+    run = begin()
+    for _ in range(2):
+        with pytest.raises(PerPEFTError, match="without --inference_only"):
+            run.train("--inference_only")
+        run_interrupted(run.arguments, "group_users")  # stage 1 is done, but there are no groups yet
 
 
 def test_missing_clip_weights_say_what_to_do(tiny_dataset, tmp_path):
@@ -316,9 +244,6 @@ def test_missing_clip_weights_say_what_to_do(tiny_dataset, tmp_path):
     assert "openai/clip-vit-base-patch32" in message and "--clip_model" in message and "network" in message
 
 
-# ---------------------------------------------------------------- CLIP folders that are none
-
-
 def test_folder_whose_weights_lack_a_part_is_refused(tmp_path, tiny_clip):
     """transformers would only warn, and draw the missing part at random."""
     shutil.copytree(tiny_clip, tmp_path / "clip")
@@ -329,29 +254,12 @@ def test_folder_whose_weights_lack_a_part_is_refused(tmp_path, tiny_clip):
         load_foundation(str(tmp_path / "clip"))
 
 
-def test_true_groups_that_come_with_drawn_data_are_compared_with_those_found(copied_run, tiny_dataset, tmp_path, capsys):
-    folder = tmp_path / "dataset"
-    shutil.copytree(tiny_dataset.train_dir, folder)
-    found = groups_of(copied_run.folder)
-    renamed = "".join(f"{user},{'zxy'[group]}\n" for user, group in found.items())  # the same groups by other names
-    (folder / "tiny_true_groups.csv").write_text("user,group\n" + renamed)
-    run_script([*copied_run.arguments, "--train_dir", folder, "--restart"])
-    assert "adjusted Rand index to the true groups 1.00" in capsys.readouterr().out
-
-
-def test_bar_of_an_epoch_shows_loss_items_a_second_and_time_left_and_is_quiet_without_a_terminal(
-    tiny_dataset, tiny_clip, tmp_path, monkeypatch, capsys
-):
-    shown = io.StringIO()
-
-    def bar_on_a_terminal(**options):
-        return tqdm(**{**options, "disable": False, "file": shown, "mininterval": 0})
-
-    short = {"batch_size": 1, "global_epochs": 1, "num_epochs": 1, "method": "none"}
-    quiet = tiny_arguments(tiny_dataset, tiny_clip, tmp_path / "quiet", **short)
-    run_script(quiet)
+def test_bar_of_an_epoch_shows_loss_items_a_second_and_time_left_and_is_quiet_without_a_terminal(begin, monkeypatch, capsys):
+    shown, run = io.StringIO(), begin(batch_size=1, global_epochs=1, num_epochs=1, method="none")
+    run.train()
     assert "items/s" not in "".join(capsys.readouterr())
-    monkeypatch.setattr(progress, "tqdm", bar_on_a_terminal)
-    run_script([*quiet, "--restart"])
+    on_a_terminal = {"disable": False, "file": shown, "mininterval": 0}
+    monkeypatch.setattr(progress, "tqdm", lambda **options: tqdm(**options | on_a_terminal))
+    run.train("--restart")
     # as in "global 1/2: 54%|#####4    | 20/37 [00:00<00:00, 150.2step/s, loss 2.7726, 1520 items/s]"
     assert re.search(r"global 1/2: .*\[\d\d:\d\d<\d\d:\d\d.*loss \d\.\d{4}, [1-9]\d* items/s\]", shown.getvalue())

@@ -3,7 +3,7 @@ import os
 import shutil
 import signal
 import subprocess
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,18 +13,13 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 
 from tests.conftest import NUM_ITEMS
-from tests.run_files import groups_of, without_seconds
+from tests.run_files import groups_of, tree, without_seconds
 from tests.zygote import free_port, read_until, start
 from utils.common.devices import choose_device, seed_everything
 from utils.common.errors import PerPEFTError
 from utils.data.histories import Histories
 from utils.run.distributed import make_accelerator
 from utils.training.sampling import Sampler
-
-NO_DROPOUT = {"dropout_rate": 0, "batch_size": 7, "save_every": 4}  # an odd batch: the shards differ in size
-
-
-# ---------------------------------------------------------------- shards of a batch, in one process
 
 
 def users_of(batch):
@@ -78,17 +73,15 @@ def test_device_that_several_processes_cannot_have_is_refused(monkeypatch, devic
         choose_device(device)
 
 
-# ---------------------------------------------------------------- runs
-
-
 @pytest.fixture
 def deterministic(begin):
-    """`begin` without dropout, of (IA)3."""
-    return lambda name, kind="ia3", **changes: begin(name, kind, **{**NO_DROPOUT, **changes})
+    """An expected run and a run, both without dropout; an odd batch, so that shards differ in size."""
 
+    def make(kind="ia3", **changes):
+        changes = {"dropout_rate": 0, "batch_size": 7, "save_every": 4, **changes}
+        return begin("expected", kind, **changes), begin("run", kind, **changes)
 
-def files(run):
-    return sorted(path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file())
+    return make
 
 
 def assert_same_figures(run, expected):
@@ -98,9 +91,8 @@ def assert_same_figures(run, expected):
     for row, other in zip(rows, others):
         assert row.pop("stage") == other.pop("stage")
         assert float(row.pop("train_loss")) == pytest.approx(float(other.pop("train_loss")), rel=1e-3)
-        for name, value in row.items():
-            assert float(value) == pytest.approx(float(other[name]), abs=0.03), name
-    assert files(run) == files(expected)
+        assert list(map(float, row.values())) == pytest.approx(list(map(float, other.values())), abs=0.03)
+    assert tree(run.folder).keys() == tree(expected.folder).keys()
     if (run.folder / "groups.csv").exists():
         assert groups_of(run.folder) == groups_of(expected.folder)
 
@@ -110,17 +102,16 @@ def mean_losses(*ranks):
     return np.mean([rank.losses for rank in ranks], axis=0).tolist()
 
 
-def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stopped_and_continued(zygote, deterministic):
-    expected, run = deterministic("expected"), deterministic("run")
-    (alone,) = zygote.run_together(expected.arguments, size=1)
-    assert alone.code == 0, alone.output
-    assert len(alone.losses) >= 20
-    first, second = zygote.run_together(run.arguments, signal_at=(1, 9))  # one of them alone; 9 is no step of --save_every 4
+def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stopped_and_continued(deterministic, tmp_path):
+    expected, run = deterministic()
+    (alone,) = expected.together(size=1)
+    assert alone.code == 0 and len(alone.losses) >= 20, alone.output
+    first, second = run.together(signal_at=(1, 9))  # one of them alone; 9 is no step of --save_every 4
     assert first.code == second.code == 128 + signal.SIGTERM, first.output + second.output
     assert "interrupted by SIGTERM" in first.output and "step 3; the same command continues" in first.output
     assert second.output == ""
-    by_one = SimpleNamespace(folder=shutil.copytree(run.folder, run.folder.parent.parent / "by_one" / run.folder.name))
-    first_again, second_again = zygote.run_together(run.arguments)
+    by_one = replace(run, folder=shutil.copytree(run.folder, tmp_path / "by_one" / run.folder.name))
+    first_again, second_again = run.together()
     assert first_again.code == second_again.code == 0, first_again.output
     assert "dropout differs" not in first_again.output
     losses = mean_losses(first, second) + mean_losses(first_again, second_again)
@@ -129,68 +120,58 @@ def test_two_processes_have_one_processs_losses_figures_and_files_also_when_stop
     assert_same_figures(run, expected)
     assert second_again.output == "" and first_again.output.count("personalized epoch 2/2") == 1
 
-    (one,) = zygote.run_together([*run.arguments, "--output_dir", by_one.folder.parent], size=1)
+    (one,) = by_one.together("--output_dir", by_one.folder.parent, size=1)
     assert one.code == 0 and one.output.count("number of processes: 2 before, 1 now; dropout differs") == 1
     assert_same_figures(by_one, expected)
 
 
-def test_three_processes_with_dropout_continue_with_the_same_masks(zygote, deterministic):
+def test_three_processes_with_dropout_continue_with_the_same_masks(deterministic):
     """Each rank's random state is kept, so the same number of ranks continues as if nothing had happened."""
-    expected, run = (deterministic(name, dropout_rate=0.3, global_epochs=1, num_epochs=1) for name in ("expected", "run"))
-    through = zygote.run_together(expected.arguments, size=3)
-    assert [end.code for end in through] == [0, 0, 0], through[0].output
-    stopped = zygote.run_together(run.arguments, size=3, signal_at=(0, 4))
-    assert [end.code for end in stopped] == [143, 143, 143], stopped[0].output
-    ended = zygote.run_together(run.arguments, size=3)
-    assert [end.code for end in ended] == [0, 0, 0], ended[0].output
+    expected, run = deterministic(dropout_rate=0.3, global_epochs=1, num_epochs=1)
+    through, stopped, ended = expected.together(size=3), run.together(size=3, signal_at=(0, 4)), run.together(size=3)
+    assert [end.code for end in (*through, *stopped, *ended)] == [0] * 3 + [143] * 3 + [0] * 3, ended[0].output
     # but for the order in which DDP's buckets, which it arranges again at each start, add three numbers
     assert mean_losses(*stopped) + mean_losses(*ended) == pytest.approx(mean_losses(*through), rel=1e-5)
 
 
-def launch(script, arguments, machines=1, *more, **how):
+def launch(run, machines=1, *more, **how):
     """`accelerate launch` of two processes on the CPU."""
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", machines, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
-    return start(*launcher, free_port() if machines == 1 else 29577, *more, script, *arguments, **how)
+    return start(*launcher, free_port() if machines == 1 else 29577, *more, f"{run.script}.py", *run.arguments, **how)
 
 
 @pytest.mark.slow
-def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_processs_figures(zygote, deterministic):
-    expected, run = deterministic("expected", "iisan"), deterministic("run", "iisan")
-    (alone,) = zygote.run_together(expected.arguments, script="perpeft_iisan", size=1)
-    assert alone.code == 0, alone.output
-    launched = launch("perpeft_iisan.py", run.arguments)
+def test_accelerate_launch_of_iisan_stopped_by_sigterm_and_continued_has_one_processs_figures(deterministic):
+    expected, run = deterministic("iisan")
+    expected.child_to_the_end()
+    launched = launch(run)
     read_until(launched, "global epoch 1/2")
     launched.send_signal(signal.SIGTERM)
     output, _ = launched.communicate(timeout=600)
     assert launched.returncode != 0
     assert output.count("interrupted by SIGTERM") == 1 and "the same command continues from there" in output, output
-    first, second = zygote.run_together(run.arguments, script="perpeft_iisan")
-    assert first.code == second.code == 0, first.output
-    assert "continuing" in first.output
+    first, second = run.together()
+    assert first.code == second.code == 0 and "continuing" in first.output, first.output
     assert_same_figures(run, expected)
 
 
-def test_users_error_is_reported_once_and_ends_the_launcher(deterministic):
-    run = deterministic("run", clip_model="/nowhere")
-    launched = launch("perpeft_lora_ia3.py", run.arguments)
+def test_users_error_is_reported_once_and_ends_the_launcher(begin):
+    launched = launch(begin(clip_model="/nowhere"))
     output, _ = launched.communicate(timeout=600)
     assert launched.returncode != 0
     assert output.count("--clip_model '/nowhere' cannot be loaded") == 1, output
     assert "rank 1: " not in output
 
 
-def test_error_that_rank_0_alone_meets_ends_the_others(zygote, deterministic):
-    run = deterministic("run")
+def test_error_that_rank_0_alone_meets_ends_the_others(begin):
+    run = begin()
     run.folder.mkdir(parents=True)
     with FileLock(run.folder / ".lock"):
-        first, second = zygote.run_together(run.arguments)
+        first, second = run.together()
     assert first.code == 2 and first.output.count("another process is training in") == 1
     assert second.code == 1 and second.output.startswith("rank 1: ")
-    assert files(run) == [".lock"]
-
-
-# ---------------------------------------------------------------- two machines, as two network namespaces that share a disk
+    assert list(tree(run.folder)) == [".lock"]
 
 
 def ip(*words):
@@ -200,14 +181,14 @@ def ip(*words):
 @pytest.fixture
 def machines():
     """Two namespaces with an interface each, joined by a virtual cable."""
-    names = [f"perpeft{os.getpid()}m{machine}" for machine in range(2)]
-    if not shutil.which("ip") or ip("netns", "add", names[0]).returncode:
-        pytest.skip("network namespaces need the program ip and the right to make them")
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the program ip")
+    one, two = names = [f"perpeft{os.getpid()}m{machine}" for machine in range(2)]
+    cable = ("link", "add", "cable0", "netns", one, "type", "veth", "peer", "name", "cable1", "netns", two)
     try:
-        ip("netns", "add", names[1])
-        made = ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1", "netns", names[1])
-        if made.returncode:
-            pytest.skip(f"no virtual network cable can be made here ({made.stderr.strip()})")
+        for words in (("netns", "add", one), ("netns", "add", two), cable):
+            if (made := ip(*words)).returncode:
+                pytest.skip(f"no network namespaces can be joined here ({made.stderr.strip()})")
         for machine, name in enumerate(names):
             ip("-n", name, "addr", "add", f"10.77.0.{machine + 1}/24", "dev", f"cable{machine}")
             for interface in ("lo", f"cable{machine}"):
@@ -219,16 +200,15 @@ def machines():
 
 
 @pytest.mark.slow
-def test_two_machines_train_what_one_process_does(zygote, machines, deterministic):
-    expected, run = (deterministic(name, "iisan", global_epochs=2, num_epochs=2, method="global") for name in ("expected", "run"))
-    assert zygote.run(expected.arguments, script="perpeft_iisan").code == 0
+def test_two_machines_train_what_one_process_does(machines, deterministic):
+    expected, run = deterministic("iisan", method="global")
+    expected.child_to_the_end()
     processes = []
     for machine, name in enumerate(machines):
         options = "--main_process_ip", "10.77.0.1", "--machine_rank", machine
         where = {"prefix": ("ip", "netns", "exec", name), "GLOO_SOCKET_IFNAME": f"cable{machine}"}
-        processes.append(launch("perpeft_iisan.py", run.arguments, 2, *options, **where))
+        processes.append(launch(run, 2, *options, **where))
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    expected, run = (SimpleNamespace(folder=next(each.folder.parent.iterdir())) for each in (expected, run))
     assert_same_figures(run, expected)
     assert outputs[0].count("global epoch 1/4") == 1 and "global epoch" not in outputs[1]

@@ -1,164 +1,107 @@
 """--log_with: what TensorBoard's own reader and a stand-in for wandb find is what metrics.csv says, each epoch once."""
-import json
+import os
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from accelerate import tracking
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import RUN, run_interrupted, run_script, tiny_arguments
+from tests.conftest import RUN, run_interrupted
 from tests.run_files import read_csv
 from utils.common.errors import PerPEFTError
-from utils.run import tracking as own_tracking
-
-RUN = RUN.format("lora")
-# Written beside the test, so that importing and calling it go the real way; every call is a line of a file.
-WANDB = """
-import json, os, pathlib
-
-class _Config:
-    def update(self, values, allow_val_change=False):
-        _note(["config", values])
-
-config = _Config()
-__version__ = "0.20.0"
-
-def _note(call):
-    with open(os.environ["WANDB_CALLS"], "a") as file:
-        file.write(json.dumps(call) + "\\n")
-
-class _Run:
-    def log(self, values, step=None):
-        _note(["log", step, values])
-
-    def finish(self):
-        _note(["finish"])
-
-def init(**options):
-    (pathlib.Path(options["dir"]) / "wandb").mkdir(exist_ok=True)
-    _note(["init", options, os.environ["WANDB_MODE"]])
-    return _Run()
-"""
-
-
-@pytest.fixture
-def arguments(tiny_dataset, tiny_clip, tmp_path):
-    return lambda log_with, **changes: tiny_arguments(tiny_dataset, tiny_clip, tmp_path, log_with=log_with, **changes)
-
-
-def series_of(logged):
-    """{tag: [(step, value)]} from pairs of a step and its values by tag."""
-    series = {}
-    for step, values in logged:
-        for tag, value in values.items():
-            series.setdefault(tag, []).append((step, float(value)))
-    return series
 
 
 def metrics(folder):
-    """The series that metrics.csv holds."""
+    """What metrics.csv holds: (tag, step, value) of every epoch, sorted."""
+    of_epochs = set(read_csv(folder / "metrics.csv")[0]) - {"stage", "epoch", "seconds"}
     rows = enumerate(read_csv(folder / "metrics.csv"), 1)
-    return series_of(
-        (step, {f"{row['stage']}/{name}": row[name] for name in set(row) - {"stage", "epoch", "seconds"}}) for step, row in rows
-    )
+    return sorted((f"{row['stage']}/{name}", step, float(row[name])) for step, row in rows for name in of_epochs)
 
 
-def scalars(folder):
-    """{tag: [(step, value)]} of all event files directly in a folder."""
-    found = EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+def scalars(run):
+    """(tag, step, value) of all event files of a run."""
+    found = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    return [(tag, event.step, event.value) for tag in found.Tags()["scalars"] for event in found.Scalars(tag)]
 
 
-def assert_logged(found, folder):
-    """The series hold what metrics.csv does."""
-    for tag, series in metrics(folder).items():
-        assert found[tag] == [(step, pytest.approx(value, rel=1e-6)) for step, value in series], tag
+def assert_logged(found, run):
+    """What was logged is what metrics.csv holds, each epoch once; and `seconds` and `skipped_steps`."""
+    tags, steps, values = zip(*metrics(run.folder))
+    found_tags, found_steps, found_values = zip(*sorted(entry for entry in found if entry[0] in tags))
+    assert (found_tags, found_steps) == (tags, steps) and found_values == pytest.approx(values, rel=1e-6)
+    assert {tag.split("/")[1] for tag, _, _ in found} - {tag.split("/")[1] for tag in tags} == {"seconds", "skipped_steps"}
 
 
 @pytest.fixture
-def wandb(monkeypatch, tmp_path):
-    """Put the stand-in where it is imported from; returns a function that reads its calls."""
-    place = tmp_path / "packages"
-    place.mkdir()
-    (place / "wandb.py").write_text(WANDB)
-    (place / "wandb-0.20.0.dist-info").mkdir()
-    (place / "wandb-0.20.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 0.20.0\n")
+def wandb(monkeypatch):
+    """A stand-in that notes every call, and of `init` the mode too."""
+    package = mock.MagicMock(__spec__=SimpleNamespace(origin="wandb/__init__.py"), __version__="0.20.0", modes=[])
+    package.init.side_effect = lambda **options: package.modes.append(os.environ["WANDB_MODE"]) or mock.DEFAULT
+    monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD, LoggerType.WANDB])
-    monkeypatch.syspath_prepend(place)
-    monkeypatch.setenv("WANDB_CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("WANDB_MODE", "")  # so that it is undone after the test
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    yield lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    sys.modules.pop("wandb", None)
+    return package
 
 
-def test_tensorboard_holds_every_epoch_once_after_an_interruption_too(arguments, tmp_path):
-    folder = tmp_path / RUN
-    run_interrupted(arguments("tensorboard"), call=3, after=True)  # in the personalized stage
-    assert len({step for series in scalars(folder / "tensorboard").values() for step, _ in series}) == 3
-    run_script(arguments("tensorboard"))
-    found = scalars(folder / "tensorboard")
-    assert [step for step, _ in found["personalized/train_loss"]] == [3, 4]
-    assert_logged(found, folder)
-    assert len(found["global/seconds"]) == 2
-    settings = list((folder / "tensorboard").rglob("hparams.yml"))
+@pytest.mark.parametrize("reported", [True, False])  # whether the epoch's report is made before the interruption
+def test_tensorboard_holds_every_epoch_once_after_an_interruption_too(begin, reported):
+    run = begin(log_with="tensorboard")
+    run_interrupted(run.arguments, call=3, after=reported)  # in the personalized stage
+    assert {step for _, step, _ in scalars(run)} == ({1, 2, 3} if reported else {1, 2})
+    run.train()
+    assert_logged(scalars(run), run)
+    settings = list((run.folder / "tensorboard").rglob("hparams.yml"))
     assert len(settings) == 1 and "\nlr: 0.001\n" in settings[0].read_text()
-    assert not (folder / "resume").exists()
+    assert not (run.folder / "resume").exists()
 
 
-def test_epoch_whose_report_was_missed_is_logged_by_the_continuation(arguments, tmp_path):
-    run_interrupted(arguments("tensorboard"))
-    run_script(arguments("tensorboard"))
-    assert_logged(scalars(tmp_path / RUN / "tensorboard"), tmp_path / RUN)
+def test_logging_changes_no_figure_and_may_begin_on_the_way(begin, tiny_run):
+    run = begin()
+    run_interrupted(run.arguments, call=1, after=True)
+    assert not (run.folder / "tensorboard").exists()
+    run.train("--log_with", "tensorboard")
+    assert metrics(run.folder) == metrics(tiny_run.folder)
+    assert_logged(scalars(run), run)
 
 
-def test_logging_changes_no_figure_and_may_begin_on_the_way(arguments, tiny_run, tmp_path):
-    run_interrupted(arguments("none"), call=1, after=True)
-    assert not (tmp_path / RUN / "tensorboard").exists()
-    run_script(arguments("tensorboard"))
-    assert metrics(tmp_path / RUN) == metrics(tiny_run.folder)
-    assert_logged(scalars(tmp_path / RUN / "tensorboard"), tmp_path / RUN)
+def test_wandb_gets_settings_once_and_every_epoch_once_offline(begin, wandb):
+    run = begin(log_with="wandb")
+    run_interrupted(run.arguments, call=1, after=True)
+    run.train()
+    names = ["init", "config.update", "init().log", "init().finish", "init", *["init().log"] * 3, "init().finish"]
+    assert [name for name, _, _ in wandb.mock_calls] == names and wandb.modes == ["offline"] * 2
+    (_, first), (_, second) = wandb.init.call_args_list
+    expected = {"project": "perpeft", "name": RUN.format("lora"), "dir": str(run.folder), "resume": "allow"}
+    assert first == second and first.items() > expected.items()
+    assert wandb.config.update.call_args.args[0].items() > {"lr": 1e-3, "C": 3}.items()
+    logged = wandb.init.return_value.log.call_args_list
+    assert_logged([(tag, call.kwargs["step"], value) for call in logged for tag, value in call.args[0].items()], run)
 
 
-def test_wandb_gets_settings_once_and_every_epoch_once_offline(arguments, wandb, tmp_path):
-    run_interrupted(arguments("wandb"), call=1, after=True)
-    assert [call[0] for call in wandb()] == ["init", "config", "log", "finish"]
-    run_script(arguments("wandb"))
-    all_calls = wandb()
-    assert [call[0] for call in all_calls[4:]] == ["init", "log", "log", "log", "finish"]
-    (_, first, mode), (_, second, _) = (call for call in all_calls if call[0] == "init")
-    assert mode == "offline" and first == second and first["resume"] == "allow" and first["project"] == "perpeft"
-    assert first["name"] == RUN and first["dir"] == str(tmp_path / RUN) and (tmp_path / RUN / "wandb").is_dir()
-    assert all_calls[1][1]["lr"] == 1e-3 and all_calls[1][1]["C"] == 3
-    assert_logged(series_of(call[1:] for call in all_calls if call[0] == "log"), tmp_path / RUN)
-
-
-def test_wandb_mode_of_the_user_is_kept(arguments, monkeypatch, wandb):
+def test_wandb_mode_of_the_user_is_kept(begin, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    run_script(arguments("wandb", global_epochs=1, method="none", num_epochs=1))
-    assert wandb()[0][2] == "disabled"
+    begin(log_with="wandb", global_epochs=1, method="none", num_epochs=1).train()
+    assert wandb.modes == ["disabled"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_package_that_is_not_installed_is_reported_before_anything_is_done(arguments, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(own_tracking.importlib.util, "find_spec", lambda _: None)
+def test_package_that_is_not_installed_is_reported_before_anything_is_done(begin, monkeypatch, tmp_path, name):
+    (tmp_path / "elsewhere" / name).mkdir(parents=True)  # a folder of its name is no package
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere")])
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    run = begin(log_with=name)
     with pytest.raises(PerPEFTError, match=f"--log_with {name} needs .* not installed: pip install {name}$"):
-        run_script(arguments(name))
-    assert list(tmp_path.iterdir()) == []
+        run.train()
+    assert not run.folder.parent.exists()
 
 
-def test_a_folder_of_the_packages_name_is_no_package(arguments, monkeypatch, tmp_path):
-    (tmp_path / "elsewhere" / "wandb").mkdir(parents=True)
-    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(PerPEFTError, match="--log_with wandb needs .* not installed"):
-        run_script(arguments("wandb"))
-
-
-def test_damaged_note_is_reported_with_the_way_out(arguments, tmp_path):
-    run_interrupted(arguments("tensorboard"), call=1, after=True)
-    (tmp_path / RUN / "resume" / "tensorboard.json").write_text("{")
+def test_damaged_note_is_reported_with_the_way_out(begin):
+    run = begin(log_with="tensorboard")
+    run_interrupted(run.arguments, call=1, after=True)
+    (run.folder / "resume" / "tensorboard.json").write_text('{"id": 7}')
     with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):
-        run_script(arguments("tensorboard"))
+        run.train()

@@ -1,4 +1,6 @@
 """Batches hold what the paper trains on: whose turn it is, aligned transitions, negatives of the right group."""
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,9 +13,9 @@ from utils.training.sampling import Sampler, group_items
 GROUPS = np.arange(70) % 3
 
 
-def drawn_histories(num_users=70, longest=15):
+def drawn_histories():
     random = np.random.default_rng(0)
-    return [random.integers(1, 61, size).tolist() for size in random.integers(1, longest + 1, num_users)]
+    return [random.integers(1, 61, size).tolist() for size in random.integers(1, 16, len(GROUPS))]
 
 
 def make_sampler(histories, groups, num_items=60, per_group=True, batch_size=16, maxlen=10, seed=(0, 3), mixed=False):
@@ -45,40 +47,33 @@ def test_negatives_are_uniform_over_the_candidates(per_group):
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
 
 
-def test_an_epoch_has_the_batches_of_every_group_and_meets_every_trainable_user_once():
-    histories = drawn_histories(num_users=90, longest=6)
-    groups = np.random.default_rng(3).choice(3, 90, p=[0.6, 0.3, 0.1])
-    sampler = make_sampler(histories, groups)
-    trainable = [{user for user in range(90) if groups[user] == g and len(histories[user]) >= 2} for g in range(3)]
-    assert 0 < sum(map(len, trainable)) < 90
+def test_groups_and_the_users_of_a_group_are_shuffled_in_each_epoch():
+    sampler = make_sampler(drawn_histories(), GROUPS)
     orders, compositions = [], []
     for epoch in (1, 2):
-        plan = sampler.plan(epoch)
-        assert len(plan) == sampler.num_batches
-        for g in range(3):
-            batches = [users for group, users in plan if group == g]
-            assert len(batches) == int(np.ceil(len(trainable[g]) / 16))
-            assert all(len(users) == 16 for users in sorted(batches, key=len)[1:])
-            assert sorted(np.concatenate(batches).tolist()) == sorted(trainable[g])
-        orders.append([group for group, _ in plan])
-        compositions.append({frozenset(users.tolist()) for _, users in plan})
-    assert orders[0] != sorted(orders[0]) and orders[0] != orders[1]  # groups are shuffled in each epoch
-    assert compositions[0] != compositions[1]  # and so are the users of a group
-
-
-def test_group_without_trainable_users_has_no_batches():
-    sampler = make_sampler([[1, 2, 3], [4], [5, 6]], [0, 1, 2])
-    assert sorted(group for group, _ in sampler.plan(1)) == [0, 2]
+        groups, users = zip(*sampler.plan(epoch))
+        orders.append(list(groups))
+        compositions.append({frozenset(batch.tolist()) for batch in users})
+    assert orders[0] != sorted(orders[0]) and orders[0] != orders[1]
+    assert compositions[0] != compositions[1]
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(1, 12), min_size=2, max_size=7)), min_size=1, max_size=9),
+    st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(1, 12), min_size=1, max_size=7)), min_size=1, max_size=9),
     st.integers(1, 6), st.integers(1, 4), st.integers(0, 5),
 )  # fmt: skip
-def test_any_batch_holds_transitions_of_a_groups_users_its_negatives_and_each_distinct_item_once(drawn, maxlen, batch_size, seed):
+def test_any_epoch_meets_every_user_once_in_batches_of_transitions_negatives_and_distinct_items(drawn, maxlen, batch_size, seed):
+    drawn.append((0, [1, 2]))  # somebody can be trained on
     groups, histories = zip(*drawn)
     sampler = make_sampler(histories, groups, 13, True, batch_size, maxlen, (seed,))
-    for step, (group, users) in enumerate(sampler.plan(1)):
+    plan = sampler.plan(1)
+    assert len(plan) == sampler.num_batches
+    for group in range(3):
+        batches = [users.tolist() for own, users in plan if own == group]
+        trainable = [user for user, history in enumerate(histories) if groups[user] == group and len(history) >= 2]
+        assert sorted(sum(batches, [])) == trainable
+        assert all(len(users) == batch_size for users in sorted(batches, key=len)[1:])
+    for step, (group, users) in enumerate(plan):
         batch = sampler.batch(1, step)
         seq, positives, negatives = (batch.items[rows] for rows in (batch.seq, batch.positives, batch.negatives))
         of_group = {item for own, history in drawn if own == group for item in history}
@@ -94,23 +89,21 @@ def test_any_batch_holds_transitions_of_a_groups_users_its_negatives_and_each_di
         assert batch.items.tolist() == sorted(set(used.tolist()))  # 0 first; nothing twice, nothing that is not used
 
 
-@pytest.mark.parametrize("left", [1, 2])
-def test_user_with_nearly_all_of_the_groups_items_gets_the_others(left):
-    everything = list(range(1, 201))
-    sampler = make_sampler([everything[:-left], everything[-left:]], [0, 0], 500)
-    drawn = negatives_of_user_0(sampler, 2000)
-    shares = [(drawn == item).mean() for item in everything[-left:]]
-    assert sum(shares) == pytest.approx(1) and shares == pytest.approx([1 / left] * left, abs=0.06)
+MANY = list(range(1, 201))
 
 
-def test_user_with_all_of_the_groups_items_gets_others_outside_the_history():
-    sampler = make_sampler([[1, 2, 3], [3, 2], [8, 9]], [0, 0, 1], 10)
-    assert set(negatives_of_user_0(sampler, 200).tolist()) == {4, 5, 6, 7, 8, 9, 10}
-
-
-def test_user_with_every_item_is_left_out_of_training():
-    sampler = make_sampler([[1, 2, 3, 2], [3, 1], [2, 2]], [0, 0, 0], 3)
-    assert sorted(np.concatenate([users for _, users in sampler.plan(1)])) == [1, 2]
+@pytest.mark.parametrize(
+    ("histories", "num_items", "others"),
+    [
+        ([MANY[:-1], MANY[-1:], [300]], 500, [200]),
+        ([MANY[:-2], MANY[-2:], [300]], 500, [199, 200]),
+        ([[1, 2, 3], [3, 2], [8, 9]], 10, [4, 5, 6, 7, 8, 9, 10]),  # all of the group's: any other item
+    ],
+)
+def test_user_with_nearly_all_of_the_groups_items_gets_the_others(histories, num_items, others):
+    drawn = negatives_of_user_0(make_sampler(histories, [0, 0, 1], num_items), 2000)
+    shares = [(drawn == item).mean() for item in others]
+    assert sum(shares) == pytest.approx(1) and shares == pytest.approx([1 / len(others)] * len(others), abs=0.06)
 
 
 @pytest.mark.parametrize("histories", [[[1], [2]], [[1, 2, 3, 2], [1]]])
@@ -134,20 +127,15 @@ def test_a_batch_depends_on_seed_epoch_and_step_alone():
         assert not any(same(other.batch(*position), batch) for position, batch in forwards.items())
 
 
-def test_no_two_draws_of_a_run_share_a_random_stream(monkeypatch):
+def test_no_two_draws_of_a_run_share_a_random_stream():
     """Zeros at the end of a numpy seed change nothing, so the stream of (epoch) must not be that of (epoch, step 0)."""
     sampler = make_sampler(drawn_histories(), GROUPS)
-    streams, original = [], np.random.default_rng
-
-    def remember(seed):
-        streams.append(tuple(original(seed).integers(2**63, size=4)))
-        return original(seed)
-
-    monkeypatch.setattr(np.random, "default_rng", remember)
-    for epoch in (1, 2):
-        for step in range(sampler.num_batches):
-            sampler.batch(epoch, step)
-    assert len(set(streams)) == len(streams) == 2 * (1 + sampler.num_batches)
+    with mock.patch.object(np.random, "default_rng", wraps=np.random.default_rng) as made:
+        for epoch in (1, 2):
+            for step in range(sampler.num_batches):
+                sampler.batch(epoch, step)
+    streams = {tuple(np.random.default_rng(call.args[0]).integers(2**63, size=4)) for call in made.call_args_list}
+    assert len(streams) == len(made.call_args_list) == 2 * (1 + sampler.num_batches)
 
 
 def test_mixed_negatives_come_from_the_groups_items_and_from_all_by_halves():

@@ -56,14 +56,9 @@ def test_steps_equal_plain_adamw_over_the_whole_model():
 BATCH = SimpleNamespace(group=0, items=np.array([0, 1]))
 
 
-def make_progress(stage, epochs, steps, device="cpu"):
-    return Progress(stage, epochs, steps, torch.device(device), Accelerator(cpu=True))
-
-
 def test_the_loss_shown_is_that_of_the_losses_read():
     """On a GPU they are read at intervals only."""
-    progress = make_progress("global", epochs=1, steps=100, device="meta")
-    assert math.isnan(progress.mean_loss)
+    progress = Progress("global", 1, 100, torch.device("meta"), Accelerator(cpu=True))
     epochs = progress.remaining()
     next(epochs)
     for step in range(1, 50):
@@ -74,11 +69,11 @@ def test_the_loss_shown_is_that_of_the_losses_read():
 
 
 def test_state_says_how_far_it_has_come_and_the_earlier_of_equal_epochs_is_the_best():
-    progress, again = make_progress("personalized", epochs=3, steps=1), make_progress("personalized", epochs=3, steps=1)
+    progress, again = (Progress("personalized", 3, 1, torch.device("cpu"), Accelerator(cpu=True)) for _ in range(2))
     best = []
-    for _, value in zip(progress.remaining(), (0.2, 0.2)):
+    for _ in zip(progress.remaining(), range(2)):
         progress.add(1, BATCH, torch.tensor(1.0))
-        best.append(progress.end_epoch({"valid_NDCG@20": value}, skipped_steps=3))
+        best.append(progress.end_epoch({"valid_NDCG@20": 0.2}, skipped_steps=3))
     assert best == [True, False] and [row["skipped_steps"] for row in progress.rows] == [3, 0]
     again.load_state_dict(progress.state_dict())
     assert str(again) == str(progress) == "personalized epoch 3, step 0"

@@ -50,8 +50,7 @@ def clip_folder(clip_model: FoundationName, dataset: Dataset) -> FoundationName:
 def build_encoder(options: argparse.Namespace, dataset: Dataset) -> tuple[ItemEncoder, ItemSource]:
     """The item encoder that a run's options name, and the source of its inputs; IISAN's hidden states are kept on disk.
 
-    Raises:
-        PerPEFTError: the foundation model cannot be loaded, or this kind of adapter does not go with it.
+    Raises a PerPEFTError if the foundation model cannot be loaded, or this kind of adapter does not go with it.
     """
     if options.peft_type == "none":
         return FrozenEncoder(0), FeatureStore(torch.empty(dataset.num_items, 0))
@@ -76,14 +75,9 @@ def peft_encoder(
     options: argparse.Namespace, foundation: Foundation, gradient_checkpointing: bool = False,
     autocast_dtype: torch.dtype | None = None,
 ) -> ClipPeftEncoder:  # fmt: skip
-    """A foundation model with adapters inside it.
+    """A foundation model with adapters put inside it, by the options peft_type, rank, peft_config and modality.
 
-    Args:
-        options: peft_type, rank, peft_config and modality.
-        foundation: its model is adapted in place.
-        gradient_checkpointing, autocast_dtype: as in `ClipPeftEncoder`.
-    Raises:
-        PerPEFTError: this kind of adapter does not go with this model.
+    The rest is `ClipPeftEncoder`'s. Raises a PerPEFTError if this kind of adapter does not go with this model.
     """
     try:
         config = peft_config(options.peft_type, options.rank, options.peft_config, layers_of(foundation.clip))
@@ -120,18 +114,12 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
     sasrec = SASRec(dataset.num_items, *sizes, options.weight_scalar)
     model = PerPEFT(encoder, projector, sasrec).to(device)
     source.place_on(device)
-    print(
-        f"{options.dataset}: {dataset.num_users} users, {dataset.num_items} items, {len(dataset.histories.items)} interactions; "
-        f"{_describe_adapter(options.peft_type, encoder)}; on {device}",
-        flush=True,
-    )
+    trained = {"frozen": "foundation model frozen, no adapter", "none": "item embeddings only"}.get(options.peft_type)
+    if trained is None:
+        counts = trainable_counts(encoder)
+        share = counts["adapter_share_of_foundation_model"]
+        of_whole = f", {100 * share:.2f}% of the foundation model" if share else ""
+        trained = f"{options.peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{of_whole}"
+    read = f"{dataset.num_users} users, {dataset.num_items} items, {len(dataset.histories.items)} interactions"
+    print(f"{options.dataset}: {read}; {trained}; on {device}", flush=True)
     return model, source
-
-
-def _describe_adapter(peft_type: str, encoder: ItemEncoder) -> str:
-    counts = trainable_counts(encoder)
-    if not counts["adapter_of_one_group"]:
-        return {"frozen": "foundation model frozen, no adapter", "none": "item embeddings only"}[peft_type]
-    share = counts["adapter_share_of_foundation_model"]
-    share_text = "" if share is None else f", {100 * share:.2f}% of the foundation model"
-    return f"{peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{share_text}"

@@ -10,12 +10,9 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, Init
 
 
 def make_accelerator(device: str, scaled: bool = False, log_with: str | None = None, folder: str | None = None) -> Accelerator:
-    """The Accelerator of one run.
+    """The Accelerator of one run on "cpu", "cuda:N" or "mps"; the files of the tracker `log_with` go into `folder`.
 
-    Args:
-        device: "cpu", "cuda:N" or "mps".
-        scaled: whether gradients are scaled against fp16 overflow; the encoder applies autocast itself.
-        log_with, folder: a tracker, and where its files go.
+    Gradients can be scaled against fp16 overflow; the encoder applies autocast itself.
     """
     handlers = [
         AutocastKwargs(enabled=False),
@@ -24,21 +21,17 @@ def make_accelerator(device: str, scaled: bool = False, log_with: str | None = N
         InitProcessGroupKwargs(timeout=timedelta(days=7)),
     ]
     AcceleratorState._reset_state()  # of a run before in this process, whose precision accelerate would insist on
-    return Accelerator(
-        cpu=device == "cpu", mixed_precision="fp16" if scaled else "no", kwargs_handlers=handlers, log_with=log_with,
-        project_dir=folder,
-    )  # fmt: skip
+    precision, on_cpu = "fp16" if scaled else "no", device == "cpu"
+    return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers, log_with=log_with, project_dir=folder)
 
 
 @contextlib.contextmanager
 def stop_signals(accelerator: Accelerator, interval: int) -> Iterator[Callable[[int], int | None]]:
     """Collect SIGINT and SIGTERM while a block runs, so that a step ends and its state is saved; a second one stops at once.
 
-    Args:
-        accelerator: the ranks, all of which stop after the same step when one gets a signal.
-        interval: steps between exchanges of several ranks.
-    Yields:
-        a function of a step's number: the signal to stop for after this step, None to go on; of several ranks, all stop or none
+    What a handler raises inside a destructor would be lost. A signal that no step has obeyed is raised at the end of the block.
+    Yields a function of a step's number: the signal to stop for after this step, None to go on. Several ranks, which exchange
+    signals every `interval` steps, all stop after the same one.
     """
     received: list[int] = []
 
@@ -63,5 +56,5 @@ def stop_signals(accelerator: Accelerator, interval: int) -> Iterator[Callable[[
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if received:  # after the last step was checked
-        raise KeyboardInterrupt(received[0])
+    if number := requested(0):
+        raise KeyboardInterrupt(number)

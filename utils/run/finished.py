@@ -10,7 +10,7 @@ from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset, read_dataset
 from utils.run.build import MODEL_OPTIONS, build_model, image_use, needs_contents
 from utils.run.distributed import make_accelerator
-from utils.run.folder import FINGERPRINTS, contents_fingerprint, dataset_fingerprint, read_summary, settings_of
+from utils.run.folder import FINGERPRINTS, contents_fingerprint, dataset_fingerprint, read_summary
 from utils.run.options import build_parser
 from utils.run.run import Run
 
@@ -20,40 +20,31 @@ Models = Mapping[str, str | None]
 def finished_options(
     folder: str | Path, train_dir: str | Path = "./dataset", device: str | None = None, models: Models | None = None
 ) -> tuple[argparse.Namespace, dict[str, str | None]]:
-    """The options of a finished run, from its summary.json.
+    """The options of a finished run as a training script parses them, and the fingerprints that its data had, from summary.json.
 
-    Args:
-        train_dir: where the data sets lie now.
-        models: where the run's models lie now, if elsewhere than in training, by option (MODEL_OPTIONS).
-    Returns:
-        the options as a training script parses them, and the fingerprints that the data had
-    Raises:
-        PerPEFTError: the folder holds no finished run, or its summary is damaged.
+    The data sets lie in `train_dir` now, and the run's models, by option (MODEL_OPTIONS), in `models` if elsewhere than in
+    training. Raises a PerPEFTError if the folder holds no finished run, or its summary is damaged.
     """
     folder = Path(folder)
     if not (folder / "summary.json").is_file():
         what = "is not there" if not folder.is_dir() else "holds no finished run (it has no summary.json)"
         raise PerPEFTError(f"{folder} {what}; name the folder of a run whose training has ended, as in ./runs")
-    config = settings_of(read_summary(folder / "summary.json"))
-    fingerprints = {name: config.pop(name) for name in FINGERPRINTS}
+    summary = read_summary(folder / "summary.json")
     defaults = vars(build_parser("", ("lora", "ia3")).parse_args(["--dataset", "any"]))  # of options that change no figure
-    options = argparse.Namespace(**{**defaults, **config})
+    options = argparse.Namespace(**{**defaults, **summary["config"]})
     options.train_dir, options.output_dir, options.device = str(train_dir), str(folder.parent), choose_device(device)
     if options.precision == "fp16" and not options.device.startswith("cuda"):
         options.precision = "fp32"  # trained on a GPU, shown elsewhere
     for option, model in (models or {}).items():
         if model and getattr(options, option):  # several runs in one report need not have the same
             setattr(options, option, model)
-    return options, fingerprints
+    return options, {name: summary[name] for name in FINGERPRINTS}
 
 
 def finished_dataset(options: argparse.Namespace, expected: dict[str, str | None]) -> Dataset:
-    """The data set of a finished run, with titles and images where they are there to be shown.
+    """The data set of a finished run, by `finished_options`, with titles and images where they are there to be shown.
 
-    Args:
-        options, expected: from `finished_options`.
-    Raises:
-        PerPEFTError: the data set is not there, or no longer the one that the run was trained on.
+    Raises a PerPEFTError if it is not there, or no longer the one that the run was trained on.
     """
     folder, name = Path(options.train_dir), options.dataset
     needed, images = needs_contents(options), image_use(options)
@@ -80,10 +71,8 @@ def open_finished(
 ) -> Run:
     """Rebuild a finished run, its data and its model, which has one group and no trained weights yet; nothing is written.
 
-    Call `load_global` on it, then `load_personalized`, and use the model as it is in between. Arguments are `finished_options`'.
-
-    Raises:
-        PerPEFTError: the run is not finished, or its data or CLIP is missing or has changed.
+    Call `load_global` on it, then `load_personalized`, and use the model as it is in between. Arguments are `finished_options`';
+    raises a PerPEFTError if the run is not finished, or its data or CLIP is missing or has changed.
     """
     options, expected = finished_options(folder, train_dir, device, models)
     dataset = finished_dataset(options, expected)
@@ -93,11 +82,7 @@ def open_finished(
 
 
 def item_number(dataset: Dataset, name: str) -> int:
-    """The item of a raw id or, where no item is called so, of a number.
-
-    Raises:
-        PerPEFTError: there is none.
-    """
+    """The item of a raw id or, where no item is called so, of a number; raises a PerPEFTError if there is none."""
     if name in dataset.raw_ids:
         return dataset.raw_ids.index(name) + 1
     if name.isascii() and name.isdigit() and 1 <= int(name[:20]) <= dataset.num_items:
@@ -106,11 +91,7 @@ def item_number(dataset: Dataset, name: str) -> int:
 
 
 def user_row(dataset: Dataset, number: int) -> int:
-    """The row of a user by their number in `{name}_final.txt`.
-
-    Raises:
-        PerPEFTError: there is no such user.
-    """
+    """The row of a user by their number in `{name}_final.txt`; raises a PerPEFTError if there is none."""
     rows = np.flatnonzero(dataset.user_ids == number)
     if not len(rows):
         low, high = dataset.user_ids.min(), dataset.user_ids.max()

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from utils.training.evaluation import METRICS, SPLITS
 
 # Options that may differ between the start of a run and its continuation: they change no metric.
 FREE_OPTIONS = {
-    "device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "gradient_checkpointing", "debug",
-    "log_with",
+    "device", "train_dir", "output_dir", "restart", "inference_only", "save_every", "gradient_checkpointing", "debug", "log_with"
 }  # fmt: skip
 # What identifies the data beside the options, and what a difference means.
 FINGERPRINTS = {
@@ -94,49 +93,43 @@ def with_moved_models(
 ) -> dict[str, Any]:
     """The command's settings, under the saved run's names of model folders where these have only moved."""
     name = foundation_name(options)
-    adopted = ("contents_fingerprint", *MODEL_OPTIONS)
-    if saved is None or name is None or all(saved.get(option) == settings[option] for option in adopted):
+    moved = saved is not None and any(saved.get(option) != settings[option] for option in MODEL_OPTIONS)
+    if not moved or name is None or not all(Path(folder).is_dir() for folder in model_folders(name)):
         return settings
-    moved = any(saved.get(option) != settings[option] for option in MODEL_OPTIONS)
-    if moved and not all(Path(folder).is_dir() for folder in model_folders(name)):
-        return settings
-    if options.peft_type == "iisan":
+    same = saved.get("contents_fingerprint") == settings["contents_fingerprint"]
+    if options.peft_type == "iisan":  # whose fingerprint is None: the note beside its states says what made them
         states = states_path(dataset.folder, dataset.name)
         noted = states.with_suffix(".json").is_file()  # published states have no note
-        saved_name = foundation_name(argparse.Namespace(**{**dict.fromkeys((*MODEL_OPTIONS, "text_pooling")), **saved}))
+        saved_name = foundation_name(argparse.Namespace(**{**vars(options), **saved}))
         same = noted and made_by(states) == (str(saved_name), model_hash(name))
-    else:
-        same = saved.get("contents_fingerprint") == settings["contents_fingerprint"]
-    return settings | {option: saved[option] for option in adopted if same and option in saved}
+    return settings | {option: saved[option] for option in MODEL_OPTIONS if same and option in saved}
+
+
+def read_json(path: Path, parse: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """What `parse` makes of the JSON in a file of a run; raises a PerPEFTError if it is damaged."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PerPEFTError(f"{path} is damaged ({reason}); start over with --restart, or choose another --output_dir") from error
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """A finished run's summary.json.
+    """A finished run's summary.json; raises a PerPEFTError if it is damaged, or lacks settings or results."""
+    return read_json(path, _checked_summary)
 
-    Raises:
-        PerPEFTError: it is damaged, or lacks settings or results.
-    """
-    with _damage_reported(path):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        for stage in ("global", "personalized") if summary["config"]["method"] == "perpeft" else ("global",):
-            for value in (summary[stage]["best_epoch"], *(summary[stage][split][name] for split in SPLITS for name in METRICS)):
-                float(value)
-        settings_of(summary)
-        return summary
+
+def _checked_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    for stage in ("global", "personalized") if summary["config"]["method"] == "perpeft" else ("global",):
+        for value in (summary[stage]["best_epoch"], *(summary[stage][split][name] for split in SPLITS for name in METRICS)):
+            float(value)
+    settings_of(summary)
+    return summary
 
 
 def settings_of(summary: dict[str, Any]) -> dict[str, Any]:
     """The settings of a finished run: all that determines its metrics."""
     return {**summary["config"], **{name: summary[name] for name in FINGERPRINTS}}
-
-
-@contextlib.contextmanager
-def _damage_reported(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise PerPEFTError(f"{path} is damaged ({reason}); start over with --restart, or choose another --output_dir") from error
 
 
 class RunFolder:
@@ -150,8 +143,7 @@ class RunFolder:
     def lock(self) -> contextlib.AbstractContextManager:
         """Make the folder and keep other processes from training in it, until the returned lock is released.
 
-        Raises:
-            PerPEFTError: it cannot be made, or another process holds it.
+        Raises a PerPEFTError if it cannot be made, or another process holds it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -176,22 +168,14 @@ class RunFolder:
     def saved_settings(self) -> dict[str, Any] | None:
         """The settings of the run that is here, finished or started; None where there is nothing to continue.
 
-        Raises:
-            PerPEFTError: they are damaged.
+        Raises a PerPEFTError if they are damaged.
         """
         if self.is_finished:
             return settings_of(read_summary(self._summary))
-        if not self.has_state:
-            return None
-        with _damage_reported(self._config):
-            return dict(json.loads(self._config.read_text(encoding="utf-8")))
+        return read_json(self._config, dict) if self.has_state else None
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Refuse to mix runs.
-
-        Raises:
-            PerPEFTError: the folder holds a run with other settings.
-        """
+        """Refuse to mix runs: raise a PerPEFTError if the folder holds a run with other settings."""
         saved = self.saved_settings()
         names = [] if saved is None else sorted(saved.keys() | settings.keys())
         differences = "; ".join(
@@ -205,9 +189,9 @@ class RunFolder:
                 "discard it, or another --output_dir or --trial beside it."
             )
 
-    def begin(self, settings: dict[str, Any], restart: bool) -> None:
-        """Prepare the folder: continue the run that is here, or clear it for a new one."""
-        if self.has_state and not restart:
+    def begin(self, settings: dict[str, Any], started: bool) -> None:
+        """Prepare the folder: continue the run that has started here, or clear it for a new one."""
+        if started:
             remove_leftovers(self.path)
             print(f"continuing {self.path}", flush=True)
             return

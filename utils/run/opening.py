@@ -17,6 +17,7 @@ from utils.run.folder import RunFolder, read_summary, run_name, run_settings, wi
 from utils.run.options import parse_options
 from utils.run.run import Run
 from utils.run.tracking import EpochLog, require_tracker
+from utils.training.foreign_weights import load_foreign_global
 
 
 def train(description: str, peft_types: tuple[str, ...], stages: Callable[[Run], None], arguments: list[str] | None) -> None:
@@ -34,12 +35,8 @@ def train(description: str, peft_types: tuple[str, ...], stages: Callable[[Run],
 def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     """Read the data, build the model, and open or make the run folder, which is locked meanwhile.
 
-    Args:
-        options: as parsed by `utils.run.options`; device and precision are filled in.
-    Yields:
-        The run; None when the folder holds this run already finished (its table is printed again).
-    Raises:
-        PerPEFTError: bad data, missing weights, a folder of other settings or one that another process trains in.
+    Yields the run; None when the folder holds it already finished (its table is printed again). Device and precision are filled
+    in. Raises a PerPEFTError for bad data, missing weights, a folder of other settings or one that another process trains in.
     """
     if options.log_with:
         require_tracker(options.log_with)
@@ -72,10 +69,10 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
             return
         run = Run(options, dataset, *build_model(options, dataset), folder.path, settings, accelerator)
         if options.init_from and writes and not started:
-            run.read_initial_global()
+            load_foreign_global(run.model, Path(options.init_from), folder.path, options.peft_type, options.dataset)
         accelerator.wait_for_everyone()  # only now that no rank misses anything may a restart discard what is there
         if writes and accelerator.is_main_process:
-            folder.begin(settings, restart)
+            folder.begin(settings, started)
             if options.log_with:
                 run.epoch_log = EpochLog(accelerator, options.log_with, folder.path, settings)
         accelerator.wait_for_everyone()
@@ -92,10 +89,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
 def _settle_precision(options: argparse.Namespace, saved: dict[str, Any] | None, finished: bool) -> str:
     """Fill in the precision to compute in, and return the run's own: by default that which it started with.
 
-    They differ where a run that was trained in fp16 on CUDA is evaluated elsewhere.
-
-    Raises:
-        PerPEFTError: fp16 without CUDA, where gradients cannot be scaled.
+    They differ where a run that was trained in fp16 on CUDA is evaluated elsewhere. Raises a PerPEFTError for fp16 without CUDA,
+    where gradients cannot be scaled.
     """
     asked, before = options.precision, (saved or {}).get("precision")
     on_cuda = options.device.startswith("cuda")

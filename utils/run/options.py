@@ -1,7 +1,6 @@
 """Options of the training scripts, and of those that open a finished run."""
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from utils.common.console import SHARED_OPTIONS, HelpFormatter, number
 from utils.common.devices import PRECISIONS
 from utils.data.dataset import default_groups
 from utils.items.model_files import DEFAULT_CLIP
-from utils.run.hyperparameters import demo_hyperparameters, read_hyperparameters
+from utils.run.hyperparameters import default_hyperparameters
 from utils.run.tracking import TRACKERS
 
 METHODS = ("perpeft", "global", "large_global", "frozen", "none")
@@ -72,53 +71,36 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     add("--weight_scalar", type=WEIGHT, default=0.5, help="weight of the multimodal item vector")
 
     adapters = parser.add_argument_group("foundation model and adapters")
-    if "lora" in peft_types:
-        _add_peft_options(adapters.add_argument, ", ".join(peft_types[2:]))
+    add, of_peft = adapters.add_argument, "lora" in peft_types
+    if of_peft:
+        tuners = f"adapter: lora or ia3 (the paper's), or another tuner of peft: {', '.join(peft_types[2:])} (default: lora)"
+        settings = "the adapter's settings, as peft's adapter_config.json has them (default: the paper's, or peft's)"
+        twice = "compute layers twice instead of keeping them for the backward pass: less memory, the same result"
+        precision = "arithmetic of the foundation model (default: fp16 on CUDA, as in the paper's code; fp32 elsewhere)"
+        add("--peft_type", type=_peft_type, metavar="NAME", help=tuners)
+        add("--peft_config", type=_peft_settings, metavar="FILE.json", help=settings)
+        add("--rank", type=SIZE, default=PAPER_RANK, help="rank of lora and dora")
+        add("--gradient_checkpointing", action="store_true", help=twice)
+        add("--precision", choices=tuple(PRECISIONS), help=precision)
     else:
-        settings = {"peft_config": None, "rank": None, "gradient_checkpointing": False, "precision": "fp32"}
-        parser.set_defaults(peft_type=peft_types[0], **settings)
+        parser.set_defaults(peft_type=peft_types[0], peft_config=None, rank=None, gradient_checkpointing=False, precision="fp32")
     add_model_options(adapters)
-    adapters.add_argument("--C", **SHARED_OPTIONS["--C"])
-    adapters.add_argument("--missing_images", **SHARED_OPTIONS["--missing_images"])
+    add("--C", **SHARED_OPTIONS["--C"])
+    add("--missing_images", **SHARED_OPTIONS["--missing_images"])
 
     add = parser.add_argument_group("comparison (the paper's Tables 2 and 3)").add_argument
-    methods = [name for name in METHODS if name != "large_global" or "lora" in peft_types]
-    add(
-        "--method", choices=methods, default="perpeft",
-        help="perpeft: all three stages; the others train stage 1 alone, for --global_epochs + --num_epochs epochs: global (one "
-        "adapter), large_global (one of C times the rank; LoRA), frozen (CLIP as it is), none (item embeddings only)",
-    )  # fmt: skip
-    add("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
-    add(
-        "--negatives", choices=("group", "all", "mixed"), default="group",
-        help="items that stage 3 draws negatives from (mixed: half from the group's, half from all; not the paper's)",
-    )  # fmt: skip
-    add("--grouping", choices=("kmeans", "random"), default="kmeans", help="how stage 2 groups users")
-    add(
-        "--init_from",
-        help="start stage 3 from a global model instead of training one: a run folder, or the authors' pretrained_models folder",
+    methods = (
+        "perpeft: all three stages; the others train stage 1 alone, for --global_epochs + --num_epochs epochs: global (one "
+        "adapter), large_global (one of C times the rank; LoRA), frozen (CLIP as it is), none (item embeddings only)"
     )
+    negatives = "items that stage 3 draws negatives from (mixed: half from the group's, half from all; not the paper's)"
+    source = "start stage 3 from a global model instead of training one: a run folder, or the authors' pretrained_models folder"
+    add("--method", choices=[name for name in METHODS if of_peft or name != "large_global"], default="perpeft", help=methods)
+    add("--modality", choices=tuple(MODALITIES), default="both", help="which parts of an item are used")
+    add("--negatives", choices=("group", "all", "mixed"), default="group", help=negatives)
+    add("--grouping", choices=("kmeans", "random"), default="kmeans", help="how stage 2 groups users")
+    add("--init_from", help=source)
     return parser
-
-
-def _add_peft_options(add: Callable[..., argparse.Action], other_tuners: str) -> None:
-    add(
-        "--peft_type", type=_peft_type, metavar="NAME",
-        help=f"adapter: lora or ia3 (the paper's), or another tuner of peft: {other_tuners} (default: lora)",
-    )  # fmt: skip
-    add(
-        "--peft_config", type=_peft_settings, metavar="FILE.json",
-        help="the adapter's settings, as peft's adapter_config.json has them (default: the paper's, or peft's)",
-    )  # fmt: skip
-    add("--rank", type=SIZE, default=PAPER_RANK, help="rank of lora and dora")
-    add(
-        "--gradient_checkpointing", action="store_true",
-        help="compute layers twice instead of keeping them for the backward pass: less memory, the same result",
-    )  # fmt: skip
-    add(
-        "--precision", choices=tuple(PRECISIONS),
-        help="arithmetic of the foundation model (default: fp16 on CUDA, as in the paper's code; fp32 elsewhere)",
-    )  # fmt: skip
 
 
 def add_model_options(parser: argparse._ActionsContainer) -> None:
@@ -211,12 +193,7 @@ def parse_options(description: str, peft_types: tuple[str, ...], arguments: list
     resolve_model(parser, options)
     _resolve_adapter(parser, options)
     _check_method(parser, options)
-    if options.dataset == "demo":
-        known, source = demo_hyperparameters(options.peft_type), "the demo's"
-    else:
-        known, source = read_hyperparameters(options.dataset, options.peft_type), "perpeft_hyperparameter.pickle"
-    if known is None:
-        known, source = {"lr": 1e-4, "wdecay": 1e-4}, "default"
+    known, source = default_hyperparameters(options.dataset, options.peft_type)
     shown = []
     for name, check in (("lr", RATE), ("wdecay", WEIGHT)):
         is_given = getattr(options, name) is not None

@@ -44,11 +44,6 @@ def _read_table(path: Path, columns: dict[str, type]) -> list[dict[str, Any]]:
         raise PerPEFTError(f"{path} cannot be read ({error}); train this run again with --restart") from error
 
 
-def _read_integers(path: Path, *columns: str) -> list[np.ndarray]:
-    rows = _read_table(path, dict.fromkeys(columns, int))
-    return [np.array([row[name] for row in rows], dtype=np.int64) for name in columns]
-
-
 def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
     """Write groups.csv: user, group."""
     _write_table(path, ("user", "group"), zip(user_ids.tolist(), groups.tolist()))
@@ -56,7 +51,7 @@ def write_groups(path: Path, user_ids: np.ndarray, groups: np.ndarray) -> None:
 
 def read_groups(path: Path) -> np.ndarray:
     """Each user row's group from groups.csv, [users]."""
-    return _read_integers(path, "group")[0]
+    return np.array([row["group"] for row in _read_table(path, {"group": int})], dtype=np.int64)
 
 
 def write_ranks(path: Path, user_ids: np.ndarray, ranks: Ranks) -> None:
@@ -67,7 +62,9 @@ def write_ranks(path: Path, user_ids: np.ndarray, ranks: Ranks) -> None:
 
 def read_ranks(path: Path) -> dict[str, np.ndarray]:
     """A file of `write_ranks`: {"users": their numbers, "valid": ranks, "test": ranks}, [users] each."""
-    return dict(zip(("users", "valid", "test"), _read_integers(path, "user", "valid_rank", "test_rank")))
+    columns = {"users": "user", "valid": "valid_rank", "test": "test_rank"}
+    rows = _read_table(path, dict.fromkeys(columns.values(), int))
+    return {name: np.array([row[column] for row in rows], dtype=np.int64) for name, column in columns.items()}
 
 
 def stage_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

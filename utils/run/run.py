@@ -2,7 +2,6 @@
 import argparse
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,11 @@ from utils.run.distributed import stop_signals
 from utils.run.folder import FINGERPRINTS, RunFolder, read_summary
 from utils.run.tracking import EpochLog
 from utils.training import checkpoints
-from utils.training.checkpoints import Checkpoint
 from utils.training.evaluation import Evaluator, Ranks, last_states
-from utils.training.foreign_weights import load_foreign_global
 from utils.training.grouping import kmeans_groups, random_groups
-from utils.training.progress import Progress, steps_between_reads
+from utils.training.progress import Progress
 from utils.training.sampling import Sampler, group_items
 from utils.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is trained."""
-
-    name: str  # "global" or "personalized"
-    number: int  # 1 or 3, as in the paper; the stage's random draws are a function of it
-    epochs: int
-    candidates: list[np.ndarray]  # for each group the items that negatives are drawn from
 
 
 class Run:
@@ -58,14 +45,13 @@ class Run:
         self, options: argparse.Namespace, dataset: Dataset, model: PerPEFT, source: ItemSource, folder: Path,
         settings: dict[str, Any], accelerator: Accelerator,
     ):  # fmt: skip
-        self.options, self.settings = options, settings
-        self.dataset, self.model, self.source = dataset, model, source
-        self.folder, self.accelerator = folder, accelerator
+        self.options, self.dataset, self.model, self.source = options, dataset, model, source
+        self.folder, self.settings, self.accelerator = folder, settings, accelerator
         self.device = torch.device(options.device)
         self.split = leave_last_out(dataset.histories)
         self.evaluator = Evaluator(self.split, source, self.device, accelerator)
         self.groups = np.zeros(dataset.num_users, dtype=np.int64)  # before stage 2, everyone is in group 0
-        self.checkpoint: Checkpoint | None = None  # of the stage that is trained
+        self.checkpoint: checkpoints.Checkpoint | None = None  # of the stage that is trained
         self.epoch_log: EpochLog | None = None  # of rank 0, with --log_with
         self._all_items = np.arange(1, dataset.num_items + 1)
         self._rows: dict[str, list[dict[str, Any]]] = {"global": [], "personalized": []}
@@ -77,17 +63,22 @@ class Run:
         Methods that end here train for as many epochs as PerPEFT does in all its stages.
         """
         options = self.options
-        if options.init_from:
-            self._copy_global()
-        else:
+        if not options.init_from:
             epochs = options.global_epochs + (0 if has_groups(options) else options.num_epochs)
-            self._train(Stage("global", 1, epochs, [self._all_items]))
+            self._train("global", 1, epochs, [self._all_items])
+            return
+        started = time.monotonic()
+        if (self.folder / "global").is_dir():  # else the model is the one to start from, read when the run was opened
             self.load_global()
+        ranks = self.evaluate()  # by all ranks together, so rank 0 writes the folder after all have looked for it
+        row = {"stage": "global", "epoch": 0, "train_loss": math.nan, "seconds": time.monotonic() - started, "skipped_steps": 0}
+        self._rows["global"] = [row | ranks.metrics()]
+        self._save_best("global", ranks)
+        self._report_epoch("global", 0)
 
     def group_users(self) -> None:
         """Stage 2: users into C groups by the global model's last state over their train and valid interactions."""
-        started = time.monotonic()
-        path = self.folder / "groups.csv"
+        started, path = time.monotonic(), self.folder / "groups.csv"
         exists = path.is_file()
         self.accelerator.wait_for_everyone()  # all ranks check before rank 0 writes
         if not exists:
@@ -111,8 +102,7 @@ class Run:
         num_groups, from_all = self.options.C, self.options.negatives == "all"
         self.model.clone_groups(num_groups)
         candidates = [self._all_items] * num_groups if from_all else group_items(self.split.train, self.groups, num_groups)
-        self._train(Stage("personalized", 3, self.options.num_epochs, candidates))
-        checkpoints.load_weights(self.model, self.folder / "personalized", "personalized")
+        self._train("personalized", 3, self.options.num_epochs, candidates)
 
     def report(self) -> None:
         """Write summary.json, print the results table, and remove what only a continuation needs."""
@@ -124,21 +114,25 @@ class Run:
             reports.print_results(summary, self.folder)
         self.accelerator.wait_for_everyone()
 
-    def _train(self, stage: Stage) -> None:
+    def _train(self, stage: str, number: int, epochs: int, candidates: list[np.ndarray]) -> None:
+        """Train a stage, or what is left of it, and load its best weights.
+
+        Its random draws are a function of its number, 1 or 3 as in the paper; negatives come from each group's candidates.
+        """
         options = self.options
-        seed_everything(options.trial * 10 + stage.number, self.accelerator.process_index)
+        seed_everything(options.trial * 10 + number, self.accelerator.process_index)
         sampler = Sampler(
-            self.split.train, self.dataset.num_items, self.groups, stage.candidates, options.batch_size, options.maxlen,
-            seed=(options.trial, stage.number), mixed=options.negatives == "mixed" and stage.name == "personalized",
+            self.split.train, self.dataset.num_items, self.groups, candidates, options.batch_size, options.maxlen,
+            seed=(options.trial, number), mixed=options.negatives == "mixed" and stage == "personalized",
         )  # fmt: skip
         trainer = Trainer(self.model, self.source, self.accelerator, lr=options.lr, wdecay=options.wdecay, l2_emb=options.l2_emb)
-        progress = Progress(stage.name, stage.epochs, sampler.num_batches, self.device, self.accelerator)
-        self.checkpoint = checkpoint = Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
+        progress = Progress(stage, epochs, sampler.num_batches, self.device, self.accelerator)
+        self.checkpoint = checkpoint = checkpoints.Checkpoint(self.folder / "resume" / f"{stage}.pt", self.accelerator)
         checkpoint.restore(trainer, progress)
-        self._rows[stage.name] = progress.rows
-        for epoch in progress.remaining():
-            self.model.train()
-            with stop_signals(self.accelerator, steps_between_reads(self.device)) as stop_requested:
+        self._rows[stage] = progress.rows
+        with stop_signals(self.accelerator, progress.interval) as stop_requested:
+            for epoch in progress.remaining():
+                self.model.train()
                 for step, batch, loss in trainer.steps(sampler, epoch, progress.step):
                     progress.add(step, batch, loss)
                     signal_number = stop_requested(step)
@@ -146,51 +140,26 @@ class Run:
                         checkpoint.save(trainer, progress)
                     if signal_number:
                         raise KeyboardInterrupt(signal_number)
-            ranks = self.evaluate()
-            if progress.end_epoch(ranks.metrics(), trainer.skipped_steps):
-                self._save_best(stage.name, ranks)
-            # The best weights are on disk before the state that says so: a kill between the two repeats the same epoch.
-            checkpoint.save(trainer, progress)
-            self._report_epoch(stage.name, stage.epochs)
-
-    def read_initial_global(self) -> None:
-        """Load the global model that `--init_from` names; called before anything in the run folder is changed.
-
-        Raises:
-            PerPEFTError: it is not there, does not fit, or is this very run's.
-        """
-        source = Path(self.options.init_from)
-        if self.folder.resolve() in (source.resolve(), *source.resolve().parents):
-            raise PerPEFTError(f"--init_from {source} is this run's own folder; choose another --output_dir")
-        load_foreign_global(self.model, source, self.options.peft_type, self.options.dataset)
-
-    def _copy_global(self) -> None:
-        started = time.monotonic()
-        copied = (self.folder / "global").is_dir()  # before this run was interrupted
-        self.accelerator.wait_for_everyone()
-        if copied:
-            self.load_global()
-        ranks = self.evaluate()
-        row = {"stage": "global", "epoch": 0, "train_loss": math.nan, "seconds": time.monotonic() - started, "skipped_steps": 0}
-        self._rows["global"] = [row | ranks.metrics()]
-        self._save_best("global", ranks)
-        self._report_epoch("global", 0)
+                ranks = self.evaluate()
+                if progress.end_epoch(ranks.metrics(), trainer.skipped_steps):
+                    self._save_best(stage, ranks)
+                # The best weights are on disk before the state that says so: a kill between the two repeats the same epoch.
+                checkpoint.save(trainer, progress)
+                self._report_epoch(stage, epochs)
+        checkpoints.load_weights(self.model, self.folder / stage, stage)
 
     def _save_best(self, stage: str, ranks: Ranks) -> None:
         """Save the weights, and the ranks that they reach."""
         if self.accelerator.is_main_process:
             checkpoints.save_weights(self.model, self.folder / stage, stage)
             reports.write_ranks(self.folder / f"{stage}_ranks.csv", self.dataset.user_ids, ranks)
-        self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> Ranks:
         """Ranks of all evaluated users' valid and test items, each user in their own group."""
-        self.model.eval()
         return self.evaluator.ranks(self.model, self.groups)
 
     def item_table(self, group: int) -> torch.Tensor:
         """The e_i of all items as one group sees them, [num_items + 1, hidden]; row 0 is the padding item's."""
-        self.model.eval()
         return self.evaluator.item_table(self.model, group)
 
     def user_vectors(self, item_table: torch.Tensor) -> np.ndarray:
@@ -210,14 +179,12 @@ class Run:
 
     def evaluate_saved(self) -> dict[str, Any]:
         """Rank with the saved best weights of both stages and print the table; nothing is trained or written."""
-        self.load_global()
-        results = {"global": self.evaluate().metrics()}
-        if has_groups(self.options):
-            self.load_personalized()
-            results["personalized"] = self.evaluate().metrics()
-        saved = read_summary(self.folder / "summary.json")
-        rows = {stage: {"epoch": saved[stage]["best_epoch"], **metrics} for stage, metrics in results.items()}
-        summary = {stage: reports.stage_summary([row]) for stage, row in rows.items()}
+        saved, summary = read_summary(self.folder / "summary.json"), {}
+        for stage, load in {"global": self.load_global, "personalized": self.load_personalized}.items():
+            if stage in saved:
+                load()
+                row = {"epoch": saved[stage]["best_epoch"], **self.evaluate().metrics()}
+                summary[stage] = reports.stage_summary([row])
         reports.print_results(summary, self.folder)
         return summary
 

@@ -1,6 +1,5 @@
 """Every epoch's metrics to TensorBoard or Weights & Biases, through accelerate's trackers."""
 import importlib.util
-import json
 import os
 import uuid
 from pathlib import Path
@@ -10,16 +9,13 @@ from accelerate import Accelerator
 
 from utils.common.errors import PerPEFTError
 from utils.common.files import write_json
+from utils.run.folder import read_json
 
 TRACKERS = ("tensorboard", "wandb")  # the names of their packages too
 
 
 def require_tracker(name: str) -> None:
-    """Check that a tracker's package is installed.
-
-    Raises:
-        PerPEFTError: it is not; says how to install it.
-    """
+    """Raise a PerPEFTError, which says how to install it, if a tracker's package is not there."""
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:  # without an origin it is only a folder of that name
         raise PerPEFTError(f"--log_with {name} needs a package that is not installed: pip install {name}")
@@ -36,7 +32,7 @@ class EpochLog:
         self._accelerator = accelerator
         self._note_path = folder / "resume" / f"{name}.json"
         is_new = not self._note_path.is_file()
-        self._note = {"id": uuid.uuid4().hex, "rows": 0} if is_new else _read_note(self._note_path)
+        self._note = {"id": uuid.uuid4().hex, "rows": 0} if is_new else read_json(self._note_path, _checked_note)
         config = {key: "none" if value is None else value for key, value in settings.items()} if is_new else None
         if name == "wandb":
             os.environ.setdefault("WANDB_MODE", "offline")
@@ -56,9 +52,5 @@ class EpochLog:
             self._accelerator.log(values, step=step)
 
 
-def _read_note(path: Path) -> dict[str, Any]:
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        return {"id": str(note["id"]), "rows": int(note["rows"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise PerPEFTError(f"{path} is damaged ({error}); start over with --restart") from error
+def _checked_note(note: dict[str, Any]) -> dict[str, Any]:
+    return {"id": str(note["id"]), "rows": int(note["rows"])}

@@ -44,11 +44,9 @@ def save_adapter(encoder: ItemEncoder, folder: Path, group: int) -> None:
 
 
 def load_adapter(encoder: ItemEncoder, folder: Path, group: int) -> None:
-    """Read what `save_adapter` wrote into one group's adapter.
+    """Read what `save_adapter` wrote into one group's adapter; a damaged file raises errors of its format's library.
 
-    Raises:
-        ValueError: the weights are of another kind of adapter or another model, or act at another strength.
-        Exception: a damaged file raises errors of its format's library.
+    Raises a ValueError for weights of another kind of adapter or another model, or that act at another strength.
     """
     if encoder.adapter_config is None:
         if encoder.group_parameters(group):
@@ -132,7 +130,6 @@ class Checkpoint:
             raise progress.not_finite("weights have become infinite or NaN")
         state = {"trainer": trainer.state_dict(), "progress": progress.state_dict()}
         if self._accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, lambda temporary: save_tensors(state, temporary))
         self._accelerator.wait_for_everyone()
         self.saved = str(progress)

@@ -36,8 +36,7 @@ class Ranks:
 
     def metrics(self) -> dict[str, float]:
         """`valid_HR@10` ... `test_NDCG@30`, means over users, as fractions."""
-        by_split = (("valid", self.valid), ("test", self.test))
-        return {f"{split}_{name}": float(user_values(name, ranks).mean()) for split, ranks in by_split for name in METRICS}
+        return {f"{split}_{name}": float(user_values(name, getattr(self, split)).mean()) for split in SPLITS for name in METRICS}
 
 
 class Evaluator:
@@ -48,10 +47,8 @@ class Evaluator:
 
     @torch.no_grad()
     def item_table(self, model: PerPEFT, group: int) -> Tensor:
-        """The e_i of all items by a group's adapter and projector, [num_items + 1, hidden]; row 0 is the padding item's.
-
-        The model is in eval mode.
-        """
+        """The e_i of all items by a group's adapter and projector, [num_items + 1, hidden]; row 0 is the padding item's."""
+        model.eval()
         vectors = torch.zeros(self.source.num_items + 1, model.sasrec.hidden_units, device=self.device)
         order = self.source.reading_order()
         for start in self._own_share(range(0, len(order), ITEMS_AT_ONCE)):
@@ -64,18 +61,13 @@ class Evaluator:
 
     @torch.no_grad()
     def ranks(self, model: PerPEFT, groups: np.ndarray) -> Ranks:
-        """Rank every evaluated user's valid and test item by a model in eval mode; each user row is in its group, [users]."""
+        """Rank every evaluated user's valid and test item by a model; each user row is in its group, [users]."""
         split, users = self.split, self.split.evaluated_users
-        if len(users) and groups[users].max() >= model.num_groups:
-            raise ValueError(f"a user is in group {groups[users].max()}, but the model has {model.num_groups} groups")
         ranks = torch.zeros(2, len(users), dtype=torch.long, device=self.device)  # valid, test
         held_out = ((split.train, split.valid), (split.train_and_valid, split.test))
-        for group in range(model.num_groups):
-            places = np.flatnonzero(groups[users] == group)
-            if not len(places):
-                continue
+        for group in np.unique(groups[users]).tolist():
             table = self.item_table(model, group)
-            places = self._own_share(places)
+            places = self._own_share(np.flatnonzero(groups[users] == group))
             members, on_device = users[places], to_device(places, self.device)
             for row, (histories, targets) in enumerate(held_out):
                 states = last_states(model.sasrec, table, histories, members)
@@ -102,7 +94,7 @@ def last_states(sasrec: SASRec, item_table: Tensor, histories: Histories, users:
 
 @torch.no_grad()
 def rank_targets(states: Tensor, item_table: Tensor, targets: np.ndarray, excluded: Histories, users: np.ndarray) -> Tensor:
-    """How many other candidates score at least as high as each user's target; ties and NaN scores count against the model.
+    """The ranks from 0, [users]: how many other candidates score at least as high as each user's target, or are NaN.
 
     Args:
         states: last states of the users, [users, hidden].
@@ -110,8 +102,6 @@ def rank_targets(states: Tensor, item_table: Tensor, targets: np.ndarray, exclud
         targets: each user's held-out item, [users].
         excluded: the items that are no candidates for a user (the target itself always is one).
         users: the users' rows in `excluded`, [users].
-    Returns:
-        ranks from 0, [users]
     """
     num_rows, device = item_table.shape[0], item_table.device
     users_at_once = max(1, SCORES_AT_ONCE // num_rows)

@@ -8,17 +8,16 @@ from utils.common.errors import PerPEFTError
 from utils.training.checkpoints import load_weights
 
 
-def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: str) -> None:
+def load_foreign_global(model: PerPEFT, where: Path, run_folder: Path, peft_type: str, dataset: str) -> None:
     """Read the global model of another run, or one that the authors' code has saved, into a model with one group.
 
-    Args:
-        where: a run folder, its `global/`, the authors' `pretrained_models/`, or one of the `sasrec_...pth` files in that:
-            `sasrec_{peft}_{dataset}_{epoch}_{lr}_{wdecay}.pth`, beside which `projector_...pth` and `clip_encoder_.../` (LoRA,
-            IA3) or `encoder_...pth` (IISAN) of the same ending lie.
-        peft_type, dataset: whose files are looked for in `pretrained_models/`.
-    Raises:
-        PerPEFTError: nothing there, several there, or weights of a model of another shape.
+    It lies in `where`: a run folder, its `global/`, the authors' `pretrained_models/`, or one of the files in it that are called
+    `sasrec_{peft}_{dataset}_{epoch}_{lr}_{wdecay}.pth`, beside which `projector_...pth` and `clip_encoder_.../` (LoRA, IA3) or
+    `encoder_...pth` (IISAN) of the same ending lie. The rest is of the run that starts from it. Raises a PerPEFTError if nothing
+    or several are there, or weights of a model of another shape, or that run's own.
     """
+    if run_folder.resolve() in (where.resolve(), *where.resolve().parents):
+        raise PerPEFTError(f"--init_from {where} is this run's own folder; choose another --output_dir")
     own = [folder for folder in (where / "global", where) if (folder / "sasrec.pth").is_file()]
     if (where / "resume").is_dir():
         raise PerPEFTError(f"--init_from {where} is a run that has not ended; finish it first, with its own command")
@@ -28,11 +27,10 @@ def load_foreign_global(model: PerPEFT, where: Path, peft_type: str, dataset: st
     prefix = f"sasrec_{peft_type}_{dataset}_"
     found = [where] if where.is_file() else sorted(where.glob(f"{glob.escape(prefix)}*.pth"))
     if len(found) != 1:
-        several = f"there are several, choose one of them: {', '.join(path.name for path in found[:5])}"
-        raise PerPEFTError(
-            f"--init_from {where}: "
-            + (several if found else f"neither a run folder with global/sasrec.pth nor a folder with {prefix}...pth is there")
-        )
+        reason = f"neither a run folder with global/sasrec.pth nor a folder with {prefix}...pth is there"
+        if found:
+            reason = f"there are several, choose one of them: {', '.join(path.name for path in found[:5])}"
+        raise PerPEFTError(f"--init_from {where}: {reason}")
     folder, ending = found[0].parent, found[0].stem.removeprefix("sasrec_")
     parts = {
         found[0].name: "sasrec.pth",

@@ -12,10 +12,8 @@ from tqdm import tqdm
 from utils.common.errors import PerPEFTError
 from utils.training.sampling import Batch
 
-
-def steps_between_reads(device: torch.device) -> int:
-    """How many steps may pass before losses, or other ranks' signals, are read."""
-    return 1 if device.type == "cpu" else 50  # on a GPU every read of a loss waits for the device
+# Steps from one read of losses, or of other ranks' signals, to the next, by device; 50 on others, where every read waits for it.
+READ_INTERVALS = {"cpu": 1}
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -29,18 +27,17 @@ class Progress:
     Attributes:
         rows: one for each finished epoch: stage, epoch, train_loss, seconds, metrics, skipped_steps.
         epoch, step: the running epoch (from 1) and its finished steps.
+        interval: how many steps may pass before losses, or other ranks' signals, are read.
     """
 
     def __init__(self, stage: str, epochs: int, steps: int, device: torch.device, accelerator: Accelerator):
         self._accelerator = accelerator
         self.stage, self.epochs, self.steps = stage, epochs, steps
+        self.interval = READ_INTERVALS.get(device.type, 50)
         self.rows: list[dict[str, Any]] = []
-        self.epoch, self.step = 1, 0
-        self._loss, self._seconds, self._started = 0.0, 0.0, time.monotonic()
+        self.epoch, self.step, self._loss, self._seconds = 1, 0, 0.0, 0.0
         self._unread: list[tuple[int, Batch, torch.Tensor]] = []
-        self._interval = steps_between_reads(device)
         self._last_batch: Batch | None = None
-        self._bar: tqdm | None = None
 
     def __str__(self) -> str:
         return f"{self.stage} epoch {self.epoch}, step {self.step}"
@@ -48,22 +45,16 @@ class Progress:
     def remaining(self) -> Iterator[int]:
         """The epochs that are left, each with its progress bar."""
         while self.epoch <= self.epochs:
-            self._started = time.monotonic() - self._seconds
+            self._started, self._encoded = time.monotonic() - self._seconds, 0
             description = f"{self.stage} {self.epoch}/{self.epochs}"
-            self._bar = tqdm(total=self.steps, initial=self.step, desc=description, unit="step", disable=None)
-            self._encoded = 0
-            with self._bar:
+            with tqdm(total=self.steps, initial=self.step, desc=description, unit="step", disable=None) as self._bar:
                 yield self.epoch
 
     def add(self, step: int, batch: Batch, loss: torch.Tensor) -> None:
-        """Note a finished step (from 1); losses are read at intervals, so that the host rarely waits for the device.
-
-        Raises:
-            PerPEFTError: one of the losses that are read is not finite.
-        """
-        self.step, self._last_batch = step, batch
+        """Note a finished step (from 1); its loss is read later, as `read_losses` says, so that the host rarely waits."""
+        self.step, self._last_batch, self._seconds = step, batch, time.monotonic() - self._started
         self._unread.append((step, batch, loss))
-        if len(self._unread) >= self._interval:
+        if len(self._unread) >= self.interval:
             self.read_losses()
         self._encoded += len(batch.items) - 1
         if not self._bar.disable and not step % 20:
@@ -102,25 +93,17 @@ class Progress:
         )
 
     def end_epoch(self, metrics: dict[str, float], skipped_steps: int) -> bool:
-        """Finish the running epoch; returns whether it is the best so far. `skipped_steps` counts from the stage's beginning.
-
-        Raises:
-            PerPEFTError: a metric is not finite.
-        """
-        if not all(np.isfinite(value) for value in metrics.values()):
-            raise PerPEFTError(f"the metrics of {self.stage} epoch {self.epoch} are not finite; try a smaller --lr")
+        """Finish the running epoch; returns whether it is the best so far. `skipped_steps` counts from the stage's beginning."""
         seconds = time.monotonic() - self._started
         row = {"stage": self.stage, "epoch": self.epoch, "train_loss": self._loss / self.steps, "seconds": seconds, **metrics}
         row["skipped_steps"] = skipped_steps - sum(earlier["skipped_steps"] for earlier in self.rows)
         self.rows.append(row)
-        self.epoch, self.step = self.epoch + 1, 0
-        self._loss, self._seconds, self._started = 0.0, 0.0, time.monotonic()
+        self.epoch, self.step, self._loss, self._seconds = self.epoch + 1, 0, 0.0, 0.0
         return best_row(self.rows) is row
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values to continue from."""
-        seconds = time.monotonic() - self._started
-        return {"epoch": self.epoch, "step": self.step, "loss": self._loss, "seconds": seconds, "rows": self.rows}
+        return {"epoch": self.epoch, "step": self.step, "loss": self._loss, "seconds": self._seconds, "rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""

@@ -54,8 +54,7 @@ class Sampler:
         train: training histories, of items 1..num_items.
         groups: each user row's group, [users].
         candidates: for each group the items that negatives are drawn from.
-        batch_size: users a batch.
-        maxlen: transitions a user, the last ones.
+        batch_size, maxlen: users a batch, and transitions a user, the last ones.
         seed: any number of integers that make this sampler's draws its own.
         mixed: whether each negative comes from all items, not from the candidates, with probability 1/2 (not the paper's).
     """
@@ -77,13 +76,10 @@ class Sampler:
             )
         self._plans: dict[int, list[tuple[int, np.ndarray]]] = {}  # of the latest epoch
 
-    def _random(self, *position: int) -> np.random.Generator:
-        return np.random.default_rng([*self._seed, *position])
-
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The group and the user rows of every batch of an epoch."""
         if epoch not in self._plans:
-            random = self._random(epoch, 0)  # steps count from 1 here: numpy takes (epoch) for (epoch, 0)
+            random = np.random.default_rng([*self._seed, epoch, 0])  # steps count from 1 here: numpy takes (epoch) for (epoch, 0)
             batches = []
             for group, members in enumerate(self._members):
                 shuffled = random.permutation(members)
@@ -100,16 +96,15 @@ class Sampler:
         mask = seq != 0
         positives = np.where(mask, window[:, 1:], 0)  # [batch, time]
         negatives = np.zeros_like(seq)  # [batch, time]
-        negatives[mask] = self.negatives(np.repeat(users, mask.sum(1)), group, self._random(epoch, step + 1))
+        random = np.random.default_rng([*self._seed, epoch, step + 1])
+        negatives[mask] = self.negatives(np.repeat(users, mask.sum(1)), group, random)
         rows = np.concatenate([[0], seq.ravel(), positives.ravel(), negatives.ravel()])
         items, local = np.unique(rows, return_inverse=True)
         seq, positives, negatives = local[1:].reshape(3, *seq.shape)
         return Batch(group, items, seq, positives, negatives, num_transitions=int(mask.sum()))
 
     def negatives(self, users: np.ndarray, group: int, random: np.random.Generator) -> np.ndarray:
-        """One item for each of `users`, none that the user has in training: uniform over the group's candidates or, if `mixed`,
-        over all items with probability 1/2.
-        """
+        """An item for each of `users` that they do not have in training: one of the group's candidates, or as `mixed` says."""
         drawn = self._draw(users, self._candidates[group], random)
         if self._mixed:
             from_all = np.flatnonzero(random.random(len(drawn)) < 0.5)

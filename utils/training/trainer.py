@@ -14,16 +14,6 @@ from utils.items.source import ItemSource
 from utils.training.sampling import Batch, Sampler
 
 
-def transition_loss(positive_logits: Tensor, negative_logits: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Binary cross-entropy of positives (1) plus that of negatives (0), each a mean over real positions.
-
-    Logits and mask, true where the history has an item, are [batch, time]; `count` real positions are in the full batch.
-    """
-    # -log(sigmoid(x)) = softplus(-x), -log(1 - sigmoid(x)) = softplus(x)
-    terms = F.softplus(-positive_logits) + F.softplus(negative_logits)  # [batch, time]
-    return (terms * mask).sum() / count
-
-
 class Trainer:
     """Trains one model, alone or as one of several ranks.
 
@@ -65,7 +55,9 @@ class Trainer:
         shard = batch.shard(self.accelerator.process_index, ranks)
         on_device, inputs = shard.to(self.device), self.source.fetch(shard.items[1:], self.device)
         positive_logits, negative_logits, mask = self._forward(on_device, inputs)  # [batch, time] each
-        loss = transition_loss(positive_logits, negative_logits, mask, batch.num_transitions)
+        # Binary cross-entropy, -log(sigmoid(x)) = softplus(-x) of positives and -log(1 - sigmoid(x)) = softplus(x) of negatives.
+        terms = F.softplus(-positive_logits) + F.softplus(negative_logits)  # [batch, time]
+        loss = (terms * mask).sum() / batch.num_transitions  # a mean over the full batch's real positions
         return ranks * loss + self._l2_emb * torch.linalg.vector_norm(self.model.sasrec.item_emb.weight)
 
     def update(self, loss: Tensor) -> None:
