@@ -1,5 +1,6 @@
 """Several ranks through Hugging Face accelerate: the Accelerator of a run, and stop signals that all ranks obey together."""
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -39,6 +40,9 @@ def stop_signals(accelerator: Accelerator, interval: int) -> Iterator[Callable[[
         if received:
             raise KeyboardInterrupt(number)
         received.append(number)
+        if accelerator.is_main_process:
+            with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(2, b"\nstopping after this step or evaluation; a second signal stops at once\n")
 
     def requested(step: int) -> int | None:
         own = received[0] if received else None

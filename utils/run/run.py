@@ -2,6 +2,7 @@
 import argparse
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ from utils.training.grouping import kmeans_groups, random_groups
 from utils.training.progress import Progress
 from utils.training.sampling import Sampler, group_items
 from utils.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained."""
+
+    name: str  # "global" or "personalized"
+    number: int  # 1 or 3, as in the paper; the stage's random draws are a function of it
+    epochs: int
+    candidates: list[np.ndarray]  # for each group the items that negatives are drawn from
 
 
 class Run:
@@ -65,7 +76,7 @@ class Run:
         options = self.options
         if not options.init_from:
             epochs = options.global_epochs + (0 if has_groups(options) else options.num_epochs)
-            self._train("global", 1, epochs, [self._all_items])
+            self._train(Stage("global", 1, epochs, [self._all_items]))
             return
         started = time.monotonic()
         if (self.folder / "global").is_dir():  # else the model is the one to start from, read when the run was opened
@@ -102,7 +113,7 @@ class Run:
         num_groups, from_all = self.options.C, self.options.negatives == "all"
         self.model.clone_groups(num_groups)
         candidates = [self._all_items] * num_groups if from_all else group_items(self.split.train, self.groups, num_groups)
-        self._train("personalized", 3, self.options.num_epochs, candidates)
+        self._train(Stage("personalized", 3, self.options.num_epochs, candidates))
 
     def report(self) -> None:
         """Write summary.json, print the results table, and remove what only a continuation needs."""
@@ -114,22 +125,19 @@ class Run:
             reports.print_results(summary, self.folder)
         self.accelerator.wait_for_everyone()
 
-    def _train(self, stage: str, number: int, epochs: int, candidates: list[np.ndarray]) -> None:
-        """Train a stage, or what is left of it, and load its best weights.
-
-        Its random draws are a function of its number, 1 or 3 as in the paper; negatives come from each group's candidates.
-        """
+    def _train(self, stage: Stage) -> None:
+        """Train a stage, or what is left of it, and load its best weights."""
         options = self.options
-        seed_everything(options.trial * 10 + number, self.accelerator.process_index)
+        seed_everything(options.trial * 10 + stage.number, self.accelerator.process_index)
         sampler = Sampler(
-            self.split.train, self.dataset.num_items, self.groups, candidates, options.batch_size, options.maxlen,
-            seed=(options.trial, number), mixed=options.negatives == "mixed" and stage == "personalized",
+            self.split.train, self.dataset.num_items, self.groups, stage.candidates, options.batch_size, options.maxlen,
+            seed=(options.trial, stage.number), mixed=options.negatives == "mixed" and stage.name == "personalized",
         )  # fmt: skip
         trainer = Trainer(self.model, self.source, self.accelerator, lr=options.lr, wdecay=options.wdecay, l2_emb=options.l2_emb)
-        progress = Progress(stage, epochs, sampler.num_batches, self.device, self.accelerator)
-        self.checkpoint = checkpoint = checkpoints.Checkpoint(self.folder / "resume" / f"{stage}.pt", self.accelerator)
+        progress = Progress(stage.name, stage.epochs, sampler.num_batches, self.device, self.accelerator)
+        self.checkpoint = checkpoint = checkpoints.Checkpoint(self.folder / "resume" / f"{stage.name}.pt", self.accelerator)
         checkpoint.restore(trainer, progress)
-        self._rows[stage] = progress.rows
+        self._rows[stage.name] = progress.rows
         with stop_signals(self.accelerator, progress.interval) as stop_requested:
             for epoch in progress.remaining():
                 self.model.train()
@@ -142,11 +150,11 @@ class Run:
                         raise KeyboardInterrupt(signal_number)
                 ranks = self.evaluate()
                 if progress.end_epoch(ranks.metrics(), trainer.skipped_steps):
-                    self._save_best(stage, ranks)
+                    self._save_best(stage.name, ranks)
                 # The best weights are on disk before the state that says so: a kill between the two repeats the same epoch.
                 checkpoint.save(trainer, progress)
-                self._report_epoch(stage, epochs)
-        checkpoints.load_weights(self.model, self.folder / stage, stage)
+                self._report_epoch(stage.name, stage.epochs)
+        checkpoints.load_weights(self.model, self.folder / stage.name, stage.name)
 
     def _save_best(self, stage: str, ranks: Ranks) -> None:
         """Save the weights, and the ranks that they reach."""
