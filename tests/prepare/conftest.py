@@ -35,13 +35,7 @@ def counts_of(report):
 
 
 @pytest.fixture
-def run():
-    """Run a script's `main` with options; the exit code."""
-    return lambda main, *options: exit_code(options, main)
-
-
-@pytest.fixture
-def prepare(tmp_path, monkeypatch, capsys, run):
+def prepare(tmp_path, monkeypatch, capsys):
     """Make the data set `mine` in `data` of files in `shop`, the working folder being another: what was printed and made."""
     monkeypatch.chdir(tmp_path)
     Path("shop/img").mkdir(parents=True)
@@ -50,7 +44,7 @@ def prepare(tmp_path, monkeypatch, capsys, run):
         for name, content in files.items():
             (path := Path("shop", name)).parent.mkdir(exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        found = run(main, *f"--name mine --train_dir data {options}".split())
+        found = exit_code(f"--name mine --train_dir data {options}".split(), main)
         out, error = capsys.readouterr()
         assert found == code, (out, error)
         assert code != 2 or (error.startswith("error: ") and error.count("\n") == 1), error

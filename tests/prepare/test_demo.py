@@ -2,6 +2,7 @@
 import csv
 import itertools
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def drawn():
     return [[history for history, other in zip(chosen, groups) if other == group] for group in range(len(GROUPS))]
 
 
-def test_files_are_those_of_any_data_set(folder):
+def test_files_are_those_of_any_data_set_and_true_groups_and_attributes(folder):
     dataset = read_dataset(folder, "demo")
     assert (dataset.num_users, dataset.num_items, dataset.missing_titles) == (NUM_USERS, NUM_ITEMS, 0)
     assert all(Image.open(path).size == (IMAGE_SIZE,) * 2 for path in dataset.image_paths)
@@ -56,6 +57,12 @@ def test_files_are_those_of_any_data_set(folder):
         history = dataset.histories[user].tolist()
         assert len(set(history)) == len(history) >= demo.SHORTEST
     assert not [path for path in folder.iterdir() if path.suffix in (".tmp", ".old")]
+    users = rows_of(folder / "demo_true_groups.csv")
+    assert [int(row["user"]) for row in users] == list(range(1, NUM_USERS + 1))
+    assert Counter(int(row["group"]) for row in users) == dict.fromkeys(range(len(GROUPS)), NUM_USERS // len(GROUPS))
+    items = rows_of(folder / "demo_attributes.csv")
+    assert [row["raw_id"] for row in items] == dataset.raw_ids
+    assert list(items[0]) == ["item", "raw_id", *Item._fields]
 
 
 def test_items_nobody_would_choose_occur_all_the_same():
@@ -63,15 +70,6 @@ def test_items_nobody_would_choose_occur_all_the_same():
     histories, groups = choose_histories(draw_items(300, rng), 8, rng)
     assert {item for history in histories for item in history} == set(range(1, 301))
     assert sorted(groups) == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_true_groups_and_attributes_name_every_user_and_item(folder):
-    users = rows_of(folder / "demo_true_groups.csv")
-    assert [int(row["user"]) for row in users] == list(range(1, NUM_USERS + 1))
-    assert Counter(int(row["group"]) for row in users) == dict.fromkeys(range(len(GROUPS)), NUM_USERS // len(GROUPS))
-    items = rows_of(folder / "demo_attributes.csv")
-    assert [row["raw_id"] for row in items] == read_dataset(folder, "demo").raw_ids
-    assert list(items[0]) == ["item", "raw_id", *Item._fields]
 
 
 def test_same_seed_same_files_other_seed_others_and_global_random_numbers_go_on(tmp_path):
@@ -87,10 +85,7 @@ def test_same_seed_same_files_other_seed_others_and_global_random_numbers_go_on(
 
 
 def test_interrupted_making_is_started_again(tmp_path, monkeypatch):
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(demo, "write_pickle", full_disk)
+    monkeypatch.setattr(demo, "write_pickle", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         make_demo(tmp_path, 8, 4)
     with pytest.raises(PerPEFTError):
@@ -153,7 +148,7 @@ def test_every_value_of_every_aspect_can_be_drawn_and_shows(aspect):
         assert (abs(image - other).max(2) > 30).mean() > 0.003
 
 
-def test_caption_pairs_are_seeded_and_speak_of_what_titles_hide():
+def test_caption_pairs_are_seeded_and_speak_of_what_titles_hide_and_in_their_words():
     images, captions = demo_pairs(32, seed=1, num=60)
     again, same_captions = demo_pairs(32, seed=1, num=60)
     assert (images.shape, images.dtype) == ((60, 3, 32, 32), torch.uint8)
@@ -162,9 +157,6 @@ def test_caption_pairs_are_seeded_and_speak_of_what_titles_hide():
     spoken = set().union(*map(words_of, captions))
     assert len(spoken & set(demo.COLOURS)) > 4
     assert len(spoken & set(demo.PATTERNS)) > 2
-
-
-def test_captions_know_every_word_of_the_titles():
     rng = np.random.default_rng(0)
     titles = set().union(*(words_of(shop_title(item, rng)) for item in draw_items(400, rng)))
     assert titles <= set().union(*(words_of(demo.web_caption(item, rng)) for item in draw_items(2000, rng)))

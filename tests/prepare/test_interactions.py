@@ -19,28 +19,20 @@ from utils.prepare.tables import open_table
 from utils.prepare.times import EPOCH
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=60)
-
-
 CON = duckdb.connect(config={"threads": 1})
 
 
 def stage(rows, unusable=()):
     """Make the table `staged` of rows (user, item, time); rows at `unusable` have a reason."""
-    values = ", ".join(
-        f"({place}, {user}, {item}, {1e9 + time}, {EPOCH}, {repr('x' if place in unusable else '')})"
-        for place, (user, item, time) in enumerate(rows)
-    )
+    values = [(place, *row, EPOCH, "x" if place in unusable else "") for place, row in enumerate(rows)]
     CON.execute(f"""
-        CREATE OR REPLACE TABLE staged AS SELECT place, user, item, time::DOUBLE AS time, kind, nullif(reason, '') AS reason
-        FROM (VALUES {values}) t(place, user, item, time, kind, reason)""")
+        CREATE OR REPLACE TABLE staged AS SELECT * REPLACE (1e9 + time AS time, nullif(reason, '') AS reason)
+        FROM (VALUES {str(values)[1:-1]}) t(place, user, item, time, kind, reason)""")
 
 
 def kept():
     """Each user's items in the order of their ranks."""
-    histories = {}
-    for user, item in CON.execute("SELECT user, item FROM kept ORDER BY rank").fetchall():
-        histories.setdefault(user, []).append(item)
-    return histories
+    return dict(CON.execute("SELECT user, list(item ORDER BY rank) FROM kept GROUP BY user").fetchall())
 
 
 def first_interactions(rows, unusable=()):
@@ -84,8 +76,7 @@ def test_the_sample_is_of_active_users_and_ignores_the_order_of_rows(rows, count
         stage(order)
         keep_first(CON)
         keep_sample(CON, count, core, seed)
-        found = kept()
-        drawn.append(set(found))
+        drawn.append(set(found := kept()))
         assert {user: set(items) for user, items in found.items()} == {user: set(expected[user]) for user in found}
     assert drawn[0] == drawn[1] <= active and len(drawn[0]) == min(count, len(active))
 

@@ -1,4 +1,5 @@
 """The small CLIP: its tokenizer, its loss, that it learns, and that what it leaves is an ordinary CLIPModel folder."""
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPTokenizerFast
 
 from scripts import make_small_clip
+from tests.conftest import exit_code
 from utils.common.errors import PerPEFTError
 from utils.prepare import demo_clip, small_clip
 from utils.prepare.small_clip import Sizes, contrastive_loss, read_images, retrieval, train_small_clip
@@ -40,11 +42,6 @@ def made(tmp_path_factory):
     return SimpleNamespace(folder=folder, result=result, **{name: part.from_pretrained(folder) for name, part in parts.items()})
 
 
-def test_tokenizer_is_the_same_every_time():
-    titles = ["silver lamp no. 12, 30 cm", "glass mug", "café crème", "lamp", "mugs and lamps"] * 3
-    assert len({train_tokenizer(titles).backend_tokenizer.to_str() for _ in range(4)}) == 1
-
-
 def test_frequent_words_are_one_token_and_no_text_is_unknown():
     tokenizer = train_tokenizer(["Red lamp", "red mug"] * 5, vocab_size=600)
     assert tokenizer.tokenize("RED lamp") == ["red</w>", "lamp</w>"]
@@ -55,29 +52,21 @@ def test_frequent_words_are_one_token_and_no_text_is_unknown():
         assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
 
 
-def test_vocabulary_size_is_kept_and_specials_come_last():
-    titles = [f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"]
-    tokenizer = train_tokenizer(titles, vocab_size=550)
-    assert len(tokenizer) == 550
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (548, 549)
-
-
-def test_long_titles_are_cut_and_still_end_with_eos():
-    tokenizer = train_tokenizer(["red lamp"], max_tokens=8)
+def test_tokenizer_is_the_same_every_time_and_keeps_its_sizes():
+    titles = ["".join(letters) for letters in itertools.product("abcdefgh", "ijklmnop", "qrstuvwx")]
+    tokenizers = [train_tokenizer(titles, vocab_size=550, max_tokens=8) for _ in range(4)]
+    assert len({tokenizer.backend_tokenizer.to_str() for tokenizer in tokenizers}) == 1
+    tokenizer, (bos, eos) = tokenizers[0], (548, 549)
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (550, bos, eos)
     ids = tokenizer("red lamp " * 20, truncation=True)["input_ids"]
-    assert len(ids) == 8
-    assert ids[-1] == tokenizer.eos_token_id
-    assert tokenizer("", truncation=True)["input_ids"] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert (len(ids), ids[-1], tokenizer("", truncation=True)["input_ids"]) == (8, eos, [bos, eos])
 
 
-def test_loss_of_different_titles_is_clips():
+def test_loss_is_clips_but_that_same_titles_are_no_false_negatives():
     logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     numbers = torch.arange(6)
     expected = (F.cross_entropy(logits, numbers) + F.cross_entropy(logits.T, numbers)) / 2
     torch.testing.assert_close(contrastive_loss(logits.float(), numbers), expected.float())
-
-
-def test_same_titles_are_no_false_negatives():
     # Pairs 0 and 1 share a title, so all four of their logits are high: nothing is wrong, and the loss is the least there can be.
     logits = torch.tensor([[9.0, 9, -9], [9, 9, -9], [-9, -9, 9]])
     least = np.log(2) * 2 / 3  # two rows must share their probability between two matches
@@ -106,24 +95,21 @@ def test_drawn_items_are_learnt_above_chance(tmp_path):
     assert (result["title_to_image"] + result["image_to_title"]) / 2 > 2 * result["chance"]
 
 
-@pytest.mark.parametrize(("share", "warned"), [(0.1, True), (0.3, False)])
-def test_retrieval_near_chance_is_warned_of(share, warned, tmp_path, monkeypatch, capsys):
-    found = {"image_to_title": share, "title_to_image": 0.05, "chance": 0.05}
-    monkeypatch.setattr(small_clip, "retrieval", lambda similarity, numbers: dict(found))
-    trained(tmp_path / "clip", steps=1)
-    assert ("learned nothing from these images: use a pretrained one" in capsys.readouterr().err) == warned
+def test_retrieval_near_chance_is_warned_of(tmp_path, monkeypatch, capsys):
+    for share, warned in ((0.1, True), (0.3, False)):
+        found = {"image_to_title": share, "title_to_image": 0.05, "chance": 0.05}
+        monkeypatch.setattr(small_clip, "retrieval", lambda *_, found=found: found)
+        trained(tmp_path / "clip", steps=1)
+        assert ("learned nothing from these images: use a pretrained one" in capsys.readouterr().err) == warned
 
 
 def test_same_seed_same_weights_and_the_callers_random_numbers_go_on(tmp_path):
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
+    before = torch.get_rng_state()
     for name, seed in (("one", 1), ("two", 1), ("other", 2)):
         trained(tmp_path / name, steps=3, seed=seed)
-    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.get_rng_state(), before)
     one, two, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "other"))
-    assert one == two
-    assert one != other
+    assert one == two != other
 
 
 def test_folder_opens_with_transformers_alone(made):
@@ -167,34 +153,28 @@ def test_training_sees_what_the_saved_processor_makes(made):
 
 def test_varied_images_keep_their_size_and_content():
     images, _ = coloured_pairs(16)
-    random = torch.Generator().manual_seed(0)
-    varied = small_clip._varied(images, random)
-    assert varied.shape == images.shape
-    assert not torch.equal(varied, images.float())
+    varied = small_clip._varied(images, torch.Generator().manual_seed(0))
+    assert varied.shape == images.shape and not torch.equal(varied, images.float())
     torch.testing.assert_close(varied.mean((2, 3)), images.float().mean((2, 3)), atol=6, rtol=0)
 
 
 def test_sizes_that_make_no_clip_are_refused(tmp_path):
     for change in ({"patch_size": 15}, {"heads": 3}):
         with pytest.raises(PerPEFTError, match="no multiple"):
-            Sizes(**{**SIZES, **change})
+            Sizes(**SIZES | change)
     with pytest.raises(PerPEFTError, match="too few"):
         train_small_clip(*coloured_pairs(19), tmp_path / "clip", Sizes(**SIZES), steps=1)
     assert not list(tmp_path.iterdir())
 
 
-def test_images_are_read_as_the_processor_does(tiny_dataset):
+def test_images_are_read_as_the_processor_does_and_unreadable_ones_named(tiny_dataset, tmp_path):
     paths = sorted((tiny_dataset.train_dir / "tiny_images").iterdir())
     processor = small_clip.image_processor(32)
     expected = processor([Image.open(path) for path in paths], do_rescale=False, do_normalize=False, return_tensors="pt")
     assert torch.equal(read_images(paths, 32), expected["pixel_values"].to(torch.uint8))
-
-
-def test_unreadable_images_are_named(tmp_path, tiny_dataset):
-    good = next((tiny_dataset.train_dir / "tiny_images").iterdir())
     (tmp_path / "B7.jpg").write_bytes(b"no image")
     with pytest.raises(PerPEFTError, match=r"(?s)B7\.jpg \(item 2.*gone\.jpg \(item 3"):
-        read_images([good, tmp_path / "B7.jpg", tmp_path / "gone.jpg"], 32)
+        read_images([paths[0], tmp_path / "B7.jpg", tmp_path / "gone.jpg"], 32)
 
 
 def test_demo_clip_is_made_once(tmp_path, monkeypatch):
@@ -205,14 +185,14 @@ def test_demo_clip_is_made_once(tmp_path, monkeypatch):
     assert (tmp_path / "cache" / "demo_small_clip").is_dir()
 
 
-def test_script_trains_on_any_data_set(tiny_dataset, tmp_path, run, capsys):
+def test_script_trains_on_any_data_set(tiny_dataset, tmp_path, capsys):
     folder = tmp_path / "own" / "clip"
     sizes = [part for name, value in SIZES.items() for part in (f"--{name}", value)]
     options = [*sizes, "--dataset", "tiny", "--train_dir", tiny_dataset.train_dir, "--output", folder, "--steps", 2]
-    assert run(make_small_clip.main, *options) == 0
+    assert exit_code(options, make_small_clip.main) == 0
     assert CLIPModel.from_pretrained(folder).config.vision_config.image_size == 32
     result, hint = capsys.readouterr().out.splitlines()
     assert "among 3 unseen pairs" in result and f"--clip_model {folder}" in hint
     before = (folder / "model.safetensors").read_bytes()
-    assert run(make_small_clip.main, *options) == 2 and "is there already" in capsys.readouterr().err
+    assert exit_code(options, make_small_clip.main) == 2 and "is there already" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == before
