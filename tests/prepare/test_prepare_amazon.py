@@ -1,6 +1,7 @@
 """Amazon's review files become a data set: by hand, from all releases, against damage, interruptions and failing images."""
 import csv
 import gzip
+import json
 import signal
 from pathlib import Path
 
@@ -52,20 +53,17 @@ def category(prepare):
 
 
 def test_by_hand(category):
-    reviews = [
-        review("ann", "B2", 50),
-        review("ann", "B1", 20), review("ann", "B2", 10),  # B2 was first bought at 10
-        review("ann", "B3", 20),  # a tie with B1: the file's order
-        review("bob", "B3", 1), review("bob", "B1", 2), review("bob", "B4", 3), review("bob", "B2", 4),
-        review("cid", "B1", 1), review("cid", "B2", 2), review("cid", "B3", 3), review("cid", "B5", 4), review("cid", "B6", 5),
-        review("dan", "B1", 1), review("dan", "B4", 1),  # two purchases: outside the core, and with dan B4
-        "{broken",
+    bought = [
+        ("ann", "B2", 50), ("ann", "B1", 20), ("ann", "B2", 10), ("ann", "B3", 20),  # B2 first, then a tie: the file's order
+        ("bob", "B3", 1), ("bob", "B1", 2), ("bob", "B4", 3), ("bob", "B2", 4),
+        ("cid", "B1", 1), ("cid", "B2", 2), ("cid", "B3", 3), ("cid", "B5", 4), ("cid", "B6", 5),
+        ("dan", "B1", 1), ("dan", "B4", 1),  # two purchases: outside the core, and with dan B4
     ]  # fmt: skip
     items = [
         meta("B1", "one &amp; only"), meta("B2", "two"), meta("B3", "<i>three</i>"), meta("B4", "four"), meta("B5", " <b> "),
         meta("B1", "the second line of B1"), "broken", meta("a\nb"), meta("\u2028"),
     ]  # fmt: skip
-    made = category(reviews, items, LOCAL + "--core 3")
+    made = category([*(review(*row) for row in bought), "{broken"], items, LOCAL + "--core 3")
     assert made.histories == [["B1", "B2", "B3"], ["B2", "B1", "B3"], ["B3", "B1", "B2"]]  # of cid, ann and bob
     assert list(made.titles.items()) == [("B1", "one & only"), ("B2", "two"), ("B3", "three")]
     assert len(leave_last_out(read_dataset("data", "mine").histories).evaluated_users) == 3
@@ -143,7 +141,7 @@ def test_a_writing_that_fails_leaves_no_data_set(category, monkeypatch, ending):
     category(*many())
 
 
-def test_what_is_there_is_not_replaced_unasked(category):
+def test_what_is_there_is_not_replaced_unasked_and_made_by_one_process_at_a_time(category):
     shop = many()
     category(*shop)
     before = FINAL.read_text()
@@ -151,12 +149,8 @@ def test_what_is_there_is_not_replaced_unasked(category):
     error = category(*shop, LOCAL + "--core 13 --restart", code=2).error  # nothing to make: the old one stays
     assert "no users and items with 13 interactions each are left; lower --core" in error and FINAL.read_text() == before
     assert len(category(*shop, LOCAL + "--max_users 9 --restart").histories) == 9
-
-
-def test_one_process_at_a_time(category):
-    Path("data").mkdir()
     with FileLock("data/.mine_prepare.lock"):
-        assert "another process is making data set 'mine'" in category(*many(), code=2).error
+        assert "another process is making data set 'mine'" in category(*shop, LOCAL + "--restart", code=2).error
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "demo", "x" * 201])
@@ -186,30 +180,19 @@ def test_files_of_no_use_are_one_sentence(category, reviews, items, options, mes
     assert not list(Path("data").glob("mine_*"))
 
 
-def test_own_images_of_any_kind(category):
-    Path("shop/img/B0.jpg").unlink()  # no image: left out before the core
-    Path("shop/img/B1.jpg").unlink()
-    draw_image(2).save("shop/img/B1.png")
-    Path("shop/img/B2.jpg").write_bytes(b"no image")
-    made = category(*many(items=8))
-    assert made.histories == [["B1", "B3", "B4", "B5", "B6", "B7"]] * 12 and made.counts["no image"] == 1
-
-
-@pytest.mark.parametrize("image", [
-    lambda url: {"images": {"hi_res": [None, "x"], "large": [url, "y"], "thumb": ["z", "z"], "variant": ["MAIN", "PT01"]}},
-    lambda url: {"images": [{"thumb": url, "large": None, "variant": "MAIN"}, {"large": "x", "variant": "PT01"}]},
-    lambda url: {"images": None, "imageURLHighRes": [url, "x"]},
-    lambda url: {"images": [], "imageURL": [], "imUrl": url},
-])  # fmt: skip
-def test_the_fields_of_all_releases(category, server, image):  # noqa: F811
-    reviews = [{"reviewerID": f"u{u}", "asin": f"B{i}", "unixReviewTime": 1_400_000_000 + i} for u in range(5) for i in (2, 0, 1)]
-    items = [{"asin": f"B{i}", "title": f"lamp {i}", **image(f"{server.url}/B{i}")} for i in range(3)]
-    assert category(reviews, items, "--core 3").histories == [["B0", "B1", "B2"]] * 5
-    assert server.asked == {f"/B{i}": 1 for i in range(3)}
-
-
-def test_python_literals_of_2014_and_half_surrogate_pairs(category):
-    lines = [repr({"asin": f"B{i}", "title": f"it's {i}", "imUrl": "x"}) for i in range(4)]
-    lines.append('{"asin": "B4", "title": "half \\ud83d pair", "imUrl": "x"}')
-    made = category(many(users=8, items=5)[0], lines)
+@pytest.mark.parametrize("write", [json.dumps, repr])  # Python's literals are those of 2014
+def test_the_fields_of_all_releases_and_half_surrogate_pairs(category, server, write):  # noqa: F811
+    urls = [f"{server.url}/B{i}" for i in range(5)]
+    images = [
+        {"images": {"hi_res": [None, "x"], "large": [urls[0], "y"], "thumb": ["z", "z"], "variant": ["MAIN", "PT01"]}},
+        {"images": [{"thumb": urls[1], "large": None, "variant": "MAIN"}, {"large": "x", "variant": "PT01"}]},
+        {"images": None, "imageURLHighRes": [urls[2], "x"]},
+        {"images": [], "imageURL": [], "imUrl": urls[3]},
+    ]
+    lines = [write({"asin": f"B{i}", "title": f"it's {i}", **image}) for i, image in enumerate(images)]
+    lines.append(f'{{"asin": "B4", "title": "half \\ud83d pair", "imUrl": "{urls[4]}"}}')
+    bought = [(f"u{u}", f"B{i}", 1_400_000_000 + i) for u in range(5) for i in (2, 0, 4, 1, 3)]
+    reviews = [write(dict(zip(("reviewerID", "asin", "unixReviewTime"), row))) for row in bought]
+    made = category(reviews, lines, "")
     assert list(made.titles.values()) == ["it's 0", "it's 1", "it's 2", "it's 3", "half \ufffd pair"]
+    assert made.histories == [[f"B{i}" for i in range(5)]] * 5 and server.asked == {f"/B{i}": 1 for i in range(5)}
