@@ -121,8 +121,7 @@ CASES = {
         "--user_column 1 --item_column 2 --time_column 4 --items_item_column 1 --title_column 2 --image_column 3",
     ),
     "numbers for one table": (
-        "".join(f"{u}\t{i}\t3\t{t}\n" for u, i, t in BUYS), PLAIN_GOODS,
-        "--user_column 1 --item_column 2 --time_column 4",
+        "".join(f"{u}\t{i}\t3\t{t}\n" for u, i, t in BUYS), PLAIN_GOODS, "--user_column 1 --item_column 2 --time_column 4",
     ),
     "several images in a cell": (PLAIN_BUYS, with_images(f"{good[2]}, img/other.png" for good in GOODS)),
     "a list as numpy prints it": (PLAIN_BUYS, with_images(f"['{good[2]}' 'x.png']" for good in GOODS)),
