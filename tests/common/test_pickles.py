@@ -82,9 +82,6 @@ def test_plain_values_are_read_as_written(tmp_path, protocol):
     assert load_pickle(path) == value
 
 
-# ---------------------------------------------------------------- hidden states
-
-
 def states_file(folder, value, **options):
     path = states_path(folder, "shop")
     torch.save(value, path, **options)

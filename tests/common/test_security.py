@@ -41,7 +41,6 @@ from utils.training.checkpoints import Checkpoint, load_adapter, load_weights, s
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 CPU = torch.device("cpu")
-# ---------------------------------------------------------------- pickles that run something when they are read
 
 RAN = []
 
@@ -150,9 +149,6 @@ def test_calls_are_refused_by_name_and_names_never_looked_up(tmp_path):
         assert "this" not in sys.modules
 
 
-# ---------------------------------------------------------------- files of torch
-
-
 def refuse_every_payload(path, read, error=PerPEFTError, match=None):
     """`read` must raise for every payload in place of a sound file of torch, saved as today or as of old, and read that file."""
     for kind, payload in PAYLOADS.items():
@@ -219,9 +215,6 @@ def test_adapters_are_read_as_safetensors_only(lora_model, copied_run):
             load_weights(lora_model, copied_run.folder / "global", "global")
 
 
-# ---------------------------------------------------------------- a CLIP folder
-
-
 def test_clip_weights_with_code_are_refused(tmp_path):
     clip = save_tiny_clip(tmp_path / "clip", tiny_titles())
     torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
@@ -243,9 +236,6 @@ def test_code_beside_clip_weights_is_not_run(name, known, tmp_path):
     (clip / name).write_text(json.dumps(settings))
     with contextlib.suppress(PerPEFTError):
         load_foundation(str(clip))
-
-
-# ---------------------------------------------------------------- the store
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +264,6 @@ def test_store_with_pickled_arrays_is_refused(folder, tokenizer):
     assert open_store(dataset, tokenizer).num_items == 5
     assert_live(partial(np.load, allow_pickle=True), as_npy.getvalue())
 
-
-# ---------------------------------------------------------------- names that could lead elsewhere
 
 WATCHED = []  # for each test that watches, the real paths of files that are opened
 
@@ -342,9 +330,6 @@ def test_image_that_another_program_would_draw_is_not_handed_to_it(check_call, p
     with pytest.raises(OSError, match="not an image of a kind"):
         read_image(image, CLIPImageProcessor())
     assert not check_call.called and not popen.called
-
-
-# ---------------------------------------------------------------- the network
 
 
 @pytest.fixture

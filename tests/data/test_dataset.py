@@ -47,9 +47,6 @@ def complaint(folder, **options):
     return str(raised.value)
 
 
-# ---------------------------------------------------------------- the split
-
-
 @given(st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=8), st.integers(1, 8), st.data())
 def test_histories_keep_every_interaction_in_order(histories, count, data):
     found = Histories.of_lists(histories)
@@ -71,9 +68,6 @@ def test_histories_keep_every_interaction_in_order(histories, count, data):
 @given(st.lists(st.integers(0, 30)))
 def test_distinct_values_are_those_of_numpy(values):
     assert sorted_distinct(np.array(values, dtype=np.int64)).tolist() == sorted(set(values))
-
-
-# ---------------------------------------------------------------- sound files
 
 
 def test_files_come_out_as_written(tiny_dataset, capsys):
@@ -140,9 +134,6 @@ def test_users_in_any_order_keep_the_order_of_their_items(folder):
     assert dataset.user_ids.tolist() == [1, 30, 2**63 - 1] and lists(dataset.histories) == [items] * 3
 
 
-# ---------------------------------------------------------------- one report for everything
-
-
 def test_every_kind_of_problem_is_in_one_report(tmp_path, capsys):
     folder = write_dataset(tmp_path, "shop", {1: [1]}, [None] * 40, raw_ids=[f"R{item:02d}" for item in range(1, 41)])
     malformed = "".join(f"{number} x\n" for number in range(20_000))
@@ -201,9 +192,6 @@ def test_missing_data_set_message_names_what_is_there(folder):
         read_dataset(folder / "nowhere", "shop")
 
 
-# ---------------------------------------------------------------- users
-
-
 def test_fewer_users_than_groups(folder, tiny_dataset, tiny_clip, tmp_path):
     assert read_dataset(folder, "shop", num_groups=3).num_users == 3
     assert "fewer users than the 4 groups of --C (1): 3 users" in complaint(folder, num_groups=4)
@@ -219,8 +207,6 @@ def test_user_with_every_item_is_a_remark_with_their_own_number(folder, capsys):
     assert read_dataset(folder, "shop").num_users == 3
     assert re.search(r"every item in their training history.*left out of training.*\(1\): user 1000\n", capsys.readouterr().err)
 
-
-# ---------------------------------------------------------------- one damaged file
 
 BAD_LINES = (
     b"one two", b"1.0 2", b"1 2.0", b"1e0 2", b"1 nan", b"1 inf", b"1 2 3", b"1", b"1,2", b"1;2", b"1 0x2", b"1_0 2", b"# note",
@@ -283,8 +269,6 @@ def test_huge_number_takes_no_memory(folder, where):
     assert code == 0 and re.search(expected[where], report)
 
 
-# ---------------------------------------------------------------- titles
-
 NOT_TEXT, NOTHING = (7, b"bytes", LAUGHS, {"a": 1}, True, 10**18, float("inf")), (None, "", " \t\n", float("nan"))
 
 
@@ -305,9 +289,6 @@ def test_title_with_half_a_surrogate_pair_can_still_be_written(folder):
     assert title.encode() and title.startswith("caf") and title.endswith(" lamp")
 
 
-# ---------------------------------------------------------------- images
-
-
 @pytest.mark.parametrize("large", [True, False])
 def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch, large):
     monkeypatch.setattr(images, "LARGE_PIXELS", 100 if large else 10**9)
@@ -324,9 +305,6 @@ def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch, large):
     paths = sorted((folder / "shop_images").iterdir())
     assert list(images.on_all_cores(read, paths)) == [None] * 5
     assert (max(most) == 1) == large
-
-
-# ---------------------------------------------------------------- check_data
 
 
 @pytest.fixture

@@ -52,9 +52,6 @@ SPECIAL_BYTES = (
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------- damage
-
-
 def damaged(bases, seed):
     """One of some files with one to four pieces of damage, or more until it differs from all of them; a function of the seed."""
     source = random.Random(seed)
@@ -80,9 +77,6 @@ def damaged(bases, seed):
         ))  # fmt: skip
         content[place] = piece
     return bytes(content)
-
-
-# ---------------------------------------------------------------- reading
 
 
 def saved(value):
@@ -232,9 +226,6 @@ def read_all(reader, kind, write):
         slowest = max(slowest, (time.monotonic() - started, seed))
     megabytes = (peak_kilobytes() - before) // 1024
     write(json.dumps({"outcomes": outcomes, "wrong": wrong, "slowest": slowest, "megabytes": megabytes}))
-
-
-# ---------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")
