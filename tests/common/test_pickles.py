@@ -145,10 +145,7 @@ def odd_states():
         "two parts": (image_states, text_states),
         "one tensor": image_states,
         "nothing": None,
-        "ids of others": (image_states, text_states, [f"C{item}" for item in range(5)]),
         "an id twice": (image_states, text_states, [*ids[:4], ids[0]]),
-        "no number": (image_states / 0 * 0, text_states, ids),
-        "infinity": (image_states, text_states / 0, ids),
     }
 
 

@@ -249,14 +249,6 @@ def test_damaged_input_is_refused_or_read_in_bounded_time_and_memory(kind, reade
     assert result["megabytes"] < MEGABYTES[kind]
 
 
-def test_damage_is_real_repeatable_and_ever_different():
-    bases = [random.Random(base).randbytes(900) for base in range(2)]
-    found = [damaged(bases, seed) for seed in range(500)]
-    assert found == [damaged(bases, seed) for seed in range(500)]
-    assert not set(found) & set(bases)
-    assert len(set(found)) > 450
-
-
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         Reader(Path(folder) / "dataset").read(sys.argv[1], int(sys.argv[2]))
