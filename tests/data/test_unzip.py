@@ -99,9 +99,6 @@ def refused(work, capsys):
     return run
 
 
-# ---------------------------------------------------------------- what is unpacked
-
-
 @pytest.mark.parametrize(
     "folder, inner_folder, method, target",
     [
@@ -162,9 +159,6 @@ def test_without_an_archive(refused, capsys):
     write({"dataset/arts_final.txt": b"7 1\n"})
     assert unzip() == 0
     assert "arts      " in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- refused or damaged, and nothing changes
 
 
 def special(kind):
@@ -314,9 +308,6 @@ def test_everything_is_fsynced_before_it_is_renamed_and_before_the_archive_goes(
     assert placed[-2:] == ["arts_final.txt", "arts_images"]
 
 
-# ---------------------------------------------------------------- interrupted runs
-
-
 def stopped_before(last, number):
     """Run the script in a copy of this process that kills itself before that step; returns its exit code.
 
@@ -396,9 +387,6 @@ def test_leftovers_of_another_archive_or_in_place_by_now_are_not_placed(work):
     write({"dataset/arts_images/a.jpg": b"aaa", "dataset/arts_images/mine.jpg": b"mine"})
     assert unzip() == 0
     assert tree(work / "dataset/arts_images") == {"a.jpg": b"aaa", "b.jpg": b"bbb", "mine.jpg": b"mine"}
-
-
-# ---------------------------------------------------------------- the table
 
 
 def test_table_sets_counts_beside_the_papers(work):
