@@ -26,11 +26,9 @@ def plain_top(model, history, top_k=10):
 def plain(tiny_run, tiny_dataset, tiny_clip):
     """The plain models of the run: "global", 0, 1, 2."""
     folder = tiny_run.folder
-    models = {"global": plain_model(folder / "global", folder / "global", tiny_dataset, tiny_clip)}
-    for group in range(3):
-        where = folder / "personalized" / f"group_{group}"
-        models[group] = plain_model(folder / "personalized", where, tiny_dataset, tiny_clip)
-    return models
+    groups = {group: folder / "personalized" / f"group_{group}" for group in range(3)}
+    models = {group: plain_model(where.parent, where, tiny_dataset, tiny_clip) for group, where in groups.items()}
+    return models | {"global": plain_model(folder / "global", folder / "global", tiny_dataset, tiny_clip)}
 
 
 @pytest.fixture
@@ -48,9 +46,6 @@ def assert_ranked(ranking, expected):
     items = ranking["items"]
     assert [(item["item"], item["rank"]) for item in items] == [(item, rank) for rank, (_, item) in enumerate(expected, 1)]
     assert [item["score"] for item in items] == pytest.approx([score for score, _ in expected], abs=1e-4)
-
-
-# ---------------------------------------------------------------- recommendations
 
 
 @pytest.mark.parametrize("user", [2, 8, 50])
@@ -147,9 +142,6 @@ def test_groups_without_users_are_never_chosen():
     assert choose_groups(np.array([-3.0, 0.0]), None, centres, None) == (3, 2)
     assert choose_groups(np.array([1.0, 0.0]), 2, centres, None) == (2, 3)
     assert choose_groups(np.array([1.0, 0.0]), 0, centres[:2], None) == (0, None)
-
-
-# ---------------------------------------------------------------- exported vectors
 
 
 @pytest.mark.parametrize("histories", ["all", "train_and_valid"])

@@ -5,7 +5,7 @@ import pytest
 
 from scripts import explain_item, export_vectors, recommend, report
 from tests.conftest import NUM_ITEMS, run_on_folder
-from tests.run_files import change_json
+from tests.run_files import change_json, tree
 from utils.common.errors import PerPEFTError
 
 NEEDED = {report: [], recommend: ["--user", 8], explain_item: ["--item", 1], export_vectors: ["--output", "vectors"]}
@@ -20,18 +20,10 @@ def with_option(**changes):
     return lambda folder: change_json(folder / "summary.json", lambda summary: summary["config"].update(changes))
 
 
-def unfinished(folder):
-    (folder / "summary.json").unlink()
-
-
-def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
 @pytest.mark.parametrize(
     ("script", "change", "arguments", "message"),
     [
-        *((script, unfinished, (), "holds no finished run") for script in NEEDED),
+        *((script, lambda folder: (folder / "summary.json").unlink(), (), "holds no finished run") for script in NEEDED),
         *((script, lambda folder: folder.rename("elsewhere"), (), "is not there") for script in NEEDED),
         (report, with_file("personalized_ranks.csv", "user,valid_rank,test_rank\n2,1\n"), (), "_ranks.csv cannot be read"),
         (report, with_file("metrics.csv", "stage,epoch\nglobal,first\n"), (), "metrics.csv cannot be read"),
@@ -56,11 +48,11 @@ def test_one_sentence_says_what_is_wrong(copied_run, analyse, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     if change:
         change(copied_run.folder)
-    before = contents(tmp_path)
+    before = set(tmp_path.rglob("*")), tree(tmp_path)
     with pytest.raises(PerPEFTError, match=re.escape(message)) as raised:
         analyse(script, copied_run.folder, *(arguments or NEEDED[script]))
     assert len(str(raised.value).splitlines()) == 1
-    assert contents(tmp_path) == before
+    assert (set(tmp_path.rglob("*")), tree(tmp_path)) == before
 
 
 def test_runs_that_cannot_be_compared_are_refused_before_any_is_opened(copied_run, tiny_run, monkeypatch):

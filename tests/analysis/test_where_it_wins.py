@@ -17,15 +17,12 @@ def row(text, first):
     return next(line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {first} |"))
 
 
-def test_by_depth_by_hand():
+def test_tables_by_depth_and_by_stratum_which_begins_at_its_bound_by_hand():
     text = by_depth(np.array([0, 4, 19, 600]), np.array([1, 4, 20, 3]))
     # differences of users at 1: 1 0 0 0, at 20: 0 0 1 -1; t(0.975, 3) = 3.1824
     assert row(text, "HR@1") == ["HR@1", "0.00", "25.00", "+25.00 ± 79.56"]
     assert row(text, "HR@20") == ["HR@20", "75.00", "75.00", "+0.00 ± 129.92"]
     assert row(text, "HR@500")[1:3] == ["100.00", "75.00"]
-
-
-def test_a_stratum_begins_at_its_bound():
     own, other, lengths = np.array([0, 0, 99]), np.array([0, 50, 99]), np.array([3, 4, 5])
     text = by_stratum(own, other, lengths, {1: "low", 4: "high", 9: "none"}, "length")
     assert row(text, "low")[1:3] == ["33 %", "+0.00 ± nan"]

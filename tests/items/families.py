@@ -62,6 +62,7 @@ FAMILIES = {
     "aimv2": ("Aimv2", "clip", "CLIPImageProcessor", CROPPED),
     "tipsv2": ("Tipsv2", "siglip", "CLIPImageProcessor", CROPPED, {}, {}, {}),
 }
+AVAILABLE = [name for name, family in FAMILIES.items() if hasattr(transformers, f"{family[0]}Model")]  # in what is installed
 # Single encoders: the class, its settings beside a tower's, its options, and its image processor if it has one.
 ENCODERS = {
     "vit": ("ViT", SMALL, {"add_pooling_layer": False}, *VIT),
@@ -121,11 +122,6 @@ def seeded(name, folder):
     save_model(prefix, folder, towers | both)
     getattr(transformers, processor)(**form).save_pretrained(folder)
     return str(folder)
-
-
-def available_families():
-    """Those that the installed transformers has."""
-    return [name for name, family in FAMILIES.items() if hasattr(transformers, f"{family[0]}Model")]
 
 
 def encoder_of(foundation, kind="lora", **options):

@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
-from tests.items.families import FAMILIES, PAIRS, TOWER, available_families, encoder_of, save_model, save_tokenizer
+from tests.items.families import AVAILABLE, FAMILIES, PAIRS, TOWER, encoder_of, save_model, save_tokenizer
 from tests.run_files import change_json
 from utils.common.errors import PerPEFTError
 from utils.items.foundation import load_foundation
@@ -54,7 +54,7 @@ def embedding(found):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*available_families(), *PAIRS])
+@pytest.mark.parametrize("family", [*AVAILABLE, *PAIRS])
 def test_features_and_states_are_transformers_own_of_single_items(family, models, dataset):
     name = models(family)
     foundation = load_foundation(name)
@@ -86,7 +86,7 @@ def test_features_and_states_are_transformers_own_of_single_items(family, models
         torch.testing.assert_close(features[row], torch.cat(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*available_families(), "dinov2 + distilbert (mean)"])
+@pytest.mark.parametrize("family", [*AVAILABLE, "dinov2 + distilbert (mean)"])
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, kind, models, dataset):
     """Attention's projections, and with (IA)3 the first feed-forward layer, of two layers a tower, or four."""
@@ -113,9 +113,6 @@ def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, ki
     assert len(layers) - len(of_titles) == depth * (each - fused)
 
 
-# ---------------------------------------------------------------- what is no dual encoder, or does not fit together
-
-
 @pytest.fixture
 def clip(tiny_clip, tmp_path):
     """A copy of the tiny CLIP, to be damaged."""
@@ -136,10 +133,6 @@ def larger_vocabulary(clip):
     tokenizer = AutoTokenizer.from_pretrained(clip)
     tokenizer.add_tokens([f"word{number}" for number in range(3)])
     tokenizer.save_pretrained(clip)
-
-
-def another_tokenizer(clip):
-    save_tokenizer("siglip", clip)
 
 
 def tower_that_needs_more_than_an_image(clip):
@@ -167,7 +160,7 @@ SMALL_CROP = {"crop_size": {"height": 24, "width": 24}, "size": {"shortest_edge"
         (larger_vocabulary, r"tokens up to number \d+, its text tower \d+ token embeddings"),
         (settings("config.json", eos_token_id=49407), UNFIT + "; eos_token_id is 49407 in config.json"),
         (settings("config.json", eos_token_id=5), UNFIT + "; eos_token_id is 5 in config.json"),
-        (another_tokenizer, UNFIT + "it ends a title by token"),
+        (lambda clip: save_tokenizer("siglip", clip), UNFIT + "it ends a title by token"),
         (tower_that_needs_more_than_an_image, "cannot be used: "),
     ],
 )

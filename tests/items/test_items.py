@@ -45,22 +45,17 @@ def noise(width, height, mode="RGB", seed=0):
     return Image.fromarray(values).convert(mode)
 
 
-def image_files():
-    """{name: file bytes} of images as shops have them; deep and transparent ones are in tests/data/test_images.py."""
-    turned = Image.Exif()
-    turned[0x0112] = 6  # an orientation, which CLIP's processor does not follow
-    return {
-        **{f"{mode} png": encoded(noise(37, 61, mode), "PNG") for mode in ("RGB", "L", "1", "P")},
-        **{f"{mode} jpeg": encoded(noise(70, 45, mode)) for mode in ("CMYK", "L")},
-        "gif": encoded(noise(50, 33, "P"), "GIF"),
-        "progressive jpeg": encoded(noise(64, 90), progressive=True),
-        "jpeg with orientation": encoded(noise(64, 90), exif=turned),
-        **{f"jpeg with subsampling {factor}": encoded(noise(101, 67), quality=70, subsampling=factor) for factor in (0, 1, 2)},
-        **{f"{width} x {height}": encoded(noise(width, height), "PNG") for width, height in SIDES},
-    }
-
-
-FILES = image_files()
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # an orientation, which CLIP's processor does not follow
+FILES = {  # images as shops have them; deep and transparent ones are in tests/data/test_images.py
+    **{f"{mode} png": encoded(noise(37, 61, mode), "PNG") for mode in ("RGB", "L", "1", "P")},
+    **{f"{mode} jpeg": encoded(noise(70, 45, mode)) for mode in ("CMYK", "L")},
+    "gif": encoded(noise(50, 33, "P"), "GIF"),
+    "progressive jpeg": encoded(noise(64, 90), progressive=True),
+    "jpeg with orientation": encoded(noise(64, 90), exif=TURNED),
+    **{f"jpeg with subsampling {factor}": encoded(noise(101, 67), quality=70, subsampling=factor) for factor in (0, 1, 2)},
+    **{f"{width} x {height}": encoded(noise(width, height), "PNG") for width, height in SIDES},
+}
 
 
 def original(processor, path):
@@ -87,9 +82,6 @@ def test_image_that_would_fill_the_memory_is_refused(tmp_path):
     assert path.stat().st_size < 100_000
     with pytest.raises(ValueError, match="12000 x 12000"):
         read_image(path, PROCESSORS["32"])
-
-
-# ---------------------------------------------------------------- the store
 
 
 @pytest.fixture(scope="module")
