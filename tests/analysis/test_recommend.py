@@ -16,7 +16,6 @@ from utils.common.errors import PerPEFTError
 
 @torch.no_grad()
 def plain_top(model, history, top_k=10):
-    """The best items and their scores, by a loop."""
     state = plain_state(model, history)
     scored = [(float(state @ model.e[item]), item) for item in ITEMS if item not in history]
     return sorted(scored, key=lambda pair: -pair[0])[:top_k]
@@ -75,9 +74,7 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
     assert len(classes(page, "marked")) == sum(ranking["rank_of_test_item"] <= 7 for ranking in result["recommendations"])
 
 
-def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_the_farthest(
-    copied_run, tiny_dataset, plain, recommended
-):
+def test_new_users_get_the_nearest_group_and_are_compared_with_the_farthest(copied_run, tiny_dataset, plain, recommended):
     members = {group: [] for group in range(3)}
     for user, group in groups_of(copied_run.folder).items():
         items = tiny_dataset.histories[user]

@@ -9,7 +9,6 @@ from tests.run_files import change_json, tree
 from utils.common.errors import PerPEFTError
 
 NEEDED = {report: [], recommend: ["--user", 8], explain_item: ["--item", 1], export_vectors: ["--output", "vectors"]}
-ADAPTER = "personalized/group_2/adapter/adapter_model.safetensors"
 
 
 def with_file(name, content="none"):
@@ -28,7 +27,7 @@ def with_option(**changes):
         (report, with_file("personalized_ranks.csv", "user,valid_rank,test_rank\n2,1\n"), (), "_ranks.csv cannot be read"),
         (report, with_file("metrics.csv", "stage,epoch\nglobal,first\n"), (), "metrics.csv cannot be read"),
         (report, with_file("summary.json", '{"config": {"method": "perpeft"}}'), (), "summary.json is damaged"),
-        (explain_item, with_file(ADAPTER), (), "group_2 cannot be read"),
+        (explain_item, with_file("personalized/group_2/adapter/adapter_model.safetensors"), (), "group_2 cannot be read"),
         (export_vectors, with_file("personalized/group_1/projector.pth"), (), "projector.pth cannot be read"),
         (export_vectors, with_file("../../vectors"), (), "vectors exists; remove it"),
         (recommend, None, ("--user", 3), "user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"),

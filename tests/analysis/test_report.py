@@ -21,7 +21,6 @@ from utils.data.histories import Histories
 
 @pytest.fixture(scope="module")
 def tiny_page(tiny_run, analyse, tmp_path_factory):
-    """The report of the tiny run."""
     path = tmp_path_factory.mktemp("report") / "page.html"
     analyse(report, tiny_run.folder, "--users", 9, "--items", 4, "--output", path)
     return check_page(path)
@@ -85,11 +84,8 @@ def test_users_of_the_gallery_are_the_ones_that_gained_and_lost_most():
     before = np.array([0, 1, 5, 30, 30, 2, 3, 9, 50, 40, 7, 8])
     after = np.array([0, 4, 0, 0, 25, 2, 60, 9, 50, 0, 7, 8])
     chosen = choose_users(ids, [before, after], 6)
-    # to rank 0 from beyond 20, the farther one first
-    assert [choice[:2] for choice in chosen[:4]] == [
-        (19, "Largest gain"), (13, "Largest gain"), (16, "Largest loss"), (11, "Largest loss")
-    ]  # fmt: skip
-    assert [kind for _, kind, _ in chosen[4:]] == ["Drawn at random"] * 2
+    assert [user for user, *_ in chosen[:4]] == [19, 13, 16, 11]  # the first two to rank 0 from beyond 20, the farther one first
+    assert [kind for _, kind, _ in chosen] == ["Largest gain"] * 2 + ["Largest loss"] * 2 + ["Drawn at random"] * 2
     assert len({user for user, _, _ in chosen} & set(ids.tolist())) == 6
     assert chosen[0][2] == "+1.00" and chosen == choose_users(ids, [before, after], 6)
     assert {choice[1:] for choice in choose_users(ids, [after], 30)} == {("Drawn at random", "")}

@@ -197,7 +197,6 @@ def test_runs_of_different_data_or_damaged_ones_make_no_table(plan):
 
 
 def test_markdown_csv_and_latex_of_the_same_figures(arts_blocks, tmp_path):
-    """Mean and sample deviation over trials."""
     write_tables(tmp_path / "tables", "arts", arts_blocks, trials=3)
     text, _, of_iisan = (tmp_path / "tables" / "arts.md").read_text().partition("Table 2, iisan")
     assert "| PerPEFT [1 of 3 trials] | 20.00 |" in of_iisan and "| Frozen MM [1 of 3 trials] | **40.00** |" in of_iisan

@@ -99,7 +99,6 @@ def save_model(prefix, folder, settings, **options):
 
 
 def save_encoder(name, folder):
-    """Save a single encoder; returns its folder."""
     prefix, settings, options, *image_processor = ENCODERS[name]
     if image_processor:
         processor, form = image_processor
@@ -125,6 +124,5 @@ def seeded(name, folder):
 
 
 def encoder_of(foundation, kind="lora", **options):
-    """A foundation model with adapters, in eval mode."""
     config = peft_config(kind, layers=layers_of(foundation.clip))
     return ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits, **options).eval()

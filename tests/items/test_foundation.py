@@ -23,13 +23,6 @@ POOLING_WORDS = {"tipsv2", *PAIRS} - {"vit + bert (cls)"}  # the others pool a t
 FIRST, LAST, ALL = [0], [-1], slice(None)
 
 
-def pooled_places(family):
-    """The places whose states a family pools, of an image and of a title."""
-    by_last = family in FAMILIES and FAMILIES[family][1] in ("clip", "siglip")
-    text = ALL if family in POOLING_WORDS else LAST if by_last else FIRST
-    return {"image": ALL if family in POOLING_PATCHES else FIRST, "text": text}
-
-
 def own_inputs(family, foundation, title, path):
     """One item's inputs as transformers prepares them: SigLIP's processor pads titles, and reads them without a mask."""
     padding = {"padding": "max_length", "return_attention_mask": False} if family == "siglip" else {}
@@ -71,7 +64,9 @@ def test_features_and_states_are_transformers_own_of_single_items(family, models
     order = store.reading_order()
     features = encoder(*store.fetch(order, CPU))[order.argsort()]  # titles of several lengths in one batch
     assert features.shape[1] == encoder.feature_dim
-    places = pooled_places(family)
+    by_last = family in FAMILIES and FAMILIES[family][1] in ("clip", "siglip")
+    pooled_words = ALL if family in POOLING_WORDS else LAST if by_last else FIRST
+    places = {"image": ALL if family in POOLING_PATCHES else FIRST, "text": pooled_words}
     towers, plain = own_towers(family, name)
     for row in (0, 4, 5, 17):  # the fifth has no title, the sixth's is too long
         expected = []
@@ -115,18 +110,7 @@ def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, ki
 
 @pytest.fixture
 def clip(tiny_clip, tmp_path):
-    """A copy of the tiny CLIP, to be damaged."""
     return shutil.copytree(tiny_clip, tmp_path / "clip")
-
-
-def test_a_tokenizer_without_a_padding_token_is_read_with_the_same_features(clip, tiny_clip, dataset):
-    for path in (clip / "special_tokens_map.json", clip / "tokenizer_config.json"):
-        if path.is_file():
-            change_json(path, lambda content: content.update(pad_token=None))
-    foundation = load_foundation(str(clip))
-    assert foundation.tokenizer.pad_token is None
-    store, expected = foundation.store(dataset), load_foundation(str(tiny_clip)).store(dataset)
-    assert np.array_equal(store.tokens, expected.tokens)  # the tiny CLIP pads by its end-of-text token
 
 
 def larger_vocabulary(clip):
@@ -180,11 +164,17 @@ def test_special_tokens_within_titles_do_not_move_the_pooled_place(tiny_clip):
     assert torch.equal(foundation.traits.pool(output.last_hidden_state, tokens, None), output.pooler_output)
 
 
-def test_a_clip_as_transformers_5_saves_it_is_read(clip, tiny_clip):
-    """It writes processor_config.json and no preprocessor_config.json."""
+def test_a_clip_as_transformers_5_saves_it_and_without_a_padding_token_is_read_alike(clip, tiny_clip, dataset):
+    """That writes processor_config.json and no preprocessor_config.json."""
     settings = json.loads((clip / "preprocessor_config.json").read_text())
     (clip / "preprocessor_config.json").unlink()
     content = {"image_processor": settings | {"image_processor_type": "CLIPImageProcessorFast"}}
     (clip / "processor_config.json").write_text(json.dumps(content))
-    processor, expected = (load_foundation(str(folder)).image_processor for folder in (clip, tiny_clip))
-    assert type(processor) is type(expected) and processor.to_dict() == expected.to_dict()
+    for path in (clip / "special_tokens_map.json", clip / "tokenizer_config.json"):
+        if path.is_file():
+            change_json(path, lambda content: content.update(pad_token=None))
+    found, expected = (load_foundation(str(folder)) for folder in (clip, tiny_clip))
+    assert type(found.image_processor) is type(expected.image_processor)
+    assert found.image_processor.to_dict() == expected.image_processor.to_dict()
+    assert found.tokenizer.pad_token is None  # the tiny CLIP pads by its end-of-text token
+    assert np.array_equal(found.store(dataset).tokens, expected.store(dataset).tokens)
