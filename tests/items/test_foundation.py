@@ -155,15 +155,6 @@ def test_parts_that_do_not_fit_are_one_sentence(damage, expected, clip):
     assert "\n" not in str(error.value)
 
 
-def test_special_tokens_within_titles_do_not_move_the_pooled_place(tiny_clip):
-    """CLIP pools the first end of text, whatever follows it."""
-    foundation = load_foundation(str(tiny_clip))
-    titles = ["<|endoftext|> mug", "red <|endoftext|> lamp <|startoftext|>", "red lamp"]
-    tokens = foundation.tokenizer(titles, padding=True, return_tensors="pt")["input_ids"]
-    output = foundation.clip.text_model(input_ids=tokens)
-    assert torch.equal(foundation.traits.pool(output.last_hidden_state, tokens, None), output.pooler_output)
-
-
 def test_a_clip_as_transformers_5_saves_it_and_without_a_padding_token_is_read_alike(clip, tiny_clip, dataset):
     """That writes processor_config.json and no preprocessor_config.json."""
     settings = json.loads((clip / "preprocessor_config.json").read_text())

@@ -223,7 +223,6 @@ def test_iisan_with_the_authors_weights_equals_the_written_formula_and_learns_by
     features = model(iisan.image, iisan.text)
     expected = torch.stack([plain_iisan(plain, *item) for item in zip(iisan.image.double(), iisan.text.double())])
     torch.testing.assert_close(features, expected.float(), rtol=1e-4, atol=1e-4)
-
     direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(6))
     (features * direction).sum().backward()
     (expected * direction.double()).sum().backward()
