@@ -10,12 +10,7 @@ from utils.run.folder import FINGERPRINTS, run_settings
 
 @pytest.fixture(scope="session")
 def analyse(tiny_dataset):
-    """Run a script on the folder of a run of the tiny data set."""
-
-    def run(script, folder, *arguments):
-        run_on_folder(script, folder, "--train_dir", tiny_dataset.train_dir, *arguments)
-
-    return run
+    return lambda script, folder, *more: run_on_folder(script, folder, "--train_dir", tiny_dataset.train_dir, *more)
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 import re
 from xml.etree import ElementTree
 
-VOID = "meta|br"  # the elements of our pages that are never closed, which XML does not know
-
 
 class Parsed:
     """A page's elements; the parser refuses one that is not closed where it must be, and an attribute given twice."""
 
     def __init__(self, text):
-        self.root = ElementTree.fromstring(re.sub(rf"(<({VOID})\b[^>]*)>", r"\1/>", text))
+        # our pages never close <meta> and <br>, which XML does not know
+        self.root = ElementTree.fromstring(re.sub(r"(<(meta|br)\b[^>]*)>", r"\1/>", text))
         self.elements = [(element.tag, element.attrib) for element in self.root.iter()]
         self.text = re.sub(r"\s+", " ", "".join(self.root.itertext()))
 

@@ -11,8 +11,6 @@ from utils.analysis.baselines import PlainIISAN, plain_ranking_loop
 from utils.data.histories import Histories
 from utils.training.evaluation import rank_targets
 
-CPU = torch.device("cpu")
-
 
 def test_plain_ranking_loop_computes_the_same_ranks():
     random = np.random.default_rng(0)

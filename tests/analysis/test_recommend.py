@@ -16,7 +16,6 @@ from utils.common.errors import PerPEFTError
 
 @torch.no_grad()
 def plain_top(model, history, top_k=10):
-    """The best items and their scores, by a loop."""
     state = plain_state(model, history)
     scored = [(float(state @ model.e[item]), item) for item in ITEMS if item not in history]
     return sorted(scored, key=lambda pair: -pair[0])[:top_k]
@@ -26,11 +25,9 @@ def plain_top(model, history, top_k=10):
 def plain(tiny_run, tiny_dataset, tiny_clip):
     """The plain models of the run: "global", 0, 1, 2."""
     folder = tiny_run.folder
-    models = {"global": plain_model(folder / "global", folder / "global", tiny_dataset, tiny_clip)}
-    for group in range(3):
-        where = folder / "personalized" / f"group_{group}"
-        models[group] = plain_model(folder / "personalized", where, tiny_dataset, tiny_clip)
-    return models
+    groups = {group: folder / "personalized" / f"group_{group}" for group in range(3)}
+    models = {group: plain_model(where.parent, where, tiny_dataset, tiny_clip) for group, where in groups.items()}
+    return models | {"global": plain_model(folder / "global", folder / "global", tiny_dataset, tiny_clip)}
 
 
 @pytest.fixture
@@ -48,9 +45,6 @@ def assert_ranked(ranking, expected):
     items = ranking["items"]
     assert [(item["item"], item["rank"]) for item in items] == [(item, rank) for rank, (_, item) in enumerate(expected, 1)]
     assert [item["score"] for item in items] == pytest.approx([score for score, _ in expected], abs=1e-4)
-
-
-# ---------------------------------------------------------------- recommendations
 
 
 @pytest.mark.parametrize("user", [2, 8, 50])
@@ -80,9 +74,7 @@ def test_recommendations_are_the_best_items_by_a_plain_loop(copied_run, tiny_dat
     assert len(classes(page, "marked")) == sum(ranking["rank_of_test_item"] <= 7 for ranking in result["recommendations"])
 
 
-def test_new_users_get_the_group_with_the_nearest_centre_and_are_compared_with_the_farthest(
-    copied_run, tiny_dataset, plain, recommended
-):
+def test_new_users_get_the_nearest_group_and_are_compared_with_the_farthest(copied_run, tiny_dataset, plain, recommended):
     members = {group: [] for group in range(3)}
     for user, group in groups_of(copied_run.folder).items():
         items = tiny_dataset.histories[user]
@@ -129,8 +121,7 @@ def test_run_without_groups_recommends_and_exports_by_its_one_model(tiny_global_
     assert_ranked(only, plain_top(plain_global, tiny_dataset.histories[8][:-1]))
     assert not (tiny_global_run / "figures").exists()
     analyse(export_vectors, tiny_global_run, "--output", tmp_path / "out")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"items_global.npy", "users.npy", "item_ids.txt", "user_ids.txt"}
+    assert tree(tmp_path / "out").keys() == {"items_global.npy", "users.npy", "item_ids.txt", "user_ids.txt"}
     expected = plain_state(plain_global, tiny_dataset.histories[8])
     np.testing.assert_allclose(np.load(tmp_path / "out" / "users.npy")[3], expected, atol=2e-5)
 
@@ -147,9 +138,6 @@ def test_groups_without_users_are_never_chosen():
     assert choose_groups(np.array([-3.0, 0.0]), None, centres, None) == (3, 2)
     assert choose_groups(np.array([1.0, 0.0]), 2, centres, None) == (2, 3)
     assert choose_groups(np.array([1.0, 0.0]), 0, centres[:2], None) == (0, None)
-
-
-# ---------------------------------------------------------------- exported vectors
 
 
 @pytest.mark.parametrize("histories", ["all", "train_and_valid"])

@@ -5,11 +5,10 @@ import pytest
 
 from scripts import explain_item, export_vectors, recommend, report
 from tests.conftest import NUM_ITEMS, run_on_folder
-from tests.run_files import change_json
+from tests.run_files import change_json, tree
 from utils.common.errors import PerPEFTError
 
 NEEDED = {report: [], recommend: ["--user", 8], explain_item: ["--item", 1], export_vectors: ["--output", "vectors"]}
-ADAPTER = "personalized/group_2/adapter/adapter_model.safetensors"
 
 
 def with_file(name, content="none"):
@@ -20,23 +19,15 @@ def with_option(**changes):
     return lambda folder: change_json(folder / "summary.json", lambda summary: summary["config"].update(changes))
 
 
-def unfinished(folder):
-    (folder / "summary.json").unlink()
-
-
-def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
 @pytest.mark.parametrize(
     ("script", "change", "arguments", "message"),
     [
-        *((script, unfinished, (), "holds no finished run") for script in NEEDED),
+        *((script, lambda folder: (folder / "summary.json").unlink(), (), "holds no finished run") for script in NEEDED),
         *((script, lambda folder: folder.rename("elsewhere"), (), "is not there") for script in NEEDED),
         (report, with_file("personalized_ranks.csv", "user,valid_rank,test_rank\n2,1\n"), (), "_ranks.csv cannot be read"),
         (report, with_file("metrics.csv", "stage,epoch\nglobal,first\n"), (), "metrics.csv cannot be read"),
         (report, with_file("summary.json", '{"config": {"method": "perpeft"}}'), (), "summary.json is damaged"),
-        (explain_item, with_file(ADAPTER), (), "group_2 cannot be read"),
+        (explain_item, with_file("personalized/group_2/adapter/adapter_model.safetensors"), (), "group_2 cannot be read"),
         (export_vectors, with_file("personalized/group_1/projector.pth"), (), "projector.pth cannot be read"),
         (export_vectors, with_file("../../vectors"), (), "vectors exists; remove it"),
         (recommend, None, ("--user", 3), "user 3 is not in tiny_final.txt, whose users' numbers go from 2 to 80"),
@@ -56,11 +47,11 @@ def test_one_sentence_says_what_is_wrong(copied_run, analyse, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     if change:
         change(copied_run.folder)
-    before = contents(tmp_path)
+    before = set(tmp_path.rglob("*")), tree(tmp_path)
     with pytest.raises(PerPEFTError, match=re.escape(message)) as raised:
         analyse(script, copied_run.folder, *(arguments or NEEDED[script]))
     assert len(str(raised.value).splitlines()) == 1
-    assert contents(tmp_path) == before
+    assert (set(tmp_path.rglob("*")), tree(tmp_path)) == before
 
 
 def test_runs_that_cannot_be_compared_are_refused_before_any_is_opened(copied_run, tiny_run, monkeypatch):

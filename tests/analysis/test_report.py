@@ -21,13 +21,12 @@ from utils.data.histories import Histories
 
 @pytest.fixture(scope="module")
 def tiny_page(tiny_run, analyse, tmp_path_factory):
-    """The report of the tiny run."""
     path = tmp_path_factory.mktemp("report") / "page.html"
     analyse(report, tiny_run.folder, "--users", 9, "--items", 4, "--output", path)
     return check_page(path)
 
 
-def test_page_shows_what_the_run_found(tiny_page, tiny_run):
+def test_page_shows_what_the_run_found_and_every_item_in_a_list_leads_to_its_card_and_back(tiny_page, tiny_run):
     text, summary = tiny_page.text, summary_of(tiny_run.folder)
     for stage in ("global", "personalized"):
         for split in ("valid", "test"):
@@ -39,21 +38,15 @@ def test_page_shows_what_the_run_found(tiny_page, tiny_run):
     assert len(classes(tiny_page, "views")) == 4
     assert len(tiny_page.all("figure")) == 4  # loss, NDCG, map, gains
     assert "1e-05" in text or "1e-06" in text  # settings
-
-
-def test_every_item_in_a_list_leads_to_its_card_and_back(tiny_page):
     links = [attributes["href"][1:] for attributes in tiny_page.all("a")]
     shown = {link for link in links if link.startswith("item-")}
     assert shown == set(tiny_page.cards("item")) and len(shown) > 4
     users = [link for link in links if link.startswith("user-")]
     assert len(users) > len(set(users)) == 9  # from the list of users and from items
-
-
-def test_marked_items_are_test_items(tiny_page, tiny_run):
-    """As often as the ranks say that a shown user's test item is among the ten best."""
-    users = [int(name.removeprefix("user-")) for name in tiny_page.cards("user")]
-    found = sum(ranks_of(tiny_run.folder, stage)[user] < 10 for stage in ("global", "personalized") for user in users)
-    assert 0 < found <= len(classes(tiny_page, "marked")) <= found + len(users)  # and the farthest group's, which no file holds
+    numbers = [int(name.removeprefix("user-")) for name in tiny_page.cards("user")]
+    found = sum(ranks_of(tiny_run.folder, stage)[user] < 10 for stage in ("global", "personalized") for user in numbers)
+    # test items are marked as often as they are among the ten best, also of the farthest group, whose ranks no file holds
+    assert 0 < found <= len(classes(tiny_page, "marked")) <= found + len(numbers)
 
 
 def test_titles_and_ids_stay_text_in_a_report_in_the_run_folder(copied_run, relabelled):
@@ -91,11 +84,8 @@ def test_users_of_the_gallery_are_the_ones_that_gained_and_lost_most():
     before = np.array([0, 1, 5, 30, 30, 2, 3, 9, 50, 40, 7, 8])
     after = np.array([0, 4, 0, 0, 25, 2, 60, 9, 50, 0, 7, 8])
     chosen = choose_users(ids, [before, after], 6)
-    # to rank 0 from beyond 20, the farther one first
-    assert [choice[:2] for choice in chosen[:4]] == [
-        (19, "Largest gain"), (13, "Largest gain"), (16, "Largest loss"), (11, "Largest loss")
-    ]  # fmt: skip
-    assert [kind for _, kind, _ in chosen[4:]] == ["Drawn at random"] * 2
+    assert [user for user, *_ in chosen[:4]] == [19, 13, 16, 11]  # the first two to rank 0 from beyond 20, the farther one first
+    assert [kind for _, kind, _ in chosen] == ["Largest gain"] * 2 + ["Largest loss"] * 2 + ["Drawn at random"] * 2
     assert len({user for user, _, _ in chosen} & set(ids.tolist())) == 6
     assert chosen[0][2] == "+1.00" and chosen == choose_users(ids, [before, after], 6)
     assert {choice[1:] for choice in choose_users(ids, [after], 30)} == {("Drawn at random", "")}
@@ -139,9 +129,6 @@ def test_thumbnails_keep_the_whole_image_or_the_centre_that_clip_sees(tmp_path):
         assert np.ptp(decoded(thumbnail(tmp_path / name))) <= 2  # grey
 
 
-# ---------------------------------------------------------------- what is typical of a group
-
-
 def test_typical_items_agree_with_the_formula_by_a_loop():
     random = np.random.default_rng(0)
     lists = [random.choice(np.arange(1, 13), size=6, p=np.arange(1, 13) / 78).tolist() for _ in range(30)]
@@ -161,19 +148,13 @@ def test_typical_items_agree_with_the_formula_by_a_loop():
     assert [lift for *_, lift in found] == pytest.approx(lifts)
 
 
-def test_item_with_one_chance_interaction_is_less_typical_than_a_frequent_one():
+def test_item_with_one_chance_interaction_is_less_typical_than_a_frequent_one_and_nothing_is_where_nobody_is():
     lists = [[1, 1, 1, 2], [1, 1, 3, 4], [3, 4, 4, 3], [1, 3, 4, 3]]
     found = typical_items(Histories.of_lists(lists), np.array([0, 0, 1, 1]), 0, 5)
     # by the ratio alone, item 2 would come first; neither what others have more often is typical, nor what nobody has
     assert found == [(1, 5, pytest.approx(5)), (2, 1, math.inf)]
-
-
-def test_group_without_users_has_no_typical_items():
     assert typical_items(Histories.of_lists([[1, 2], [2]]), np.array([0, 0]), 1, 2) == []
     assert typical_items(Histories.of_lists([[], []]), np.array([0, 1]), 1, 3) == []
-
-
-# ---------------------------------------------------------------- gains
 
 
 def test_interval_agrees_with_one_computed_by_hand():

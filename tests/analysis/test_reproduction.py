@@ -70,17 +70,13 @@ def test_a_second_call_trains_nothing_and_writes_all_that_is_finished(tiny_table
 
 def test_a_dry_run_lists_and_estimates_and_runs_nothing(tiny_tables, capsys, tmp_path):
     runs, _, arguments = tiny_tables
-    copied = tmp_path / "runs"
-    shutil.copytree(runs, copied)
+    copied = shutil.copytree(runs, tmp_path / "runs")
     shutil.rmtree(copied / RUN.format("lora_text"))
     reproduce(*arguments, "--output_dir", copied, "--tables_dir", tmp_path / "tables", "--dry_run")
     text = capsys.readouterr().out
     (line,) = [line for line in text.splitlines() if line.startswith("to do")]
     assert "--modality text" in line and " min" in line and "1 of 9 runs to do" in text
     assert not (tmp_path / "tables").exists() and len(list(copied.iterdir())) == 8
-
-
-# ---------------------------------------------------------------- plans, and arithmetic on runs whose files are written by hand
 
 
 @pytest.fixture
@@ -120,7 +116,7 @@ def test_an_estimate_is_the_mean_of_runs_alike(plan):
     assert format_plan(runs).endswith("16 of 18 runs to do, about 13 min, and 12 without an estimate")
 
 
-def test_runs_of_several_adapters_share_what_has_none():
+def test_runs_of_several_adapters_share_what_has_none_as_do_plans_of_any_single_one():
     runs = plan_runs("arts", [2, 3], list(ADAPTERS), 2, [])
     assert len({run.folder for run in runs}) == len(runs)
     first = [run for run in runs if run.trial == 0]
@@ -128,9 +124,6 @@ def test_runs_of_several_adapters_share_what_has_none():
     assert [run.trial for run in runs] == sorted(run.trial for run in runs)
     assert runs[0].folder.name == "arts_lora_lr0.0001_wd0.0001_seed0"  # whom others start from comes first
     assert runs_of(runs, "PerPEFT", "iisan")[0].command() == "python3 perpeft_iisan.py --dataset arts --trial 0"
-
-
-def test_methods_without_an_adapter_are_one_run_for_all_adapters():
     (found,) = {tuple(run.folder.name for run in plan_runs("beauty_care", [2], [kind], 1, [])[:2]) for kind in ADAPTERS}
     assert found == ("beauty_care_none_lr0.0001_wd0.0001_seed0", "beauty_care_frozen_lr0.0001_wd0.0001_seed0")
 
@@ -204,7 +197,6 @@ def test_runs_of_different_data_or_damaged_ones_make_no_table(plan):
 
 
 def test_markdown_csv_and_latex_of_the_same_figures(arts_blocks, tmp_path):
-    """Mean and sample deviation over trials."""
     write_tables(tmp_path / "tables", "arts", arts_blocks, trials=3)
     text, _, of_iisan = (tmp_path / "tables" / "arts.md").read_text().partition("Table 2, iisan")
     assert "| PerPEFT [1 of 3 trials] | 20.00 |" in of_iisan and "| Frozen MM [1 of 3 trials] | **40.00** |" in of_iisan

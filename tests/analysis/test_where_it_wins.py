@@ -13,19 +13,15 @@ from utils.run.finished import open_finished
 
 
 def row(text, first):
-    """The cells of a table's row."""
     return next(line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {first} |"))
 
 
-def test_by_depth_by_hand():
+def test_tables_by_depth_and_by_stratum_which_begins_at_its_bound_by_hand():
     text = by_depth(np.array([0, 4, 19, 600]), np.array([1, 4, 20, 3]))
     # differences of users at 1: 1 0 0 0, at 20: 0 0 1 -1; t(0.975, 3) = 3.1824
     assert row(text, "HR@1") == ["HR@1", "0.00", "25.00", "+25.00 ± 79.56"]
     assert row(text, "HR@20") == ["HR@20", "75.00", "75.00", "+0.00 ± 129.92"]
     assert row(text, "HR@500")[1:3] == ["100.00", "75.00"]
-
-
-def test_a_stratum_begins_at_its_bound():
     own, other, lengths = np.array([0, 0, 99]), np.array([0, 50, 99]), np.array([3, 4, 5])
     text = by_stratum(own, other, lengths, {1: "low", 4: "high", 9: "none"}, "length")
     assert row(text, "low")[1:3] == ["33 %", "+0.00 ± nan"]
@@ -40,10 +36,8 @@ def test_ranks_and_share_by_hand(tmp_path):
     np.save(tmp_path / "items_global.npy", np.arange(6, 0, -1, dtype=np.float32)[:, None])
     found = rank_in_groups(tmp_path, histories, np.array([0, 0, 1]), top=2)
     # candidates in order, without training and validation items: user 0: 2 4 5 6; user 1: 1 4 5 6; user 2: 1 2 3 4
-    np.testing.assert_array_equal(found.among_all, [0, 1, 0])
-    np.testing.assert_array_equal(found.among_own, [0, 6, 6])
-    np.testing.assert_array_equal(found.outside, [0, 1, 1])
-    np.testing.assert_array_equal(found.share, [0.5, 0.5, 1.0])
+    parts = (found.among_all, found.among_own, found.outside, found.share)
+    assert [part.tolist() for part in parts] == [[0, 1, 0], [0, 6, 6], [0, 1, 1], [0.5, 0.5, 1.0]]
     with pytest.raises(PerPEFTError, match="3 users, but the data set has 1"):
         rank_in_groups(tmp_path, Histories.of_lists([[1, 3, 2]]), np.array([0]))
     with pytest.raises(PerPEFTError, match="holds no vectors of scripts.export_vectors"):

@@ -15,5 +15,4 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dataset(tiny_dataset):
-    """The tiny data set, read."""
     return read_dataset(tiny_dataset.train_dir, tiny_dataset.name)

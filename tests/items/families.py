@@ -62,6 +62,7 @@ FAMILIES = {
     "aimv2": ("Aimv2", "clip", "CLIPImageProcessor", CROPPED),
     "tipsv2": ("Tipsv2", "siglip", "CLIPImageProcessor", CROPPED, {}, {}, {}),
 }
+AVAILABLE = [name for name, family in FAMILIES.items() if hasattr(transformers, f"{family[0]}Model")]  # in what is installed
 # Single encoders: the class, its settings beside a tower's, its options, and its image processor if it has one.
 ENCODERS = {
     "vit": ("ViT", SMALL, {"add_pooling_layer": False}, *VIT),
@@ -98,7 +99,6 @@ def save_model(prefix, folder, settings, **options):
 
 
 def save_encoder(name, folder):
-    """Save a single encoder; returns its folder."""
     prefix, settings, options, *image_processor = ENCODERS[name]
     if image_processor:
         processor, form = image_processor
@@ -123,12 +123,6 @@ def seeded(name, folder):
     return str(folder)
 
 
-def available_families():
-    """Those that the installed transformers has."""
-    return [name for name, family in FAMILIES.items() if hasattr(transformers, f"{family[0]}Model")]
-
-
 def encoder_of(foundation, kind="lora", **options):
-    """A foundation model with adapters, in eval mode."""
     config = peft_config(kind, layers=layers_of(foundation.clip))
     return ClipPeftEncoder(foundation.clip, config, foundation.image_processor, traits=foundation.traits, **options).eval()

@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
-from tests.items.families import FAMILIES, PAIRS, TOWER, available_families, encoder_of, save_model, save_tokenizer
+from tests.items.families import AVAILABLE, FAMILIES, PAIRS, TOWER, encoder_of, save_model, save_tokenizer
 from tests.run_files import change_json
 from utils.common.errors import PerPEFTError
 from utils.items.foundation import load_foundation
@@ -21,13 +21,6 @@ CPU = torch.device("cpu")
 POOLING_PATCHES = {"siglip", "groupvit", "aimv2", "siglip + bert (mean)"}  # the others pool the class token
 POOLING_WORDS = {"tipsv2", *PAIRS} - {"vit + bert (cls)"}  # the others pool a title's first token or its last
 FIRST, LAST, ALL = [0], [-1], slice(None)
-
-
-def pooled_places(family):
-    """The places whose states a family pools, of an image and of a title."""
-    by_last = family in FAMILIES and FAMILIES[family][1] in ("clip", "siglip")
-    text = ALL if family in POOLING_WORDS else LAST if by_last else FIRST
-    return {"image": ALL if family in POOLING_PATCHES else FIRST, "text": text}
 
 
 def own_inputs(family, foundation, title, path):
@@ -54,7 +47,7 @@ def embedding(found):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*available_families(), *PAIRS])
+@pytest.mark.parametrize("family", [*AVAILABLE, *PAIRS])
 def test_features_and_states_are_transformers_own_of_single_items(family, models, dataset):
     name = models(family)
     foundation = load_foundation(name)
@@ -71,7 +64,9 @@ def test_features_and_states_are_transformers_own_of_single_items(family, models
     order = store.reading_order()
     features = encoder(*store.fetch(order, CPU))[order.argsort()]  # titles of several lengths in one batch
     assert features.shape[1] == encoder.feature_dim
-    places = pooled_places(family)
+    by_last = family in FAMILIES and FAMILIES[family][1] in ("clip", "siglip")
+    pooled_words = ALL if family in POOLING_WORDS else LAST if by_last else FIRST
+    places = {"image": ALL if family in POOLING_PATCHES else FIRST, "text": pooled_words}
     towers, plain = own_towers(family, name)
     for row in (0, 4, 5, 17):  # the fifth has no title, the sixth's is too long
         expected = []
@@ -86,7 +81,7 @@ def test_features_and_states_are_transformers_own_of_single_items(family, models
         torch.testing.assert_close(features[row], torch.cat(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*available_families(), "dinov2 + distilbert (mean)"])
+@pytest.mark.parametrize("family", [*AVAILABLE, "dinov2 + distilbert (mean)"])
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, kind, models, dataset):
     """Attention's projections, and with (IA)3 the first feed-forward layer, of two layers a tower, or four."""
@@ -113,33 +108,15 @@ def test_adapters_sit_on_the_same_layers_of_both_towers_and_all_train(family, ki
     assert len(layers) - len(of_titles) == depth * (each - fused)
 
 
-# ---------------------------------------------------------------- what is no dual encoder, or does not fit together
-
-
 @pytest.fixture
 def clip(tiny_clip, tmp_path):
-    """A copy of the tiny CLIP, to be damaged."""
     return shutil.copytree(tiny_clip, tmp_path / "clip")
-
-
-def test_a_tokenizer_without_a_padding_token_is_read_with_the_same_features(clip, tiny_clip, dataset):
-    for path in (clip / "special_tokens_map.json", clip / "tokenizer_config.json"):
-        if path.is_file():
-            change_json(path, lambda content: content.update(pad_token=None))
-    foundation = load_foundation(str(clip))
-    assert foundation.tokenizer.pad_token is None
-    store, expected = foundation.store(dataset), load_foundation(str(tiny_clip)).store(dataset)
-    assert np.array_equal(store.tokens, expected.tokens)  # the tiny CLIP pads by its end-of-text token
 
 
 def larger_vocabulary(clip):
     tokenizer = AutoTokenizer.from_pretrained(clip)
     tokenizer.add_tokens([f"word{number}" for number in range(3)])
     tokenizer.save_pretrained(clip)
-
-
-def another_tokenizer(clip):
-    save_tokenizer("siglip", clip)
 
 
 def tower_that_needs_more_than_an_image(clip):
@@ -167,7 +144,7 @@ SMALL_CROP = {"crop_size": {"height": 24, "width": 24}, "size": {"shortest_edge"
         (larger_vocabulary, r"tokens up to number \d+, its text tower \d+ token embeddings"),
         (settings("config.json", eos_token_id=49407), UNFIT + "; eos_token_id is 49407 in config.json"),
         (settings("config.json", eos_token_id=5), UNFIT + "; eos_token_id is 5 in config.json"),
-        (another_tokenizer, UNFIT + "it ends a title by token"),
+        (lambda clip: save_tokenizer("siglip", clip), UNFIT + "it ends a title by token"),
         (tower_that_needs_more_than_an_image, "cannot be used: "),
     ],
 )
@@ -178,20 +155,17 @@ def test_parts_that_do_not_fit_are_one_sentence(damage, expected, clip):
     assert "\n" not in str(error.value)
 
 
-def test_special_tokens_within_titles_do_not_move_the_pooled_place(tiny_clip):
-    """CLIP pools the first end of text, whatever follows it."""
-    foundation = load_foundation(str(tiny_clip))
-    titles = ["<|endoftext|> mug", "red <|endoftext|> lamp <|startoftext|>", "red lamp"]
-    tokens = foundation.tokenizer(titles, padding=True, return_tensors="pt")["input_ids"]
-    output = foundation.clip.text_model(input_ids=tokens)
-    assert torch.equal(foundation.traits.pool(output.last_hidden_state, tokens, None), output.pooler_output)
-
-
-def test_a_clip_as_transformers_5_saves_it_is_read(clip, tiny_clip):
-    """It writes processor_config.json and no preprocessor_config.json."""
+def test_a_clip_as_transformers_5_saves_it_and_without_a_padding_token_is_read_alike(clip, tiny_clip, dataset):
+    """That writes processor_config.json and no preprocessor_config.json."""
     settings = json.loads((clip / "preprocessor_config.json").read_text())
     (clip / "preprocessor_config.json").unlink()
     content = {"image_processor": settings | {"image_processor_type": "CLIPImageProcessorFast"}}
     (clip / "processor_config.json").write_text(json.dumps(content))
-    processor, expected = (load_foundation(str(folder)).image_processor for folder in (clip, tiny_clip))
-    assert type(processor) is type(expected) and processor.to_dict() == expected.to_dict()
+    for path in (clip / "special_tokens_map.json", clip / "tokenizer_config.json"):
+        if path.is_file():
+            change_json(path, lambda content: content.update(pad_token=None))
+    found, expected = (load_foundation(str(folder)) for folder in (clip, tiny_clip))
+    assert type(found.image_processor) is type(expected.image_processor)
+    assert found.image_processor.to_dict() == expected.image_processor.to_dict()
+    assert found.tokenizer.pad_token is None  # the tiny CLIP pads by its end-of-text token
+    assert np.array_equal(found.store(dataset).tokens, expected.store(dataset).tokens)

@@ -24,21 +24,13 @@ from utils.items.model_files import DEFAULT_CLIP, PairName
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def computed(tiny_dataset, tiny_clip, tmp_path_factory):
-    """A copy of the tiny data set with its hidden states computed beside it."""
-    folder = fresh_data(tiny_dataset, tmp_path_factory.mktemp("states") / "dataset").train_dir
-    ensure_hidden_states(read_dataset(folder, "tiny"), str(tiny_clip), CPU)
-    return folder
-
-
 @pytest.fixture
-def copied(computed, tmp_path):
-    """The same in a folder of the test's own, and what the file of states holds."""
-    folder = shutil.copytree(computed, tmp_path / "dataset")
-    path = states_path(folder, "tiny")
+def copied(tiny_dataset, tiny_clip, tmp_path):
+    """A copy of the tiny data set with its hidden states computed beside it, and what their file holds."""
+    folder = fresh_data(tiny_dataset, tmp_path / "dataset").train_dir
+    path, dataset = states_path(folder, "tiny"), read_dataset(folder, "tiny")
+    ensure_hidden_states(dataset, str(tiny_clip), CPU)
     content = torch.load(path, weights_only=True)
-    dataset = read_dataset(folder, "tiny")
     return SimpleNamespace(folder=folder, path=path, note=path.with_suffix(".json"), dataset=dataset, content=content)
 
 

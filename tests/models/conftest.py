@@ -20,15 +20,8 @@ SMALL = {
     "vblora": {"num_vectors": 16, "vector_length": 8, "topk": 2}, "waveft": {"n_frequency": 64},
 }  # fmt: skip
 
-
-BATCH = Batch(
-    group=1,
-    items=np.array([0, 2, 4, 6, 8]),
-    seq=np.array([[0, 0, 1, 2], [1, 2, 3, 4]]),
-    positives=np.array([[0, 0, 2, 3], [2, 3, 4, 1]]),
-    negatives=np.array([[0, 0, 4, 4], [1, 1, 1, 2]]),
-    num_transitions=6,
-)
+SEQ, POSITIVES, NEGATIVES = np.array([[[0, 0, 1, 2], [1, 2, 3, 4]], [[0, 0, 2, 3], [2, 3, 4, 1]], [[0, 0, 4, 4], [1, 1, 1, 2]]])
+BATCH = Batch(1, np.array([0, 2, 4, 6, 8]), SEQ, POSITIVES, NEGATIVES, num_transitions=6)  # of group 1
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +39,6 @@ def inputs(tiny_clip, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_encoder(tiny_clip):
-    """Make an encoder with one adapter of a kind, the same each time."""
 
     def make(kind="lora", rank=4, **options):
         torch.manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from models import IISAN, ItemEncoder, MMProjector, PerPEFT, SASRec
+from models.towers import Traits
 from tests.conftest import make_trainer
 from tests.models.conftest import BATCH, shake
 
@@ -173,6 +174,16 @@ def test_item_vectors_equal_the_written_formula_and_the_padding_items_is_the_pro
         np.testing.assert_allclose(model.item_vectors(group, (features,)).numpy(), expected, atol=1e-5)
 
 
+def test_which_token_of_a_title_is_pooled_by_hand():
+    tokens, mask = torch.tensor([[4, 5, 8, 5, 8, 0], [4, 8, 5, 0, 0, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
+    places = {"first": [0, 0], "last": [5, 5], "final": [4, 2], "end": [1, 2], "highest": [2, 1]}
+    for kind, expected in places.items():
+        assert torch.equal(Traits(kind, end_token=5).pooling(tokens, mask), torch.eye(6)[expected]), kind
+    assert torch.equal(Traits("final").pooling(tokens, None), torch.eye(6)[[5, 5]])
+    for given, expected in ((mask, mask / torch.tensor([[5], [3]])), (None, torch.full((2, 6), 1 / 6))):
+        torch.testing.assert_close(Traits("mean").pooling(tokens, given), expected)
+
+
 def plain_iisan(weights, image, text):
     """One item's features by the definition, from the authors' state_dict names; image, text [S, width]."""
     w = 1 / (1 + torch.exp(-weights["weight_scalar"]))
@@ -212,7 +223,6 @@ def test_iisan_with_the_authors_weights_equals_the_written_formula_and_learns_by
     features = model(iisan.image, iisan.text)
     expected = torch.stack([plain_iisan(plain, *item) for item in zip(iisan.image.double(), iisan.text.double())])
     torch.testing.assert_close(features, expected.float(), rtol=1e-4, atol=1e-4)
-
     direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(6))
     (features * direction).sum().backward()
     (expected * direction.double()).sum().backward()
