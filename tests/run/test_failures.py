@@ -40,9 +40,7 @@ def test_disk_that_is_full_at_any_write_is_reported_and_the_run_goes_on(through,
         of_a_run = ("during save", "replace", "rename .", "mkdir .")
         if any(word in what for word in (("before posix_fallocate",) if part == "opening/store" else of_a_run)):
             writes[part].append(counts[part])
-    assert writes.keys() >= {
-        "opening/store", "global/state", "global/best weights", "personalized/draw_curves", "report/write_json"
-    }  # fmt: skip
+    assert {"opening/store", "global/state", "global/best weights", "personalized/draw_curves", "report/write_json"} <= {*writes}
     seeded = random.Random(0)
     for run, end in strike("full_at", [(part, seeded.choice(numbers)) for part, numbers in writes.items()], num_runs=5):
         assert "Traceback" not in end.output and "No space left" in end.output

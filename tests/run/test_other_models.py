@@ -100,9 +100,7 @@ def titles_only(begin):
     return run
 
 
-def test_a_dual_encoder_trains_on_titles_without_any_image_which_check_data_asks_for_only_where_they_are_used(
-    titles_only, tiny_dataset, capsys
-):
+def test_a_dual_encoder_trains_and_check_data_passes_on_titles_without_any_image(titles_only, tiny_dataset, capsys):
     checked = ["--dataset", "tiny", "--train_dir", titles_only.train_dir, "--modality"]
     for modality, code in (("text", 0), ("both", 2)):
         assert exit_code([*checked, modality], check_data.main) == code

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tests.run_files import change_json, outcome, tree
 from tests.zygote import read_until, start
 from utils.common.errors import PerPEFTError
-from utils.common.files import folder_written_atomically, write_atomically
+from utils.common.files import folder_written_atomically, remove_leftovers, write_atomically
 from utils.run.distributed import stop_signals
 from utils.run.finished import open_finished
 
@@ -27,9 +27,7 @@ def test_run_killed_at_any_moment_and_continued_ends_the_same(through, begin, st
     """Every part of a run is killed once, at a moment drawn from a seeded generator, and six kills come at random times."""
     seeded = random.Random(0)
     parts = collections.Counter(label.split(":")[0] for label in through.events)  # part of the run: its events
-    assert parts.keys() >= {
-        "opening/store", "global/state", "global/evaluation", "grouping", "personalized/best weights", "report"
-    }  # fmt: skip
+    assert {"opening/store", "global/state", "global/evaluation", "grouping", "personalized/best weights", "report"} <= set(parts)
     for _, killed in strike("kill_at", [(part, seeded.randint(1, number)) for part, number in parts.items()], num_runs=8):
         assert killed.code == -signal.SIGKILL, killed.output
     run = begin("by_the_clock")
@@ -239,3 +237,11 @@ def test_target_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, write, na
     assert tree(tmp_path) == {name: b"old"} and len(list(tmp_path.iterdir())) == 1
     write(tmp_path / "target", "new")
     assert tree(tmp_path) == {name: b"new"}
+
+
+def test_leftovers_of_a_kill_are_removed_and_a_folder_that_stepped_aside_comes_back(tmp_path):
+    for name in (".global.tmp", ".global.old", ".personalized.tmp", ".personalized.old", "personalized", ".other"):
+        write_folder(tmp_path / name, name)
+    (tmp_path / ".metrics.csv.tmp").write_text("half")
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {".other/file": b".other", "global/file": b".global.old", "personalized/file": b"personalized"}
