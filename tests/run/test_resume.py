@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 
 from tests.run_files import change_json, outcome, tree
 from tests.zygote import read_until, start
@@ -162,7 +163,9 @@ def test_folder_without_a_saved_state_has_nothing_to_lose(begin, through):
     assert run.train() == through.outcome
 
 
-def test_options_that_change_no_figure_may_change(started, through, tmp_path):
+def test_second_run_in_one_folder_is_refused_and_options_that_change_no_figure_may_change(started, through, tmp_path):
+    with FileLock(started.folder / ".lock"), pytest.raises(PerPEFTError, match="another process is training in"):
+        started.train()
     moved = started.train_dir.rename(tmp_path / "moved")
     assert started.train("--train_dir", str(moved), "--save_every", "7", "--debug") == through.outcome
 
