@@ -239,6 +239,7 @@ DEVICES = ("gpu", "cuda:x", "cuda:-1", "cuda:99", "cpu:5", "meta", "", "mps:1", 
         (f"--dataset={'n' * 300}", r"error: \[Errno 36\] File name too long: "),
         ("--clip_model=/nowhere/at/all", "error: --clip_model '/nowhere/at/all' cannot be loaded"),
         ("--C=41", "41 groups"),
+        ("--precision=fp16", "error: --precision fp16 needs a CUDA device, not cpu; use --precision bf16 or fp32"),
         ("--dataset=sports_outdoors --device=cuda:0 --lr=1e-4", "sports_outdoors_final.txt is missing .* python3 unzip_data.py"),
     ],
 )

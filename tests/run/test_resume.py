@@ -195,6 +195,7 @@ def another_shape(content):
         ("finished", "groups.csv", lambda content: content[:-2] + b"7\n"),  # a group too high
         ("finished", "groups.csv", b""),
         ("finished", "groups.csv", None),  # missing
+        ("finished", "global/sasrec.pth", None),
     ],
 )
 def test_damaged_file_is_reported_with_the_way_out(request, tiny_run, which, file, damage):
