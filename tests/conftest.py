@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import perpeft_lora_ia3
-import tests.zygote
 from tests.moments import write_instead_of_drawing
 from utils.common.console import run_main
 from utils.prepare.small_tokenizer import train_tokenizer
@@ -186,18 +185,23 @@ def trained(dataset, clip, output_dir, **changes):
     return folder
 
 
-def run_interrupted(arguments, method="_report_epoch", call=1, after=False):
-    """Run until one of Run's methods is called for so many times, and interrupt instead of that call, or after it."""
-    original, calls = getattr(Run, method), []
+def at_call(monkeypatch, owner, name, number, action):
+    """Call `action` instead of the `number`-th call of a method from now on."""
+    original, count = getattr(owner, name), iter(range(1, 10**6))
+    monkeypatch.setattr(owner, name, lambda *args: (action if next(count) == number else original)(*args))
 
-    def interrupt(self, *args):
-        calls.append(args)
-        result = original(self, *args) if after or len(calls) < call else None
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return result
 
-    with mock.patch.object(Run, method, interrupt), pytest.raises(KeyboardInterrupt):
+def run_interrupted(arguments, method="_report_epoch", call=1, after=False, owner=Run):
+    """Run until a method is called for so many times, and interrupt instead of that call, or after it."""
+    original = getattr(owner, method)
+
+    def interrupt(*args):
+        if after:
+            original(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_call(patch, owner, method, call, interrupt)
         run_script(arguments)
 
 
@@ -216,12 +220,6 @@ def exit_code(arguments, main=perpeft_lora_ia3.main):
     finally:
         signal.signal(signal.SIGTERM, handler)
     return 0
-
-
-@pytest.fixture(scope="session")
-def zygote():
-    """`run` and `run_together` of forks."""
-    return tests.zygote
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ class Moments:
         file: of the labels.
         kill_at: (part, number): the process kills itself at this event of this part of the run, counted from 1.
         full_at: (part, number): the disk is full at this event.
-        signal_at: (rank, step): the process of this rank sends itself SIGTERM in this step of training, counted from 1.
+        signal_at: (rank, step): the process of this rank sends itself SIGTERM in its step so numbered since it began, from 1.
     """
 
     def __init__(self, file, kill_at=None, full_at=None, signal_at=None):

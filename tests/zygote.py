@@ -28,8 +28,7 @@ def start(*command, prefix=(), **environment):
 
 def read_until(process, text):
     """Read a started process's lines until one holds `text`."""
-    if not any(text in line for line in process.stdout):
-        raise AssertionError(f"the process ended without '{text}'")
+    assert any(text in line for line in process.stdout), f"the process ended without '{text}'"
 
 
 def free_port():
@@ -38,31 +37,20 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run(arguments, script="perpeft_lora_ia3", kill_after=None, **moments):
-    """Run a script in a fork until it ends or is killed.
+def run(arguments, script="perpeft_lora_ia3", size=None, kill_after=None, **moments):
+    """Run a script in a fork until it ends or is killed, or in `size` forks that train together, as a launcher starts them.
 
     Args:
         arguments: of the command line.
         script: the module whose main is run.
         kill_after: seconds after which it is killed.
-        moments: kill_at and full_at of `tests.moments.Moments`.
+        moments: of `tests.moments.Moments`.
     Returns:
-        code (negative: the signal that ended it), output (stdout and stderr), events (labels, in order), losses (of its steps)
-    """
-    return _run([{}], arguments, script, kill_after, **moments)[0]
-
-
-def run_together(arguments, script="perpeft_lora_ia3", size=2, signal_at=None):
-    """Run a script in so many forks that train together, as a launcher would start them.
-
-    `signal_at` is (rank, step): that process sends itself SIGTERM in the step so numbered since it began, from 1.
-    Returns what `run` does for each of them.
+        of each fork, code (negative: the signal that ended it), output (stdout and stderr), events (labels, in order) and
+        losses (of its steps)
     """
     launched = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return _run([{**launched, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)], arguments, script, signal_at=signal_at)
-
-
-def _run(environments, arguments, script, kill_after=None, **moments):
+    environments = [{**launched, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)] if size else [{}]
     forks, ends = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, environment in enumerate(environments):

@@ -1,7 +1,6 @@
 """What a CPU can show of training on a GPU; `tests/run/test_pretended_cuda.py` runs these checks on the pretended one."""
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ import perpeft_iisan
 import perpeft_lora_ia3
 from models import ClipPeftEncoder
 from models.peft_configs import peft_config
-from tests.conftest import run_script, tiny_arguments
+from tests.conftest import run_interrupted, run_script, tiny_arguments
 from tests.fake_cuda.device import PretendedCuda
-from tests.run.conftest import at_step
 from utils.training import evaluation
 from utils.training.trainer import Trainer
 
@@ -94,14 +92,12 @@ def test_frozen_weights_cast_once_are_what_autocast_computes_with(tiny_clip):
     assert features[0].any() and torch.equal(*features)
 
 
-def test_run_goes_from_cpu_to_cuda_and_back(tiny_dataset, tiny_clip, tmp_path, monkeypatch):
+def test_run_goes_from_cpu_to_cuda_and_back(tiny_dataset, tiny_clip, tmp_path):
     settings = {"precision": "fp32", "save_every": 1, "method": "global", "global_epochs": 1, "num_epochs": 1}
     on_cpu, on_device = (tiny_arguments(tiny_dataset, tiny_clip, tmp_path, device=name, **settings) for name in ("cpu", "cuda:0"))
     with PretendedCuda():
         for arguments in (on_cpu, on_device):
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                at_step(patch, 3, mock.Mock(side_effect=KeyboardInterrupt))
-                run_script(arguments)
+            run_interrupted(arguments, "update", 3, owner=Trainer)
         run_script(on_cpu)
 
 

@@ -13,17 +13,6 @@ from tests import zygote
 from tests.conftest import exit_code, fresh_data, parsed, run_interrupted, run_script, tiny_arguments
 from tests.run_files import leftovers, outcome
 from utils.run.folder import run_name
-from utils.training.trainer import Trainer
-
-
-def at_step(monkeypatch, number, action):
-    """Call `action(trainer, loss)` instead of the update at the `number`-th step from now on."""
-    original, count = Trainer.update, iter(range(1, 10**6))
-
-    def update(self, loss):
-        return action(self, loss) if next(count) == number else original(self, loss)
-
-    monkeypatch.setattr(Trainer, "update", update)
 
 
 @dataclass
@@ -46,12 +35,12 @@ class TinyRun:
             return exit_code([*self.arguments, *more]), stderr.getvalue()
 
     def child(self, *more, **how):
-        """Run the script in a child of the zygote, which says how."""
-        return zygote.run([*self.arguments, *more], script=self.script, **how)
+        """Run the script in a fork, see `tests.zygote.run`."""
+        return self.together(*more, size=None, **how)[0]
 
     def together(self, *more, size=2, **how):
-        """Run the script in several processes that train together."""
-        return zygote.run_together([*self.arguments, *more], script=self.script, size=size, **how)
+        """Run the script in several forks that train together."""
+        return zygote.run([*self.arguments, *more], self.script, size, **how)
 
     def child_to_the_end(self):
         """Run the script in a child that is not disturbed; returns all that it left, and the events that it consisted of."""
@@ -96,3 +85,23 @@ def through(tiny_dataset, tiny_clip, tmp_path_factory):
     """A tiny run that was not disturbed: its outcome, and the events that it consists of."""
     left, events = make_run(tmp_path_factory.mktemp("through"), tiny_dataset, tiny_clip).child_to_the_end()
     return SimpleNamespace(outcome=left, events=events)
+
+
+@pytest.fixture
+def strike(begin, through):
+    """Kills or fails runs at moments, each run at several of them; yields every end, and lets them go on to the same outcome."""
+
+    def ends(how, moments, num_runs):
+        for number in range(num_runs):
+            run = begin(f"run{number}")
+            for moment in moments[number::num_runs]:
+                end = run.child(**{how: moment})
+                if end.code == 0:  # the moment before had left fewer events of this part: take a run of its own
+                    assert outcome(run.folder) == through.outcome
+                    run = begin(f"run{number}_{moment[0].replace('/', '_').replace(' ', '_')}")
+                    end = run.child(**{how: moment})
+                print(end.events[-1])
+                yield run, end
+            assert run.child_to_the_end()[0] == through.outcome
+
+    return ends

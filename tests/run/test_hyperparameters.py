@@ -12,10 +12,8 @@ from utils.run.hyperparameters import HYPERPARAMETER_FILE, read_hyperparameters,
 # The paper: weight decay of lora / ia3 / iisan; the learning rate is 1e-4 always
 PAPER = {"sports_outdoors": (1e-4, 1e-4, 5e-4), "toys_games": (5e-5, 1e-4, 1e-4), "beauty_care": (1e-5, 1e-5, 5e-4),
          "arts": (1e-4, 5e-5, 1e-5)}  # fmt: skip
-TABLE = {
-    dataset: {peft: {"lr": 1e-4, "wdecay": decay} for peft, decay in zip(("lora", "ia3", "iisan"), decays)}
-    for dataset, decays in PAPER.items()
-}
+KINDS = ("lora", "ia3", "iisan")
+TABLE = {name: {kind: {"lr": 1e-4, "wdecay": decay} for kind, decay in zip(KINDS, decays)} for name, decays in PAPER.items()}
 
 
 def test_file_in_the_repository_is_the_papers_table_in_plain_values(tmp_path):

@@ -100,7 +100,11 @@ def titles_only(begin):
     return run
 
 
-def test_a_dual_encoder_trains_on_titles_without_any_image(titles_only, tiny_dataset):
+def test_a_dual_encoder_trains_and_check_data_passes_on_titles_without_any_image(titles_only, tiny_dataset, capsys):
+    checked = ["--dataset", "tiny", "--train_dir", titles_only.train_dir, "--modality"]
+    for modality, code in (("text", 0), ("both", 2)):
+        assert exit_code([*checked, modality], check_data.main) == code
+        assert ("tiny_images (No such file" in capsys.readouterr().out) == bool(code)
     titles_only.train()
     (store,) = titles_only.train_dir.rglob("images.npy")
     assert np.load(store).shape == (30, 3, 1, 1)  # none are stored
@@ -128,11 +132,3 @@ def test_states_of_titles_alone_hold_no_images_and_are_computed_again_where_thos
     torch.testing.assert_close(both[1], alone[1], rtol=0, atol=1e-5)
     images, titles = HiddenStateStore.open(dataset, name, modality="text").fetch(np.array([2, 7]), CPU)
     assert images.shape == (2, 3, 0) and torch.equal(titles, both[1][[1, 6]])
-
-
-@pytest.mark.parametrize("modality", ["both", "text"])
-def test_check_data_asks_for_images_only_where_they_are_used(modality, titles_only, capsys):
-    code = exit_code(["--dataset", "tiny", "--train_dir", titles_only.train_dir, "--modality", modality], check_data.main)
-    printed = capsys.readouterr().out
-    assert code == (0 if modality == "text" else 2)
-    assert ("tiny_images (No such file" in printed) == (modality == "both")

@@ -76,12 +76,8 @@ def test_device_that_several_processes_cannot_have_is_refused(monkeypatch, devic
 @pytest.fixture
 def deterministic(begin):
     """An expected run and a run, both without dropout; an odd batch, so that shards differ in size."""
-
-    def make(kind="ia3", **changes):
-        changes = {"dropout_rate": 0, "batch_size": 7, "save_every": 4, **changes}
-        return begin("expected", kind, **changes), begin("run", kind, **changes)
-
-    return make
+    same = {"dropout_rate": 0, "batch_size": 7, "save_every": 4}
+    return lambda kind="ia3", **changes: [begin(name, kind, **(same | changes)) for name in ("expected", "run")]
 
 
 def assert_same_figures(run, expected):
@@ -174,29 +170,25 @@ def test_error_that_rank_0_alone_meets_ends_the_others(begin):
     assert list(tree(run.folder)) == [".lock"]
 
 
-def ip(*words):
-    return subprocess.run(["ip", *words], capture_output=True, text=True)
-
-
 @pytest.fixture
 def machines():
     """Two namespaces with an interface each, joined by a virtual cable."""
     if shutil.which("ip") is None:
         pytest.skip("network namespaces need the program ip")
     one, two = names = [f"perpeft{os.getpid()}m{machine}" for machine in range(2)]
-    cable = ("link", "add", "cable0", "netns", one, "type", "veth", "peer", "name", "cable1", "netns", two)
+    commands = [f"netns add {one}", f"netns add {two}"]
+    commands += [f"link add cable0 netns {one} type veth peer name cable1 netns {two}"]
+    for machine, name in enumerate(names):
+        inside = (f"addr add 10.77.0.{machine + 1}/24 dev cable{machine}", "link set lo up", f"link set cable{machine} up")
+        commands += [f"netns exec {name} ip {command}" for command in inside]
+    made = subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), capture_output=True, text=True)
     try:
-        for words in (("netns", "add", one), ("netns", "add", two), cable):
-            if (made := ip(*words)).returncode:
-                pytest.skip(f"no network namespaces can be joined here ({made.stderr.strip()})")
-        for machine, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.77.0.{machine + 1}/24", "dev", f"cable{machine}")
-            for interface in ("lo", f"cable{machine}"):
-                ip("-n", name, "link", "set", interface, "up")
+        if made.returncode:
+            pytest.skip(f"no network namespaces can be joined here ({made.stderr.strip()})")
         yield names
     finally:
         for name in names:
-            ip("netns", "delete", name)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_logging_changes_no_figure_and_may_begin_on_the_way(begin, tiny_run):
     assert_logged(scalars(run), run)
 
 
-def test_wandb_gets_settings_once_and_every_epoch_once_offline(begin, wandb):
+def test_wandb_gets_settings_once_and_every_epoch_once_offline_or_in_the_users_mode(begin, wandb, monkeypatch):
     run = begin(log_with="wandb")
     run_interrupted(run.arguments, call=1, after=True)
     run.train()
@@ -80,12 +80,9 @@ def test_wandb_gets_settings_once_and_every_epoch_once_offline(begin, wandb):
     assert wandb.config.update.call_args.args[0].items() > {"lr": 1e-3, "C": 3}.items()
     logged = wandb.init.return_value.log.call_args_list
     assert_logged([(tag, call.kwargs["step"], value) for call in logged for tag, value in call.args[0].items()], run)
-
-
-def test_wandb_mode_of_the_user_is_kept(begin, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    begin(log_with="wandb", global_epochs=1, method="none", num_epochs=1).train()
-    assert wandb.modes == ["disabled"]
+    run.train("--restart")
+    assert wandb.modes[2:] == ["disabled"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -97,11 +94,3 @@ def test_package_that_is_not_installed_is_reported_before_anything_is_done(begin
     with pytest.raises(PerPEFTError, match=f"--log_with {name} needs .* not installed: pip install {name}$"):
         run.train()
     assert not run.folder.parent.exists()
-
-
-def test_damaged_note_is_reported_with_the_way_out(begin):
-    run = begin(log_with="tensorboard")
-    run_interrupted(run.arguments, call=1, after=True)
-    (run.folder / "resume" / "tensorboard.json").write_text('{"id": 7}')
-    with pytest.raises(PerPEFTError, match=r"tensorboard\.json is damaged .*--restart"):
-        run.train()
