@@ -52,14 +52,14 @@ def run(arguments, script="perpeft_lora_ia3", kill_after=None, **moments):
     return _run([{}], arguments, script, kill_after, **moments)[0]
 
 
-def run_together(arguments, script="perpeft_lora_ia3", size=2, signal_at=None):
+def run_together(arguments, script="perpeft_lora_ia3", size=2, **how):
     """Run a script in so many forks that train together, as a launcher would start them.
 
-    `signal_at` is (rank, step): that process sends itself SIGTERM in the step so numbered since it began, from 1.
-    Returns what `run` does for each of them.
+    `signal_at` is (rank, step): that process sends itself SIGTERM in the step so numbered since it began, from 1; `interval` is
+    that between reads. Returns what `run` does for each of them.
     """
     launched = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return _run([{**launched, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)], arguments, script, signal_at=signal_at)
+    return _run([{**launched, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)], arguments, script, **how)
 
 
 def _run(environments, arguments, script, kill_after=None, **moments):
