@@ -22,6 +22,7 @@ from utils.run.folder import RunFolder
 from utils.run.run import Run
 from utils.training import checkpoints
 from utils.training.evaluation import Evaluator
+from utils.training.progress import READ_INTERVALS
 from utils.training.trainer import Trainer
 
 PARTS = (  # functions that are parts of a run, named in the labels of the events inside; with "/", parts of the part that calls
@@ -115,8 +116,8 @@ def write_instead_of_drawing(figure, path, **options):
     Path(path).write_bytes(b"drawn")
 
 
-def run_watched(script, arguments, environment, output, events, **moments):
-    """Run a script's main, its output and the labels of its events in these files."""
+def run_watched(script, arguments, environment, output, events, interval=1, **moments):
+    """Run a script's main, its output and the labels of its events in these files; `interval` is that between reads."""
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -124,5 +125,6 @@ def run_watched(script, arguments, environment, output, events, **moments):
     sys.argv = [f"{script}.py", *arguments]
     Moments(open(events, "w", buffering=1), **moments).install()  # noqa: SIM115  # written line by line, also when killed
     Figure.savefig = write_instead_of_drawing
+    READ_INTERVALS["cpu"] = interval
     console.ERROR_GRACE_SECONDS = 0  # no launcher is there that would end the other ranks
     console.run_main(importlib.import_module(script).main)

@@ -44,7 +44,7 @@ def run(arguments, script="perpeft_lora_ia3", size=None, kill_after=None, **mome
         arguments: of the command line.
         script: the module whose main is run.
         kill_after: seconds after which it is killed.
-        moments: of `tests.moments.Moments`.
+        moments: of `tests.moments.Moments`; and `interval`, the steps between two reads.
     Returns:
         of each fork, code (negative: the signal that ended it), output (stdout and stderr), events (labels, in order) and
         losses (of its steps)

@@ -130,6 +130,12 @@ def test_three_processes_with_dropout_continue_with_the_same_masks(deterministic
     assert mean_losses(*stopped) + mean_losses(*ended) == pytest.approx(mean_losses(*through), rel=1e-5)
 
 
+def test_signal_between_two_reads_stops_all_processes_at_the_latest_when_the_epoch_ends(begin):
+    first, second = begin().together(signal_at=(1, 2), interval=50)  # as on GPUs, where an epoch may have fewer steps
+    assert first.code == second.code == 143, first.output + second.output
+    assert len(first.losses) == len(second.losses) == 3 and "is saved up to global epoch 1, step 3;" in first.output
+
+
 def launch(run, machines=1, *more, **how):
     """`accelerate launch` of two processes on the CPU."""
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]

@@ -117,7 +117,7 @@ class Recommender:
             run.load_personalized()  # whose SASRec takes the place of the global one, copied above
             self._centres = np.full((run.options.C, self.user_vectors.shape[1]), np.nan)  # [groups, hidden]
             for group in np.unique(run.groups):
-                self._centres[group] = self.user_vectors[run.groups == group].mean(0)
+                self._centres[group] = self.user_vectors[run.groups == group].mean(0, dtype=np.float64)
 
     def _state(self, group: int | None, history: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The user's state [hidden] after a history, and the item table [num_items + 1, hidden], by one adapter."""

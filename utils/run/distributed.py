@@ -32,7 +32,7 @@ def stop_signals(accelerator: Accelerator, interval: int) -> Iterator[Callable[[
 
     What a handler raises inside a destructor would be lost. A signal that no step has obeyed is raised at the end of the block.
     Yields a function of a step's number: the signal to stop for after this step, None to go on. Several ranks, which exchange
-    signals every `interval` steps, all stop after the same one.
+    signals at multiples of `interval`, all stop after the same one.
     """
     received: list[int] = []
 

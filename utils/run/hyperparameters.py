@@ -41,7 +41,8 @@ def read_hyperparameters(dataset: str, peft_type: str, path: str | Path = HYPERP
 def default_hyperparameters(dataset: str, peft_type: str) -> tuple[dict[str, float], str]:
     """The settings of a run that are not given, {"lr": .., "wdecay": ..}, and where they come from; as `read_hyperparameters`."""
     if dataset == "demo":
-        # An epoch is 75 steps, too few for the paper's rate. At 1e-3, IISAN's items become alike in some seeds; by valid NDCG@20.
+        # An epoch is 75 steps, too few for the paper's rate. At 1e-3, IISAN's items become alike in some seeds, so its rate was
+        # chosen by valid NDCG@20.
         return {"lr": 3e-4 if peft_type == "iisan" else 1e-3, "wdecay": 1e-4}, "the demo's"
     known = read_hyperparameters(dataset, peft_type)
     return (known, HYPERPARAMETER_FILE.name) if known else ({"lr": 1e-4, "wdecay": 1e-4}, "default")

@@ -143,7 +143,7 @@ class Run:
                 self.model.train()
                 for step, batch, loss in trainer.steps(sampler, epoch, progress.step):
                     progress.add(step, batch, loss)
-                    signal_number = stop_requested(step)
+                    signal_number = stop_requested(step % sampler.num_batches)  # 0, so always, after an epoch's last step
                     if signal_number or step % options.save_every == 0 or step == sampler.num_batches:
                         checkpoint.save(trainer, progress)
                     if signal_number:

@@ -94,7 +94,7 @@ def last_states(sasrec: SASRec, item_table: Tensor, histories: Histories, users:
 
 @torch.no_grad()
 def rank_targets(states: Tensor, item_table: Tensor, targets: np.ndarray, excluded: Histories, users: np.ndarray) -> Tensor:
-    """The ranks from 0, [users]: how many other candidates score at least as high as each user's target, or are NaN.
+    """Ranks from 0, [users]: how many other candidates score at least as high as the target; NaN counts against the model.
 
     Args:
         states: last states of the users, [users, hidden].
