@@ -300,6 +300,7 @@ def test_latin_1_needs_its_name_and_then_is_read(shop):
     (PLAIN_BUYS, PLAIN_GOODS + "A-2,Other,img/A-2.png\n", "", "two rows of item 'A-2' differ: line 4 ('Thing A-2', "),
     (PLAIN_BUYS + "a,A-1,2024-01-01\nb,A-1,5\n", PLAIN_GOODS, "", "the time is a date in line 30 and a number in line 31"),
     (PLAIN_BUYS, PLAIN_GOODS.replace("img/A", "/A"), "", "(image file not found: 6 (line 2, line 3, line 4, ...))"),
+    (PLAIN_BUYS, with_images(["{{}}"] * 6), "", "(image file not found: 6 (line 2, "),
     (PLAIN_BUYS + "a,A-1,soon\n", PLAIN_GOODS, "--strict", "(--strict): time not readable: 1 (line 30)"),
     (PLAIN_BUYS, PLAIN_GOODS + "A-9,No image\n", "--strict", "(--strict): fewer values than columns: 1 (line 8)"),
     (PLAIN_BUYS, PLAIN_GOODS + 'A-9,"a b\n', "", "items.csv, line 8: a quotation mark opens a value and none ends it"),

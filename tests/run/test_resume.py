@@ -243,6 +243,13 @@ def test_target_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, write, na
     assert tree(tmp_path) == {name: b"new"}
 
 
+def test_folder_takes_the_place_of_a_file_and_leaves_nothing_in_the_way_of_the_next(tmp_path):
+    (tmp_path / "target").write_text("a file")
+    for content in ("old", "new"):
+        write_folder(tmp_path / "target", content)
+    assert tree(tmp_path) == {"target/file": b"new"}
+
+
 def test_leftovers_of_a_kill_are_removed_and_a_folder_that_stepped_aside_comes_back(tmp_path):
     for name in (".global.tmp", ".global.old", ".personalized.tmp", ".personalized.old", "personalized", ".other"):
         write_folder(tmp_path / name, name)

@@ -103,12 +103,13 @@ def folder_written_atomically(folder: str | Path) -> Iterator[Path]:
 def _settle(path: Path) -> None:
     """Remove what an interrupted write of `path` left; if it was interrupted between its two renames, restore the old one."""
     temporary, old = _hidden(path, TEMPORARY), _hidden(path, OLD)
-    if old.is_dir() and not path.exists():
+    if old.exists() and not path.exists():
         os.rename(old, path)
     for leftover in (temporary, old):
         if leftover.is_dir():
             shutil.rmtree(leftover)
-    temporary.unlink(missing_ok=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

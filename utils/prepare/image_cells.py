@@ -31,7 +31,7 @@ def first_image(cell: str | None) -> str | None:
     if array := NUMPY_ARRAY.match(cell):
         return array[2] or array[4]
     for parse in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return _first_of(parse(cell))
     return cell
 

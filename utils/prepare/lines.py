@@ -131,7 +131,9 @@ def text_lines(path: Path, encoding: str | None = None) -> Iterator[str]:
     try:
         blocks, encoding, _ = _content(path, encoding)
         for text in _decoded(blocks, encoding):
-            lines = (rest + text).split("\n")
+            first, *others = text.split("\n")
+            rest += first  # in place: a long line is not copied with every block
+            lines = [rest, *others]
             if max(map(len, lines)) >= LONGEST_LINE:
                 number += next(place for place, line in enumerate(lines, 1) if len(line) >= LONGEST_LINE)
                 raise PerPEFTError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes")
