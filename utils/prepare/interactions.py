@@ -79,18 +79,18 @@ def keep_core(con: duckdb.DuckDBPyConnection, core: int) -> int:
 
     The tables `users` (user, count, first: their first interaction's rank) and `used` (item, count) are made of what remains.
     """
-    removed = 0
+    before = one_value(con, "SELECT count(*) FROM kept")
+    few_users, few_items = (f"FROM {table} WHERE count < {core}" for table in ("users", "used"))
     with shown_progress(con, f"{core}-core"):
         while True:
             con.execute("""
                 CREATE OR REPLACE TABLE users AS SELECT user, count(*) AS count, min(rank) AS first FROM kept GROUP BY user""")
             con.execute("CREATE OR REPLACE TABLE used AS SELECT item, count(*) AS count FROM kept GROUP BY item")
-            few = one_value(con, f"""
-                DELETE FROM kept WHERE user IN (SELECT user FROM users WHERE count < {core})
-                OR item IN (SELECT item FROM used WHERE count < {core})""")  # fmt: skip
-            if not few:
-                return removed
-            removed += few
+            if not one_value(con, f"SELECT (SELECT count(*) {few_users}) + (SELECT count(*) {few_items})"):
+                return before - one_value(con, "SELECT count(*) FROM kept")
+            con.execute(f"""
+                CREATE OR REPLACE TABLE kept AS SELECT * FROM kept
+                ANTI JOIN (SELECT user {few_users}) USING (user) ANTI JOIN (SELECT item {few_items}) USING (item)""")
 
 
 def keep_sample(con: duckdb.DuckDBPyConnection, count: int, core: int, seed: int) -> int:

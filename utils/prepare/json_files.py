@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from utils.common.errors import PerPEFTError
-from utils.prepare.lines import lines_sql, text_lines
-from utils.prepare.parts import NO_OBJECT, SOURCE, Part, quote, trimmed
+from utils.prepare.lines import LONGEST_LINE, lines_sql, text_lines
+from utils.prepare.parts import NO_OBJECT, SOURCE, Part, name_sql, quote, trimmed
 
 ARRAY = re.compile(r"\s*\[\s*[{\[\]]")
 SPACE = re.compile(r"\s*")
@@ -76,20 +76,27 @@ def json_part(path: Path, keys: dict[str, tuple[str, ...]], whole: bool = False)
     Of a role's keys, the first with a value counts; all values of the role "image" become one JSON list.
     """
     texts = [name for role, names in keys.items() if role != "image" for name in names]
-    values = {name: f"texts[{place}]" for place, name in enumerate(texts, 1)}
-    roles = [
-        "to_json(images)::VARCHAR AS image" if role == "image"
-        else f"coalesce({', '.join([*(_json_text(values[name]) for name in names), 'NULL'])}) AS {role}"
-        for role, names in keys.items()
-    ]  # fmt: skip
-    problem = f"CASE WHEN coalesce({', '.join(values.values())}, NULL) IS NULL THEN '{NO_OBJECT}' END"
-    extracted = f"{_extract('json_extract_string', texts)} AS texts, {_extract('json_extract', keys.get('image', ()))} AS images"
-    select = f"SELECT {problem} AS problem, {', '.join(roles)} FROM (SELECT {extracted} FROM"
-    lines = lines_sql(SOURCE)
-    plain = f"{not whole} AND starts_with(line, '{{') AND NOT starts_with(line, '{{''')"  # not so a dict of Python
-    checked = f"SELECT CASE WHEN {plain} THEN line ELSE error('no lines of JSON') END AS line FROM {lines} WHERE line IS NOT NULL"
+    images = keys.get("image", ())
+
+    def select(values: dict[str, str], image: str, source: str) -> str:
+        cells = {name: _json_text(value) for name, value in values.items()}
+        found = {role: ", ".join([*map(cells.get, names), "NULL"]) for role, names in keys.items() if role != "image"}
+        roles = [f"coalesce({alternatives}) AS {role}" for role, alternatives in found.items()]
+        roles += [f"to_json({image})::VARCHAR AS image"] if "image" in keys else []
+        problem = f"CASE WHEN coalesce({', '.join(values.values())}, NULL) IS NULL THEN '{NO_OBJECT}' END"
+        return f"SELECT {problem} AS problem, {', '.join(roles)} FROM {source}"
+
+    types = [f"{quote(name)}: 'VARCHAR'" for name in texts] + [f"{quote(name)}: 'JSON'" for name in images]
+    options = f"format='newline_delimited', maximum_object_size={LONGEST_LINE}, compression='none'"
+    fast = select(
+        {name: name_sql(name) for name in texts}, f"[{', '.join(map(name_sql, images))}]::JSON[]",
+        f"read_json({SOURCE}, columns={{{', '.join(types)}}}, {options})",
+    )  # fmt: skip
+    extracted = f"{_extract('json_extract_string', texts)} AS texts, {_extract('json_extract', images)} AS images"
+    places = {name: f"texts[{place}]" for place, name in enumerate(texts, 1)}
+    careful = select(places, "images", f"(SELECT {extracted} FROM {lines_sql(SOURCE)})")
     columns = {role: "/".join(names) or None for role, names in keys.items()}
-    return Part(path, columns, f"{select} ({checked}))", f"{select} {lines})", json_rows, skipped=None)
+    return Part(path, columns, "SELECT error('a document')" if whole else fast, careful, json_rows, skipped=None)
 
 
 def _json_text(value: str) -> str:

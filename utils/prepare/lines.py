@@ -26,7 +26,7 @@ try:
 except ImportError:
     zstandard = None
 
-BLOCK = 2**16  # bytes per read
+BLOCK, PACKED_BLOCK = 2**16, 2**12  # bytes per read; the latter of packed files, since each may unpack to thousands
 LONGEST_LINE = 2**24  # bytes
 SEPARATOR = "\x1e\x1f\x1e\x1f"  # DuckDB needs one; no text holds this
 ZSTD, ZIP = b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
@@ -48,8 +48,8 @@ def _content(path: Path, encoding: str | None) -> tuple[Iterable[bytes], str, bo
         raise PerPEFTError(f"{path} is a zip or Excel file; unpack it, or save the sheet as CSV")
     if start.startswith(ZSTD) and zstandard is None:
         raise PerPEFTError(f"{path}: reading .zst needs the package zstandard; install it, or unpack: zstd -d")
-    blocks = _blocks(path)
     new_frame = next((new_frame for mark, new_frame in FRAMES.items() if start.startswith(mark)), None)
+    blocks = _blocks(path, BLOCK if new_frame is None else PACKED_BLOCK)
     if new_frame is not None:
         blocks = _unpacked(blocks, new_frame)
         start = next(blocks, b"")
@@ -57,11 +57,11 @@ def _content(path: Path, encoding: str | None) -> tuple[Iterable[bytes], str, bo
     return blocks, encoding or _recognise_encoding(start, path), new_frame is None
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def _blocks(path: Path, size: int) -> Iterator[bytes]:
     """A file's bytes, with a progress bar."""
-    size = path.stat().st_size
-    with path.open("rb") as file, tqdm(desc=path.name, total=size, unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        while block := file.read(BLOCK):
+    bar = tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, delay=1, disable=None)
+    with path.open("rb") as file, bar:
+        while block := file.read(size):
             bar.update(len(block))
             yield block
 
@@ -79,8 +79,7 @@ def _unpacked(blocks: Iterable[bytes], new_frame: Callable[[], Any]) -> Iterator
                 raise
             except Exception as error:  # every kind of packing has errors of its own
                 raise EOFError from error
-            if content:
-                yield content
+            yield from (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
             packed = frame.unused_data if frame.eof else b""
     if not frame.eof:
         raise EOFError
