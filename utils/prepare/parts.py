@@ -55,7 +55,7 @@ def parquet_part(path: Path, columns: dict[str, str | None], types: dict[str, st
     """A Parquet file, its columns by role, and the types of all."""
     texts = {role: "NULL::VARCHAR" if name is None else _parquet_text(name, types[name]) for role, name in columns.items()}
     roles = ", ".join(f"{text} AS {role}" for role, text in texts.items())
-    select = f"SELECT NULL AS problem, {roles} FROM {parquet_source(path)}"
+    select = f"SELECT NULL::VARCHAR AS problem, {roles} FROM {parquet_source(path)}"
     return Part(path, columns, select, select, rows=None, skipped=0)
 
 
