@@ -52,7 +52,7 @@ class IISAN(nn.Module):
             text_states: the title's end-of-text token after each cached layer, [items, S, text_dim].
         """
         image_layers, text_layers = image_states.transpose(0, 1), text_states.transpose(0, 1)  # [S, items, width]
-        # unbind, not indexing, of what needs a gradient: its backward is one stack, where every index would fill a table
+        # unbind, not indexing: its backward pass is one stack, where each index would make a gradient of the whole tensor
         text_gates, image_gates, joint_gates = torch.sigmoid(self.weight_scalar).unbind()  # [S] each
         streams = []
         if self._modality != "image":
@@ -69,7 +69,7 @@ class IISAN(nn.Module):
 
 
 def _stream(blocks: nn.ModuleList, layers: Tensor, gates: tuple[Tensor, ...] | None = None) -> Tensor:
-    """One stream up its layers, [S, items, width] -> [items, width]; S `gates` weigh its state against each, or it adds them."""
+    """One stream up its layers, [S, items, width] -> [items, width]; each is mixed with the state by its gate of S, or added."""
     layers = layers.unbind()
     state = layers[0]
     for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):

@@ -31,7 +31,7 @@ class Traits:
     end_token: int | None = None  # the number of the token that ends a title
     class_token: bool = True  # whether the image tower pools its first token; otherwise its states are means over patches
     masks_titles: bool = False  # whether padding changes a title's features unless the text tower gets a mask
-    pads_titles: bool = False  # whether it changes them nevertheless, so that every title is padded to the longest input
+    pads_titles: bool = False  # whether padding changes them even with a mask, so that every title is padded to the longest input
     widths: tuple[tuple[str, int], ...] = ()  # of an image's and a title's features; empty for the configuration's width
     longest_title: int = 77  # the text tower's longest input, in tokens
 
@@ -191,7 +191,8 @@ def hidden_states(
     pooled = {}
     for part, layers in zip(found, evenly_spaced([len(states) - 1 for states in found.values()])):
         pooled[part] = torch.stack([pool(part, found[part][layer]) for layer in layers], dim=1).float()  # [items, S, width]
-    absent = pooled[part].new_empty(*pooled[part].shape[:2], 0)
+    some = next(iter(pooled.values()))
+    absent = some.new_empty(*some.shape[:2], 0)
     return pooled.get("image", absent), pooled.get("text", absent)
 
 

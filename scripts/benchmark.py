@@ -24,7 +24,7 @@ from utils.items.hidden_states import HiddenStateStore
 from utils.items.trial import find_traits
 from utils.prepare.demo import make_demo
 from utils.prepare.small_tokenizer import train_tokenizer
-from utils.run.build import clip_folder, iisan_encoder, peft_encoder
+from utils.run.build import iisan_encoder, peft_encoder, resolve_foundation
 
 RANDOM_CLIP = "random-vit-b32"
 SIZES = (62_500, 250_000, 1_000_000)  # users or items: 1x, 4x, 16x
@@ -43,7 +43,9 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
     def foundation() -> Foundation:
         torch.manual_seed(0)
-        return random_foundation(dataset) if clip_model == RANDOM_CLIP else load_foundation(clip_folder(clip_model, dataset))
+        if clip_model == RANDOM_CLIP:
+            return random_foundation(dataset)
+        return load_foundation(resolve_foundation(clip_model, dataset))
 
     for peft_type in tqdm(options.peft, "adapters", unit="adapter", disable=None):
         figures[peft_type] = measure_adapter(peft_type, foundation(), dataset, device, options.batch_size, options.repeats)

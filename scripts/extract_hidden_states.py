@@ -8,7 +8,7 @@ from utils.data.dataset import read_dataset
 from utils.items.foundation import ensure_hidden_states
 from utils.items.hidden_states import has_states
 from utils.prepare.demo import make_demo
-from utils.run.build import clip_folder, foundation_name, image_use
+from utils.run.build import foundation_name, image_use, resolve_foundation
 from utils.run.options import add_model_options, resolve_model
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     dataset = read_dataset(options.train_dir, options.dataset, missing_images=images)
     device = torch.device(choose_device(options.device))
     there = has_states(options.train_dir, options.dataset, options.modality)
-    clip_model = clip_folder(foundation_name(options), dataset)
+    clip_model = resolve_foundation(foundation_name(options), dataset)
     path = ensure_hidden_states(dataset, clip_model, device, images, options.modality, options.restart)
     print(f"{path} {'was there already (--restart computes it again)' if there and not options.restart else 'is written'}")
 

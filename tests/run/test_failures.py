@@ -142,7 +142,7 @@ WEIGHTS = ("infinite or NaN at global epoch 1, step 3, in a batch of group 0 wit
         (at(1, signalled, signal.SIGTERM), 143, ("by SIGTERM", f" epoch 1, step 1{GO_ON}")),
         (at(2, signalled, signal.SIGINT), 130, ("by SIGINT", f" epoch 1, step 2{RESTARTED}")),
         (at(3, signalled, signal.SIGTERM), 143, ("by SIGTERM", f" epoch 1, step 3{GO_ON}")),
-        (at_report(1, lambda *_: Doomed()), 143, ("by SIGTERM", f" global epoch 2, step 1{GO_ON}")),
+        (at_report(1, lambda *_: Doomed()), 143, ("by SIGTERM", f" global epoch 2, step 0{GO_ON}")),
         (at_report(2, lambda *_: Doomed()), 143, ("by SIGTERM", f" global epoch 3, step 0{GO_ON}")),  # the stage's end
         (at_report(2, STOP), 130, ("by SIGINT", f" global epoch 3, step 0{RESTARTED}")),
         (at_report(4, STOP), 130, ("by SIGINT", f" personalized epoch 3, step 0{RESTARTED}")),

@@ -147,6 +147,7 @@ def test_iisan_starts_from_the_authors_encoder_file(begin, tmp_path):
     [
         ("absent", "", "neither a run folder .* a folder with sasrec_lora_tiny_"),
         ("started", "", "has not ended"),
+        ("started/global", "", "has not ended"),
         (f"runs/{RUN.format('lora')}", "", "this run's own folder"),
         (f"runs/{RUN.format('lora')}/global", "", "this run's own folder"),
         ("several", "", "choose one of them: .*sasrec_lora_tiny_20_0.001_0.0001.pth"),

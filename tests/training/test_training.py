@@ -58,7 +58,7 @@ BATCH = SimpleNamespace(group=0, items=np.array([0, 1]))
 
 def test_the_loss_shown_is_that_of_the_losses_read():
     """On a GPU they are read at intervals only."""
-    progress = Progress("global", 1, 100, torch.device("meta"), Accelerator(cpu=True))
+    progress = Progress("global", 1, 100, torch.device("cuda"), Accelerator(cpu=True))
     epochs = progress.remaining()
     next(epochs)
     for step in range(1, 50):

@@ -15,7 +15,7 @@ from models.peft_configs import PEFT_TYPES
 from utils.common.errors import PerPEFTError
 from utils.data.dataset import Dataset
 from utils.items.foundation import Foundation, load_foundation
-from utils.run.build import clip_folder, foundation_name, has_groups, image_use, peft_encoder
+from utils.run.build import foundation_name, has_groups, image_use, peft_encoder, resolve_foundation
 from utils.run.reports import read_groups
 from utils.training.checkpoints import load_adapter
 
@@ -141,7 +141,7 @@ def explain_items(options: argparse.Namespace, dataset: Dataset, folder: Path, i
         PerPEFTError: an adapter cannot be read, or the model returns no attention.
     """
     name = foundation_name(options)
-    foundation = load_foundation(clip_folder(name, dataset), attention="eager")
+    foundation = load_foundation(resolve_foundation(name, dataset), attention="eager")
     cannot = f"attention cannot be shown for '{name}': "
     if options.modality == "image" and not foundation.traits.class_token:
         raise PerPEFTError(f"{cannot}its image tower has no class token whose attention it pools")

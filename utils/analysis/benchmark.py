@@ -1,6 +1,7 @@
 """What the parts of a training step, the ranking and the store cost, each beside the plain way of doing the same."""
 import copy
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def compare(device: torch.device, repeats: int, **ways: Callable[[], Any]) -> tu
 
 def peak_memory_mib() -> float:
     """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # ---------------------------------------------------------------- one adapter: steps and encoding

@@ -26,7 +26,7 @@ class Row(NamedTuple):
     deviation: dict[str, float]  # of the sample of trials; NaN of a single one
     paper: dict[str, float]  # the paper's values, where it has some
     valid: float  # mean validation NDCG@20, which chooses the strongest row
-    gains: dict[int, np.ndarray]  # by finished trial, each evaluated user's test NDCG@20 as a fraction, [users]
+    user_ndcg: dict[int, np.ndarray]  # by finished trial, each evaluated user's test NDCG@20 as a fraction, [users]
 
 
 class Comparison(NamedTuple):
@@ -64,10 +64,10 @@ class Block(NamedTuple):
         if not ours or not others:
             return None
         strongest = max(others.values(), key=lambda row: row.valid)
-        common = sorted(ours.gains.keys() & strongest.gains.keys())
+        common = sorted(ours.user_ndcg.keys() & strongest.user_ndcg.keys())
         if not common:
             return None
-        own, other = (np.mean([row.gains[trial] for trial in common], axis=0) for row in (ours, strongest))  # [users] each
+        own, other = (np.mean([row.user_ndcg[trial] for trial in common], axis=0) for row in (ours, strongest))  # [users] each
         p = float(ttest_rel(own, other).pvalue) if (own != other).any() else float("nan")
         return Comparison(strongest.method, float(100 * (own - other).mean()), p, len(own), len(common))
 
@@ -90,8 +90,8 @@ def _row(method: Method, found: dict[PlannedRun, dict[str, Any]], paper: dict[st
     deviations = values.std(0, ddof=1) if len(values) > 1 else [np.nan] * len(SHOWN)
     valid = float(np.mean([stage["valid"]["NDCG@20"] for stage in stages]))
     ranks = {run.trial: read_ranks(run.folder / f"{method.stage}_ranks.csv")["test"] for run in found}
-    gains = {trial: user_values("NDCG@20", each) for trial, each in ranks.items()}
-    return Row(method.name, dict(zip(SHOWN, values.mean(0))), dict(zip(SHOWN, deviations)), paper, valid, gains)
+    user_ndcg = {trial: user_values("NDCG@20", each) for trial, each in ranks.items()}
+    return Row(method.name, dict(zip(SHOWN, values.mean(0))), dict(zip(SHOWN, deviations)), paper, valid, user_ndcg)
 
 
 def blocks_of(runs: list[PlannedRun], dataset: str) -> list[Block]:
@@ -142,7 +142,7 @@ def _cells(block: Block, trials: int, bold: str, blank: str = "") -> tuple[list[
     best = {metric: max(row.mean[metric] for row in block.rows) for metric in SHOWN}
     lines = []
     for row in block.rows:
-        done = len(row.gains)
+        done = len(row.user_ndcg)
         cells = [row.method if done == trials else f"{row.method} [{done} of {trials} trials]"]
         for metric in SHOWN:
             deviation = row.deviation[metric]
@@ -205,5 +205,5 @@ def as_csv(blocks: list[Block]) -> str:
             test = ["", "", ""]
             if compared and row.method == PERPEFT:
                 test = [compared.strongest, f"{compared.difference:.4f}", f"{compared.p:.3g}"]
-            lines.append([str(block.table), block.peft_type, row.method, str(len(row.gains)), *cells, *test])
+            lines.append([str(block.table), block.peft_type, row.method, str(len(row.user_ndcg)), *cells, *test])
     return "".join(",".join(line) + "\n" for line in lines)

@@ -149,9 +149,9 @@ def _require_kind(name: str, kind: type[PretrainedConfig], option: str) -> None:
     absent = [method for method in ("get_image_features", "get_text_features") if not hasattr(found, method)]
     own_input = None if hasattr(found, "get_image_features") else getattr(found, "main_input_name", None)
     takes, missing = {
-        "--clip_model": (f"a dual encoder, as {DEFAULT_CLIP} or google/siglip-base-patch16-224", " or ".join(absent)),
-        "--image_model": ("an image encoder, as facebook/dinov2-base", "" if own_input == "pixel_values" else "image input"),
-        "--text_model": ("a text encoder, as intfloat/e5-base-v2", "" if own_input == "input_ids" else "text input of its own"),
+        "--clip_model": (f"a dual encoder such as {DEFAULT_CLIP} or google/siglip-base-patch16-224", " or ".join(absent)),
+        "--image_model": ("an image encoder such as facebook/dinov2-base", "" if own_input == "pixel_values" else "image input"),
+        "--text_model": ("a text encoder such as intfloat/e5-base", "" if own_input == "input_ids" else "text input of its own"),
     }[option]
     if missing:
         raise PerPEFTError(

@@ -62,6 +62,7 @@ def json_rows(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
             yield from enumerate(map(json.dumps, _document_rows("\n".join(lines))), 1)
         except (ValueError, TypeError, RecursionError) as error:
             raise PerPEFTError(f"neither a JSON array nor JSON lines ({error})") from error
+        return
     for number, line in enumerate(lines, 1):
         if line.startswith("{'"):
             with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

@@ -1,4 +1,4 @@
-"""The one place that knows the kinds of adapters: builds the model, and the source of its item inputs."""
+"""The place that builds each kind of adapter: the model, and the source of its item inputs."""
 import argparse
 
 import torch
@@ -42,7 +42,7 @@ def foundation_name(options: argparse.Namespace) -> FoundationName | None:
     return options.clip_model
 
 
-def clip_folder(clip_model: FoundationName, dataset: Dataset) -> FoundationName:
+def resolve_foundation(clip_model: FoundationName, dataset: Dataset) -> FoundationName:
     """The name of a foundation model; "demo" is the demo's own, which is trained on first use."""
     return str(demo_clip(dataset.folder)) if clip_model == "demo" else clip_model
 
@@ -56,7 +56,7 @@ def build_encoder(options: argparse.Namespace, dataset: Dataset) -> tuple[ItemEn
         return FrozenEncoder(0), FeatureStore(torch.empty(dataset.num_items, 0))
     device, images, modality = torch.device(options.device), image_use(options), options.modality
     with torch.random.fork_rng(devices=[]):  # what is made on first use alone must not shift the draws of weights
-        name = clip_folder(foundation_name(options), dataset)
+        name = resolve_foundation(foundation_name(options), dataset)
         if options.peft_type == "iisan":
             ensure_hidden_states(dataset, name, device, images, modality)
     if options.peft_type == "iisan":
@@ -119,7 +119,7 @@ def build_model(options: argparse.Namespace, dataset: Dataset) -> tuple[PerPEFT,
         counts = trainable_counts(encoder)
         share = counts["adapter_share_of_foundation_model"]
         of_whole = f", {100 * share:.2f}% of the foundation model" if share else ""
-        trained = f"{options.peft_type} adapter of {counts['adapter_of_one_group']:,} parameters a group{of_whole}"
+        trained = f"{options.peft_type} adapter of {counts['adapter_of_one_group']:,} parameters per group{of_whole}"
     read = f"{dataset.num_users} users, {dataset.num_items} items, {len(dataset.histories.items)} interactions"
     print(f"{options.dataset}: {read}; {trained}; on {device}", flush=True)
     return model, source

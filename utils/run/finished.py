@@ -71,8 +71,8 @@ def open_finished(
 ) -> Run:
     """Rebuild a finished run, its data and its model, which has one group and no trained weights yet; nothing is written.
 
-    Call `load_global` on it, then `load_personalized`, and use the model as it is in between. Arguments are `finished_options`';
-    raises a PerPEFTError if the run is not finished, or its data or CLIP is missing or has changed.
+    Call `load_global`, use the model, then call `load_personalized`, which replaces the global weights. Arguments are
+    `finished_options`'; raises a PerPEFTError if the run is not finished, or its data or CLIP is missing or has changed.
     """
     options, expected = finished_options(folder, train_dir, device, models)
     dataset = finished_dataset(options, expected)

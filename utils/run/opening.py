@@ -21,7 +21,7 @@ from utils.training.foreign_weights import load_foreign_global
 
 
 def train(description: str, peft_types: tuple[str, ...], stages: Callable[[Run], None], arguments: list[str] | None) -> None:
-    """What both training scripts do around `stages`, which calls those of a run, for some kinds of adapter."""
+    """Run a training script that offers some kinds of adapter: open or continue the run and train its `stages`."""
     options = parse_options(description, peft_types, arguments)
     with open_run(options) as run:
         if run and options.inference_only:
@@ -56,7 +56,8 @@ def open_run(options: argparse.Namespace) -> Iterator[Run | None]:
     with folder.lock() if writes and accelerator.is_main_process else contextlib.nullcontext():
         if not restart:
             folder.check_settings(settings)
-        finished, started = folder.is_finished and not restart, folder.has_state and not restart
+        finished = folder.is_finished and not restart
+        started = folder.has_state and not restart
         accelerator.wait_for_everyone()  # no rank reads the folder from here on, so rank 0 may change it
         if options.inference_only and not finished:
             raise PerPEFTError(f"{folder.path} holds no finished run; train it first, without --inference_only")

@@ -57,7 +57,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=RATE, help="learning rate (default: perpeft_hyperparameter.pickle's)")
     add("--wdecay", type=WEIGHT, help="weight decay (default: perpeft_hyperparameter.pickle's)")
-    add("--batch_size", type=COUNT, default=16, help="users a batch")
+    add("--batch_size", type=COUNT, default=16, help="users per batch")
     add("--global_epochs", type=COUNT, default=10, help="epochs of stage 1, global PEFT")
     add("--num_epochs", type=COUNT, default=20, help="epochs of stage 3, personalized PEFT")
     add("--l2_emb", type=WEIGHT, default=1e-6, help="weight of the L2 norm of the item embeddings")
@@ -66,7 +66,7 @@ def build_parser(description: str, peft_types: tuple[str, ...]) -> argparse.Argu
     add("--maxlen", type=SIZE, default=10, help="longest history that is read")
     add("--hidden_units", type=SIZE, default=32, help="width")
     add("--num_blocks", type=BLOCKS, default=2, help="attention blocks")
-    add("--num_heads", type=SIZE, default=4, help="attention heads a block")
+    add("--num_heads", type=SIZE, default=4, help="attention heads per block")
     add("--dropout_rate", type=SHARE, default=0.3, help="dropout")
     add("--weight_scalar", type=WEIGHT, default=0.5, help="weight of the multimodal item vector")
 
@@ -107,8 +107,8 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
     """The options that name the foundation model."""
     clip = f"folder or hub name of a CLIP, SigLIP or another dual encoder (default: {DEFAULT_CLIP})"
     parser.add_argument("--clip_model", help=clip)
-    parser.add_argument("--image_model", help="instead: an image encoder, as ViT or DINOv2, with --text_model")
-    parser.add_argument("--text_model", help="and a text encoder, as BERT, MiniLM or E5")
+    parser.add_argument("--image_model", help="instead of --clip_model: an image encoder such as ViT, with --text_model")
+    parser.add_argument("--text_model", help="a text encoder such as BERT, MiniLM or E5")
     parser.add_argument("--text_pooling", choices=TEXT_POOLINGS, help="what the text encoder pools (default: mean)")
 
 
@@ -181,8 +181,8 @@ def _check_method(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 def parse_options(description: str, peft_types: tuple[str, ...], arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse a training script's command line and fill in what depends on the data set.
 
-    Learning rate and weight decay come from perpeft_hyperparameter.pickle where they are not given, and 1e-4 where it has
-    no entry, as for methods without an adapter. `--dataset demo` is made on first use and brings its own CLIP.
+    Learning rate and weight decay, where not given, are the demo's own, or come from perpeft_hyperparameter.pickle, or are 1e-4
+    where it has no entry, as for methods without an adapter. `--dataset demo` is made on first use and brings its own CLIP.
     """
     parser = build_parser(description, peft_types)
     options = parser.parse_args(arguments)

@@ -34,7 +34,7 @@ from utils.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained."""
+    """One training stage: its epochs, and the items that its negatives come from."""
 
     name: str  # "global" or "personalized"
     number: int  # 1 or 3, as in the paper; the stage's random draws are a function of it
@@ -81,7 +81,7 @@ class Run:
         started = time.monotonic()
         if (self.folder / "global").is_dir():  # else the model is the one to start from, read when the run was opened
             self.load_global()
-        ranks = self.evaluate()  # by all ranks together, so rank 0 writes the folder after all have looked for it
+        ranks = self.evaluate()  # by all processes together, so the main one writes the folder after all have looked for it
         row = {"stage": "global", "epoch": 0, "train_loss": math.nan, "seconds": time.monotonic() - started, "skipped_steps": 0}
         self._rows["global"] = [row | ranks.metrics()]
         self._save_best("global", ranks)
@@ -154,6 +154,8 @@ class Run:
                 # The best weights are on disk before the state that says so: a kill between the two repeats the same epoch.
                 checkpoint.save(trainer, progress)
                 self._report_epoch(stage.name, stage.epochs)
+                if signal_number := stop_requested(0):  # one that came during the evaluation
+                    raise KeyboardInterrupt(signal_number)
         checkpoints.load_weights(self.model, self.folder / stage.name, stage.name)
 
     def _save_best(self, stage: str, ranks: Ranks) -> None:
@@ -225,7 +227,7 @@ class Run:
             print(reports.format_epoch(self._rows[stage], epochs), flush=True)
 
     def _summary(self) -> dict[str, Any]:
-        rows, ranks = self._rows, self.accelerator.num_processes
+        rows, processes = self._rows, self.accelerator.num_processes
         sizes = {name: count_parameters(getattr(self.model, name)) for name in ("sasrec", "projectors")}
         taken = {stage: sum(row["seconds"] for row in own) for stage, own in rows.items()}
         return {
@@ -237,7 +239,7 @@ class Run:
             "skipped_steps": {stage: sum(row["skipped_steps"] for row in own) for stage, own in rows.items()},
             **{stage: reports.stage_summary(own) for stage, own in rows.items() if own},
             "device": str(self.device),
-            **({"processes": ranks} if ranks > 1 else {}),
+            **({"processes": processes} if processes > 1 else {}),
             "dataset": {**self.dataset.counts(), "evaluated_users": len(self.split.evaluated_users)},
             **({"group_sizes": self.group_sizes()} if rows["personalized"] else {}),
         }

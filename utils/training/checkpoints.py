@@ -25,9 +25,9 @@ def _read(path: Path) -> Any:
 
 
 def save_adapter(encoder: ItemEncoder, folder: Path, group: int) -> None:
-    """Write a group's adapter: `folder/adapter/`, which `peft.PeftModel.from_pretrained` opens, or a state_dict of another kind.
+    """Write a group's adapter: as `folder/adapter/`, which `peft.PeftModel.from_pretrained` opens, or as a state_dict.
 
-    Nothing is written for an encoder without an adapter.
+    The latter, in `encoder.state_file`, is for kinds that are not peft's. Nothing is written for an encoder without an adapter.
     """
     state, config = encoder.group_state(group), encoder.adapter_config
     if config is None:

@@ -40,7 +40,7 @@ class Ranks:
 
 
 class Evaluator:
-    """Ranks all users of one data set with models on one device; several ranks share the work, and each gets every result."""
+    """Ranks all users of one data set with models on one device; several processes share the work, and each gets every result."""
 
     def __init__(self, split: Split, source: ItemSource, device: torch.device, accelerator: Accelerator):
         self.split, self.source, self.device, self._accelerator = split, source, device, accelerator
@@ -115,9 +115,9 @@ def rank_targets(states: Tensor, item_table: Tensor, targets: np.ndarray, exclud
         scores[:, 0] = float("-inf")
         scores.view(-1).index_fill_(0, to_device(rows * num_rows + items, device), float("-inf"))
         scores.scatter_(1, target, float("-inf"))
+        # What is -inf counts as beaten, so that the others, NaN included, are the candidates that score at least as high.
         beaten = scores.lt_(target_scores).sum(1)  # in place, as floats: summing booleans takes twice the time of the product
         ranks.append(num_rows - beaten.long())
-    # Entries that were set to -inf are below any finite target, so they are not counted.
     return torch.cat(ranks)
 
 

@@ -13,14 +13,15 @@ def load_foreign_global(model: PerPEFT, where: Path, run_folder: Path, peft_type
 
     It lies in `where`: a run folder, its `global/`, the authors' `pretrained_models/`, or one of the files in it that are called
     `sasrec_{peft}_{dataset}_{epoch}_{lr}_{wdecay}.pth`, beside which `projector_...pth` and `clip_encoder_.../` (LoRA, IA3) or
-    `encoder_...pth` (IISAN) of the same ending lie. The rest is of the run that starts from it. Raises a PerPEFTError if nothing
-    or several are there, or weights of a model of another shape, or that run's own.
+    `encoder_...pth` (IISAN) of the same ending lie. Raises a PerPEFTError if nothing or several are there, weights of
+    a model of another shape or of a run that has not ended, or the weights of `run_folder` itself, which starts from them.
     """
     if run_folder.resolve() in (where.resolve(), *where.resolve().parents):
         raise PerPEFTError(f"--init_from {where} is this run's own folder; choose another --output_dir")
-    own = [folder for folder in (where / "global", where) if (folder / "sasrec.pth").is_file()]
-    if (where / "resume").is_dir():
+    source = where.parent if where.name == "global" else where
+    if (source / "resume").is_dir():
         raise PerPEFTError(f"--init_from {where} is a run that has not ended; finish it first, with its own command")
+    own = [folder for folder in (where / "global", where) if (folder / "sasrec.pth").is_file()]
     if own:
         load_weights(model, own[0], "global")
         return

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from utils.common.errors import PerPEFTError
 from utils.training.sampling import Batch
 
-# Steps from one read of losses, or of other ranks' signals, to the next, by device; 50 on others, where every read waits for it.
-READ_INTERVALS = {"cpu": 1}
+# Steps between two reads of losses, and of other processes' signals. On a GPU the host waits for each read, so they are rare.
+READ_INTERVALS = {"cpu": 1, "cuda": 50, "mps": 50}
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class Progress:
     def __init__(self, stage: str, epochs: int, steps: int, device: torch.device, accelerator: Accelerator):
         self._accelerator = accelerator
         self.stage, self.epochs, self.steps = stage, epochs, steps
-        self.interval = READ_INTERVALS.get(device.type, 50)
+        self.interval = READ_INTERVALS[device.type]
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step, self._loss, self._seconds = 1, 0, 0.0, 0.0
         self._unread: list[tuple[int, Batch, torch.Tensor]] = []

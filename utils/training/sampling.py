@@ -44,7 +44,7 @@ class Batch:
 
 
 class Sampler:
-    """Batches of one stage. Every draw is a function of (seed, stage, epoch, step) alone, so any step can be repeated.
+    """Batches of one stage. Every draw is a function of (seed, epoch, step) alone, so any step can be repeated.
 
     An epoch has ceil(users of g / batch_size) batches of every group g, in shuffled order, and meets every user once.
     Left out are users with fewer than two training interactions, who have no transition to learn, and users whose training
@@ -54,7 +54,7 @@ class Sampler:
         train: training histories, of items 1..num_items.
         groups: each user row's group, [users].
         candidates: for each group the items that negatives are drawn from.
-        batch_size, maxlen: users a batch, and transitions a user, the last ones.
+        batch_size, maxlen: users per batch, and the last transitions per user.
         seed: any number of integers that make this sampler's draws its own.
         mixed: whether each negative comes from all items, not from the candidates, with probability 1/2 (not the paper's).
     """
@@ -79,7 +79,7 @@ class Sampler:
     def plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """The group and the user rows of every batch of an epoch."""
         if epoch not in self._plans:
-            random = np.random.default_rng([*self._seed, epoch, 0])  # steps count from 1 here: numpy takes (epoch) for (epoch, 0)
+            random = np.random.default_rng([*self._seed, epoch, 0])  # of the plan; `batch` has step + 1
             batches = []
             for group, members in enumerate(self._members):
                 shuffled = random.permutation(members)
