@@ -147,10 +147,10 @@ def _find_missing(members: Members, temp: Path, target: Path) -> Members:
             raise PerPEFTError(f"{place} is not a folder; move it away or choose another --target")
     missing, need = {}, 0
     for path, info in tqdm(members.items(), f"{temp.name}: checking files in place", unit="file", disable=None):
-        place, begun = target / path, temp / path
+        place, started = target / path, temp / path
         if not os.path.lexists(place):
             missing[path] = info
-            written = begun.stat().st_size if begun.is_file() else 0  # by an earlier run
+            written = started.stat().st_size if started.is_file() else 0  # by an earlier run
             need += -(-max(info.file_size - written, 0) // 4096) * 4096  # whole blocks, which add up over many images
         elif not _holds(place, info):
             raise PerPEFTError(f"{place} exists already and differs; move it away or delete it, then start again")

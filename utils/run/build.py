@@ -42,9 +42,9 @@ def foundation_name(options: argparse.Namespace) -> FoundationName | None:
     return options.clip_model
 
 
-def resolve_foundation(clip_model: FoundationName, dataset: Dataset) -> FoundationName:
-    """The name of a foundation model; "demo" is the demo's own, which is trained on first use."""
-    return str(demo_clip(dataset.folder)) if clip_model == "demo" else clip_model
+def resolve_foundation(name: FoundationName, dataset: Dataset) -> FoundationName:
+    """The foundation model to load: as named, or for "demo" the folder of the demo's own, which is trained on first use."""
+    return str(demo_clip(dataset.folder)) if name == "demo" else name
 
 
 def build_encoder(options: argparse.Namespace, dataset: Dataset) -> tuple[ItemEncoder, ItemSource]:
